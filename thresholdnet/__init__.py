@@ -1,0 +1,27 @@
+"""thresholdnet: DenseNet-family networks with pruned links.
+
+`tn.links` holds the link patterns, `tn.ThresholdBlock` the block, `tn.create_model` the networks. Training, tables and
+pictures are behind the command `thresholdnet` (and in `thresholdnet.train` and its neighbours), imported when used.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    import torch as _torch  # noqa: F401  # a missing torch gets a sentence here, not a traceback from the depths
+except ImportError as error:
+    raise ImportError(f"thresholdnet needs torch 2.11 or newer: pip install 'thresholdnet[torch]' ({error})") from error
+
+from . import links, weights
+from .blocks import ThresholdBlock
+from .models import create_model, from_pretrained, list_models, save_pretrained
+from .plan import BlockPlan, plan_block
+
+try:
+    __version__ = version("thresholdnet")
+except PackageNotFoundError:  # a source checkout that was never installed
+    __version__ = "0+source"
+
+__all__ = [
+    "BlockPlan", "ThresholdBlock", "create_model", "from_pretrained", "links", "list_models", "plan_block",
+    "save_pretrained", "weights",
+]  # fmt: skip

@@ -1,0 +1,211 @@
+"""The blocks as nn.Modules in plain torch: concatenate the links, run the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import links as link_patterns
+from .checks import number, one_of
+from .links import Links
+from .plan import BlockPlan, plan_block
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+
+
+class ConvBNAct(nn.Sequential):
+    """Conv (no bias, padding kernel // 2) - BatchNorm - activation: the `conv_bn_relu` unit, stems and transitions.
+
+    Args:
+        in_channels, out_channels: channels of the convolution.
+        kernel_size, stride: in pixels.
+        activation: "relu" or "relu6".
+        norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
+        factory: `device` and `dtype` of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        activation: str = "relu",
+        norm: dict[str, Any] | None = None,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
+        self.norm = nn.BatchNorm2d(out_channels, **(norm or {}), **factory)
+        self.act = ACTIVATIONS[activation](inplace=True)
+
+
+class Bottleneck(nn.Sequential):
+    """BN - act - Conv1x1 - BN - act - Conv3x3, no biases: DenseNet-BC's pre-activation layer.
+
+    Args as in `ConvBNAct`; `inner_channels` lie between the two convolutions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner_channels: int,
+        out_channels: int,
+        activation: str = "relu",
+        norm: dict[str, Any] | None = None,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
+        self.act1 = ACTIVATIONS[activation](inplace=True)
+        self.conv1 = nn.Conv2d(in_channels, inner_channels, 1, bias=False, **factory)
+        self.norm2 = nn.BatchNorm2d(inner_channels, **(norm or {}), **factory)
+        self.act2 = ACTIVATIONS[activation](inplace=True)
+        self.conv2 = nn.Conv2d(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
+
+
+class ThresholdBlock(nn.Module):
+    """A block of linked layers: dense or sparse-dense up to a threshold, harmonic above it, or any other link pattern.
+
+    Give the links themselves, or `num_layers` with `threshold`, `below` and `above`.
+
+    Args:
+        in_channels: channels of the input.
+        links: a pattern of `thresholdnet.links`, or any tuple of source tuples (entry i-1: sources of layer i).
+        growth_rate: k, or one width a layer.
+        compression, unit, width_rule, outputs, bottleneck_factor: see `thresholdnet.plan.plan_block`.
+        num_layers, threshold: depth L and the last layer on the dense side, when `links` is not given.
+        below: "dense" (ThresholdNet-ab) or "sparse_dense" (-bc) up to the threshold.
+        above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
+        activation: "relu" or "relu6".
+        norm_eps, norm_momentum: as in nn.BatchNorm2d.
+        device, dtype: of the parameters.
+
+    Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; plain torch keeps x's memory format.
+
+    Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
+    (bottleneck: BN, 1x1 convolution, BN, 3x3 convolution); input channels lie in link order.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range; an input of wrong rank, width or dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        links: Iterable[Iterable[int]] | None = None,
+        growth_rate: int | Sequence[int] = 32,
+        compression: float = 1.7,
+        unit: str = "conv_bn_relu",
+        *,
+        num_layers: int | None = None,
+        threshold: int | None = None,
+        below: str = "dense",
+        above: str = "even_log",
+        width_rule: str = "harmonic",
+        outputs: str | Iterable[int] = "auto",
+        bottleneck_factor: int = 4,
+        activation: str = "relu",
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.plan: BlockPlan = plan_block(
+            in_channels,
+            _choose_links(links, num_layers, threshold, below, above),
+            growth_rate,
+            compression=compression,
+            unit=unit,
+            width_rule=width_rule,
+            outputs=outputs,
+            bottleneck_factor=bottleneck_factor,
+        )
+        self.activation = one_of("activation", activation, ACTIVATIONS)
+        momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
+        norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
+        self.layers = nn.ModuleList(
+            self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
+        )
+
+    def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
+        plan, activation = self.plan, self.activation
+        read, width = plan.link_widths[index], plan.widths[index]
+        if plan.unit == "bottleneck":
+            return Bottleneck(read, plan.bottleneck_widths[index], width, activation, norm, **factory)
+        return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
+
+    @property
+    def links(self) -> Links:
+        """Sources of every layer."""
+        return self.plan.links
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output channels of layers 1..L."""
+        return self.plan.widths
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.plan.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.plan.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
+        check_images("input of the block", x, self.in_channels)
+        nodes = [x]
+        for sources, layer in zip(self.links, self.layers, strict=True):
+            nodes.append(layer(_join([nodes[k] for k in sources])))
+        return _join([nodes[k] for k in self.plan.outputs])
+
+    def extra_repr(self) -> str:
+        """The structure in one line, for print(model)."""
+        plan = self.plan
+        return (
+            f"{plan.in_channels} -> {plan.out_channels}, {self.links!r}, unit={plan.unit}, "
+            f"widths={plan.widths}, outputs={plan.outputs}"
+        )
+
+
+def check_images(name: str, x: Tensor, channels: int) -> None:
+    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+
+
+def _choose_links(
+    links: Iterable[Iterable[int]] | None,
+    num_layers: int | None,
+    threshold: int | None,
+    below: str,
+    above: str,
+) -> Iterable[Iterable[int]]:
+    below = one_of("below", below, ("dense", "sparse_dense"))
+    above = one_of("above", above, link_patterns.ABOVE)
+    if links is not None:
+        if num_layers is not None or threshold is not None:
+            raise ValueError("links must be given alone, got num_layers or threshold with them")
+        return links
+    if num_layers is None or threshold is None:
+        raise ValueError("links, or both num_layers and threshold, must be given, got neither in full")
+    rule = link_patterns.threshold_ab if below == "dense" else link_patterns.threshold_bc
+    return rule(num_layers, threshold, above)
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]

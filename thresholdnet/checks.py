@@ -1,0 +1,46 @@
+"""Argument checks of every public entry point: one sentence each (argument, what is required, what was given)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """Return `value` as an int inside [low, high], or raise TypeError / ValueError naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    return int(_inside(name, int(value), low, high))
+
+
+def number(name: str, value: object, low: float | None = None, high: float | None = None) -> float:
+    """Return `value` as a float inside [low, high], or raise TypeError / ValueError naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    return float(_inside(name, float(value), low, high))
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
+    """Return `value` if it is one of the strings in `allowed`, or raise naming the nearest ones."""
+    choices = list(allowed)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {', '.join(choices)}, got {value!r} ({type(value).__name__})")
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, choices, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
+    raise ValueError(f"{name} {value!r} is unknown; {hint}")
+
+
+def _inside(name: str, value: float, low: float | None, high: float | None) -> float:
+    inside = (low is None or value >= low) and (high is None or value <= high)  # False for NaN with any bound
+    if inside:
+        return value
+    if high is None:
+        required = f"at least {low}"
+    elif low is None:
+        required = f"at most {high}"
+    else:
+        required = f"from {low} to {high}"
+    raise ValueError(f"{name} must be {required}, got {value}")

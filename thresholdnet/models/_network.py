@@ -1,0 +1,174 @@
+"""The frame that all our classifiers share: stem, stages, head; and its pyramid form for detection and segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import check_images
+from ..checks import integer, number
+
+
+class FeatureInfo(TypedDict):
+    """One pyramid level: its place in the output list, its channels, and its reduction (input side / level side)."""
+
+    index: int
+    channels: int
+    reduction: int
+
+
+class Stage(nn.Sequential):
+    """Named modules run in order, with the channels and the reduction (input side / output side) that they end at."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], out_channels: int, reduction: int):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.out_channels = out_channels
+        self.reduction = reduction
+
+
+class Network(nn.Module):
+    """Stem, stages, global average pool, dropout, linear head.
+
+    Args:
+        stem, stages: the feature extractor, in order.
+        num_classes: outputs of the head; 0 leaves the head out and returns pooled features.
+        in_chans: channels of the images.
+        drop_rate: dropout before the head, 0 to 1.
+        device, dtype: of the head's parameters (the stages bring theirs).
+
+    Shapes: images [N, in_chans, H, W] with H, W >= `min_size` -> logits [N, num_classes].
+    """
+
+    def __init__(
+        self,
+        stem: Stage,
+        stages: Iterable[Stage],
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float = 0.0,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.in_chans = in_chans
+        self.num_classes = integer("num_classes", num_classes, 0)
+        last = self.stages[-1]
+        assert isinstance(last, Stage)
+        self.num_features = last.out_channels
+        self.min_size = _min_size([stem, *self.stages])
+        self.drop = nn.Dropout(number("drop_rate", drop_rate, 0, 1))
+        self.head = _head(self.num_features, self.num_classes, **factory)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] -> the last stage's map [N, num_features, h, w]."""
+        check_input(x, self.in_chans, self.min_size)
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map [N, num_features, h, w] -> logits [N, num_classes], or pooled features where `pre_logits` is set."""
+        x = self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one for `num_classes` classes, on the same device and in the same dtype."""
+        weight = next(self.stages.parameters())
+        self.num_classes = integer("num_classes", num_classes, 0)
+        self.head = _head(self.num_features, self.num_classes, device=weight.device, dtype=weight.dtype)
+
+
+class FeaturePyramid(nn.Module):
+    """The stages of a network as a backbone: images -> one map per reduction, the last before each downsampling.
+
+    State-dict keys are those of the classifier without its head.
+
+    Args:
+        network: the classifier whose stem and stages are taken over.
+        out_indices: which levels to return, by index in `feature_info` of all levels; None returns all.
+    """
+
+    def __init__(self, network: Network, out_indices: Sequence[int] | None = None):
+        super().__init__()
+        self.stem = network.stem
+        self.stages = network.stages
+        self.in_chans = network.in_chans
+        self.min_size = network.min_size
+        levels = list(_levels(network))
+        chosen = range(len(levels)) if out_indices is None else out_indices
+        picked = [integer("out_indices entry", i, 0, len(levels) - 1) for i in chosen]
+        if not picked or picked != sorted(set(picked)):
+            raise ValueError(f"out_indices must be ascending level numbers without repeats, got {tuple(chosen)}")
+        self._emit = [levels[i][0] for i in picked]  # number of stages run when the level is complete
+        self.feature_info: list[FeatureInfo] = [
+            {"index": i, "channels": levels[i][1].out_channels, "reduction": levels[i][1].reduction} for i in picked
+        ]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images [N, in_chans, H, W] -> maps [N, channels, ~H / reduction, ~W / reduction] as `feature_info` lists."""
+        check_input(x, self.in_chans, self.min_size)
+        levels = []
+        for done, stage in enumerate([self.stem, *self.stages]):
+            x = stage(x)
+            if done in self._emit:
+                levels.append(x)
+        return levels
+
+
+def check_input(x: Tensor, channels: int, min_size: int) -> None:
+    """Raise TypeError or ValueError unless `x` is a batch of images that the network can take."""
+    check_images("images", x, channels)
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f"images must be at least {min_size}x{min_size} pixels for this network, got {x.shape[2]}x{x.shape[3]}"
+        )
+
+
+def _head(features: int, num_classes: int, **factory: Any) -> nn.Module:
+    return nn.Linear(features, num_classes, **factory) if num_classes else nn.Identity()
+
+
+def _levels(network: Network) -> Iterator[tuple[int, Stage]]:
+    """(position, stage) of the last stage at every reduction."""
+    chain = [network.stem, *network.stages]
+    for position, stage in enumerate(chain):
+        assert isinstance(stage, Stage)
+        following = chain[position + 1] if position + 1 < len(chain) else None
+        if not isinstance(following, Stage) or following.reduction > stage.reduction:
+            yield position, stage
+
+
+def _min_size(stages: Iterable[nn.Module]) -> int:
+    """Smallest image side that leaves at least one pixel after every strided convolution and pool."""
+    strided = [
+        (_first(module.kernel_size), _first(module.stride), _first(module.padding))
+        for stage in stages
+        for module in stage.modules()
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and _first(module.stride) > 1
+    ]
+    side = 1
+    while True:
+        left = side
+        for kernel, stride, padding in strided:
+            left = (left + 2 * padding - kernel) // stride + 1
+            if left < 1:
+                break
+        else:
+            return side
+        side += 1
+
+
+def _first(value: Any) -> int:
+    return value[0] if isinstance(value, tuple) else int(value)

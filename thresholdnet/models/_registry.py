@@ -1,0 +1,99 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..checks import integer, one_of
+from ._network import FeaturePyramid, Network
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_COMMON = ("num_classes", "in_chans", "device", "dtype")
+
+
+def register(builder: Builder) -> Builder:
+    """Register a builder under its function name; a second model of that name is an error."""
+    name = builder.__name__
+    if name in _BUILDERS:
+        raise ValueError(f"model name {name!r} must be unique, got a second builder for it")
+    _BUILDERS[name] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all models that match a shell pattern such as "densenet*", sorted."""
+    return sorted(fnmatch.filter(_BUILDERS, pattern))
+
+
+def model_arguments(name: str) -> dict[str, Any]:
+    """The arguments that model `name` takes beyond the common ones, with their defaults."""
+    parameters = inspect.signature(_BUILDERS[one_of("model", name, list_models())]).parameters
+    return {key: p.default for key, p in parameters.items() if key not in _COMMON and p.kind is not p.VAR_KEYWORD}
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    *,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the head; 0 leaves the head out.
+        in_chans: channels of the images.
+        features_only: return a backbone whose output is a list of maps, one per reduction (see `feature_info`).
+        out_indices: which of those maps, ascending; None for all.
+        device, dtype: of all parameters.
+        arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
+
+    Returns:
+        An nn.Module: images [N, in_chans, H, W] -> logits [N, num_classes].
+
+    Raises:
+        ValueError: unknown model (the nearest names are given) or an argument out of range.
+        TypeError: an argument that the model does not take, or of the wrong type.
+    """
+    own = model_arguments(name)
+    for key in arguments:
+        if key not in own:
+            takes = ", ".join(own) or "no arguments of its own"
+            raise TypeError(f"model {name} takes {takes}, got {key!r}")
+    integer("num_classes", num_classes, 0)
+    integer("in_chans", in_chans, 1)
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices needs features_only=True, got out_indices={tuple(out_indices)} without it")
+    model = _BUILDERS[name](
+        num_classes=0 if features_only else num_classes,
+        in_chans=in_chans,
+        device=device,
+        dtype=dtype,
+        **arguments,
+    )
+    config = {"model": name, "num_classes": num_classes, "in_chans": in_chans, "arguments": arguments}
+    if features_only:
+        model = _as_pyramid(model, out_indices)
+        config["features_only"] = True
+    model.config = config  # type: ignore[assignment]  # plain data beside the modules, for save_pretrained
+    return model
+
+
+def _as_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:
+    if isinstance(model, Network):
+        return FeaturePyramid(model, out_indices)
+    from ._torchvision import feature_pyramid
+
+    return feature_pyramid(model, out_indices)

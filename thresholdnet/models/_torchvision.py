@@ -1,0 +1,117 @@
+"""The paper's baselines, built by torchvision under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import integer
+from ._network import FeatureInfo
+from ._registry import register
+
+LEVELS = (
+    "relu",
+    "layer1",
+    "layer2",
+    "layer3",
+    "layer4",
+)  # the ResNet family's last node at reductions 2 to 32
+
+
+@register
+def resnet18(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """ResNet18, the paper's ResNet on STL-10."""
+    return _build("resnet18", num_classes, in_chans, **factory)
+
+
+@register
+def resnet50(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """ResNet50: 25,557,032 parameters with 1000 classes."""
+    return _build("resnet50", num_classes, in_chans, **factory)
+
+
+@register
+def resnet101(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """ResNet101: 44,549,160 parameters with 1000 classes."""
+    return _build("resnet101", num_classes, in_chans, **factory)
+
+
+@register
+def resnext50_32x4d(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """ResNeXt50 32x4d: 25,028,904 parameters with 1000 classes."""
+    return _build("resnext50_32x4d", num_classes, in_chans, **factory)
+
+
+@register
+def resnext101_32x8d(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """ResNeXt101 32x8d: 88,791,336 parameters with 1000 classes."""
+    return _build("resnext101_32x8d", num_classes, in_chans, **factory)
+
+
+@register
+def wide_resnet50_2(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """WideResNet50-2: 68,883,240 parameters with 1000 classes."""
+    return _build("wide_resnet50_2", num_classes, in_chans, **factory)
+
+
+@register
+def wide_resnet101_2(num_classes: int = 1000, in_chans: int = 3, **factory: Any) -> nn.Module:
+    """WideResNet101-2: 126,886,696 parameters with 1000 classes."""
+    return _build("wide_resnet101_2", num_classes, in_chans, **factory)
+
+
+def _build(
+    name: str,
+    num_classes: int,
+    in_chans: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    models = _torchvision_models(name)
+    with torch.device(device or torch.get_default_device()):
+        model = getattr(models, name)(weights=None, num_classes=max(num_classes, 1))
+        if in_chans != 3:
+            model.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if num_classes == 0:
+            model.fc = nn.Identity()
+    return model.to(dtype) if dtype is not None else model
+
+
+def _torchvision_models(name: str) -> Any:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise RuntimeError(
+            f"model {name} is torchvision's and needs it installed: pip install torchvision ({error})"
+        ) from error
+    return models
+
+
+class _Pyramid(nn.Module):
+    """torchvision's feature extractor with the list output and `feature_info` of our own backbones."""
+
+    def __init__(self, extractor: nn.Module, info: list[FeatureInfo]):
+        super().__init__()
+        self.extractor = extractor
+        self.feature_info = info
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.extractor(x).values())
+
+
+def feature_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:
+    """A ResNet-family model as a backbone: images -> maps at reductions 2, 4, 8, 16, 32 (or `out_indices` of them)."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    picked = range(len(LEVELS)) if out_indices is None else out_indices
+    indices = [integer("out_indices entry", i, 0, len(LEVELS) - 1) for i in picked]
+    extractor = create_feature_extractor(model, return_nodes={LEVELS[i]: str(i) for i in indices})
+    width = next(model.parameters()).shape[0]
+    layers = [model.get_submodule(name)[-1] for name in LEVELS[1:]]  # type: ignore[index]  # they are Sequential
+    ends = [getattr(block, "bn3", None) or block.bn2 for block in layers]
+    channels = [width, *(end.num_features for end in ends)]
+    return _Pyramid(extractor, [{"index": i, "channels": channels[i], "reduction": 2 << i} for i in indices])

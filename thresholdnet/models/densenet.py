@@ -1,0 +1,115 @@
+"""DenseNet-BC (arXiv 1608.06993), and the same frame with log-dense (arXiv 1711.00002) or sparse links (1804.05340)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import links
+from ..blocks import ThresholdBlock
+from ._network import Network, Stage
+from ._registry import register
+
+Pattern = Callable[[int], links.Links]
+
+
+@register
+def densenet121(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet121: 7,978,856 parameters with 1000 classes; weights interchangeable with torchvision's."""
+    return _densenet((6, 12, 24, 16), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
+def densenet169(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet169: 14,149,480 parameters with 1000 classes; weights interchangeable with torchvision's."""
+    return _densenet((6, 12, 32, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
+def densenet201(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet201: 20,013,928 parameters with 1000 classes; weights interchangeable with torchvision's."""
+    return _densenet((6, 12, 48, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
+def densenet161(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet161: 28,681,000 parameters with 1000 classes; weights interchangeable with torchvision's."""
+    return _densenet((6, 12, 36, 24), 48, 96, links.dense, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
+def log_densenet121(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet121's frame with log-dense links."""
+    return _densenet((6, 12, 24, 16), 32, 64, links.log_dense, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
+def sparse_densenet121(
+    num_classes: int = 1000, in_chans: int = 3, n: int = 4, drop_rate: float = 0.0, **factory: Any
+) -> Network:
+    """DenseNet121's frame with sparse-dense links: the nodes up to n and the n nearest (n = 4 is our choice)."""
+
+    def sparse(depth: int) -> links.Links:
+        return links.sparse_dense(depth, n)
+
+    return _densenet((6, 12, 24, 16), 32, 64, sparse, num_classes, in_chans, drop_rate, **factory)
+
+
+def _densenet(
+    layers: Sequence[int],
+    k: int,
+    stem_width: int,
+    pattern: Pattern,
+    num_classes: int,
+    in_chans: int,
+    drop_rate: float,
+    **factory: Any,
+) -> Network:
+    stem = Stage(
+        {
+            "conv": nn.Conv2d(in_chans, stem_width, 7, 2, 3, bias=False, **factory),
+            "norm": nn.BatchNorm2d(stem_width, **factory),
+            "act": nn.ReLU(inplace=True),
+        },
+        stem_width,
+        reduction=2,
+    )
+    stages: list[Stage] = []
+    width, reduction = stem_width, 4
+    for index, depth in enumerate(layers):
+        modules: dict[str, nn.Module]
+        if index:
+            modules = _transition(width, width // 2, **factory)
+            width, reduction = width // 2, reduction * 2
+        else:
+            modules = {"pool": nn.MaxPool2d(3, 2, 1)}
+        block = ThresholdBlock(width, pattern(depth), k, unit="bottleneck", width_rule="constant", **factory)
+        modules["block"] = block
+        width = block.out_channels
+        if index == len(layers) - 1:
+            modules |= {"last_norm": nn.BatchNorm2d(width, **factory), "last_act": nn.ReLU(inplace=True)}
+        stages.append(Stage(modules, width, reduction))
+    network = Network(stem, stages, num_classes, in_chans, drop_rate, **factory)
+    _initialise(network)
+    return network
+
+
+def _transition(in_channels: int, out_channels: int, **factory: Any) -> dict[str, nn.Module]:
+    """BN - ReLU - Conv1x1 - average pool, at the entry of the next stage."""
+    return {
+        "norm": nn.BatchNorm2d(in_channels, **factory),
+        "act": nn.ReLU(inplace=True),
+        "conv": nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory),
+        "pool": nn.AvgPool2d(2, 2),
+    }
+
+
+def _initialise(network: Network) -> None:
+    """torchvision's initialisation of DenseNet."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

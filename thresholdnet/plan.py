@@ -1,0 +1,259 @@
+"""From a link pattern to a block plan: widths, what each layer reads, what the block returns, where each node lies.
+
+A plan is frozen, hashable and validated once, when it is made; everything else is derived from it. Pure Python: nothing
+here needs torch or a device. Channels are counted per pixel; bytes come from channels x height x width x item size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from . import links as link_patterns
+from .checks import integer, number, one_of
+from .links import Links
+
+UNITS = ("conv_bn_relu", "bottleneck")
+WIDTH_RULES = ("harmonic", "even", "constant")
+OUTPUT_RULES = ("auto", "all", "layers")
+SLOT_ALIGN = 8  # channels; 16 bytes of bf16, so that every slot starts and ends on a whole vector load
+ROW_ALIGN = 16  # channels; a pixel's row of all slots
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a node lies in a row of channels: `width` true channels from `offset`, followed by zeros up to `padded`."""
+
+    offset: int
+    width: int
+
+    @property
+    def padded(self) -> int:
+        """Channels that the slot takes: its width rounded up to SLOT_ALIGN."""
+        return _round_up(self.width, SLOT_ALIGN)
+
+    @property
+    def end(self) -> int:
+        """First channel behind the slot."""
+        return self.offset + self.padded
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The structure of one block; build it with `plan_block`.
+
+    Attributes:
+        links: sources of every layer, in concatenation order.
+        node_widths: channels of node 0 (the block's input) to node L.
+        outputs: nodes that the block returns, ascending.
+        unit: "conv_bn_relu" (Conv3x3-BN-ReLU) or "bottleneck" (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
+        bottleneck_widths: channels between the two convolutions of each layer; empty for conv_bn_relu.
+    """
+
+    links: Links
+    node_widths: tuple[int, ...]
+    outputs: tuple[int, ...]
+    unit: str
+    bottleneck_widths: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers."""
+        return len(self.links)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output channels of layers 1..L."""
+        return self.node_widths[1:]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the block's input."""
+        return self.node_widths[0]
+
+    @cached_property
+    def out_channels(self) -> int:
+        """Channels of the block's output."""
+        return sum(self.node_widths[node] for node in self.outputs)
+
+    @cached_property
+    def link_widths(self) -> tuple[int, ...]:
+        """Input channels of each layer: the summed widths of its sources."""
+        return tuple(sum(self.node_widths[k] for k in sources) for sources in self.links)
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that read each node, ascending: the transposed link table."""
+        readers: list[list[int]] = [[] for _ in self.node_widths]
+        for layer, sources in enumerate(self.links, start=1):
+            for node in sources:
+                readers[node].append(layer)
+        return tuple(map(tuple, readers))
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """One slot a node, side by side in node order: the layout of the training buffers."""
+        slots, offset = [], 0
+        for width in self.node_widths:
+            slots.append(Slot(offset, width))
+            offset = slots[-1].end
+        return tuple(slots)
+
+    @property
+    def buffer_channels(self) -> int:
+        """Channels of a row that holds every slot, rounded up to ROW_ALIGN."""
+        return _round_up(self.slots[-1].end, ROW_ALIGN)
+
+    @cached_property
+    def lifetimes(self) -> tuple[tuple[int, int], ...]:
+        """(step that writes a node, last step that reads it); step i runs layer i, step L + 1 is the output."""
+        end = self.num_layers + 1
+        return tuple(
+            (node, end if node in self.outputs else max(layers, default=node))
+            for node, layers in enumerate(self.readers)
+        )
+
+    @cached_property
+    def inference_slots(self) -> tuple[Slot, ...]:
+        """Slots of an inference workspace: a node takes the lowest gap that no living node overlaps (first fit)."""
+        slots: list[Slot] = []
+        for node, width in enumerate(self.node_widths):
+            start = self.lifetimes[node][0]
+            living = sorted(
+                (slot for slot, (_, last) in zip(slots, self.lifetimes, strict=False) if last >= start),
+                key=lambda slot: slot.offset,
+            )
+            slot = Slot(0, width)
+            for taken in living:
+                if slot.end <= taken.offset:
+                    break
+                slot = Slot(max(slot.offset, taken.end), width)
+            slots.append(slot)
+        return tuple(slots)
+
+    @property
+    def inference_channels(self) -> int:
+        """Channels of the inference workspace, rounded up to ROW_ALIGN."""
+        return _round_up(max(slot.end for slot in self.inference_slots), ROW_ALIGN)
+
+    def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
+        """Channels per pixel that backward needs, the block's input included.
+
+        Eager autograd keeps every concatenation, every BatchNorm input and every ReLU result. A fused block keeps the
+        raw convolution outputs once, in padded slots; `recompute_bottleneck` drops the bottleneck outputs from them.
+        Per-channel statistics do not grow with the image and are not counted.
+        """
+        if fused:
+            inner = 0 if recompute_bottleneck else sum(_round_up(w, SLOT_ALIGN) for w in self.bottleneck_widths)
+            return sum(slot.padded for slot in self.slots) + inner
+        joined = sum(width for sources, width in zip(self.links, self.link_widths, strict=True) if len(sources) > 1)
+        alone = {sources[0] for sources in self.links if len(sources) == 1}  # read in place: the node itself is kept
+        if self.unit == "bottleneck":
+            inner = sum(self.link_widths) + 2 * sum(self.bottleneck_widths)
+            return joined + sum(self.node_widths[node] for node in alone) + inner
+        return joined + (self.node_widths[0] if 0 in alone else 0) + 2 * sum(self.widths)
+
+    def kept_bytes(
+        self, height: int, width: int, item_size: int, *, fused: bool, recompute_bottleneck: bool = False
+    ) -> int:
+        """Bytes that one sample of height x width pixels keeps for backward; `item_size` in bytes (4 for fp32)."""
+        return self.kept_channels(fused, recompute_bottleneck) * height * width * item_size
+
+
+def plan_block(
+    in_channels: int,
+    links: Iterable[Iterable[int]],
+    growth_rate: int | Sequence[int],
+    *,
+    compression: float = 1.7,
+    unit: str = "conv_bn_relu",
+    width_rule: str = "harmonic",
+    outputs: str | Iterable[int] = "auto",
+    bottleneck_factor: int = 4,
+) -> BlockPlan:
+    """Plan a block.
+
+    Args:
+        in_channels: channels of the block's input.
+        links: a pattern from `thresholdnet.links`, or any tuple of source tuples.
+        growth_rate: k, or one width a layer (then `width_rule` and `compression` are not used).
+        compression: m, the width multiplier of layers that many later ones read (HarDNet's multiplier), above 0.
+        unit: "conv_bn_relu" or "bottleneck".
+        width_rule: "harmonic" (k up to the threshold, above it k m^e for the largest 2^e dividing i), "even" (k for odd
+            layers, k m for even ones: the paper's wording) or "constant" (k).
+        outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": all nodes for bottleneck units; else the
+            layers up to the threshold, the odd layers above it, and the last one.
+        bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, named in the message.
+    """
+    in_channels = integer("in_channels", in_channels, 1)
+    pattern = link_patterns.custom(links)
+    unit = one_of("unit", unit, UNITS)
+    factor = integer("bottleneck_factor", bottleneck_factor, 1)
+    widths = layer_widths(pattern, growth_rate, compression, width_rule)
+    return BlockPlan(
+        links=pattern,
+        node_widths=(in_channels, *widths),
+        outputs=_output_nodes(pattern, unit, outputs),
+        unit=unit,
+        bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
+    )
+
+
+def layer_widths(
+    links: Links, growth_rate: int | Sequence[int], compression: float = 1.7, width_rule: str = "harmonic"
+) -> tuple[int, ...]:
+    """Output channels of layers 1..L by one of the width rules (see `plan_block`)."""
+    rule = one_of("width_rule", width_rule, WIDTH_RULES)
+    m = number("compression", compression)
+    if not 0 < m < 100:
+        raise ValueError(f"compression must lie above 0 and below 100, got {compression}")
+    layers = range(1, len(links) + 1)
+    if isinstance(growth_rate, Sequence) and not isinstance(growth_rate, str):
+        if len(growth_rate) != len(links):
+            raise ValueError(
+                f"growth_rate must hold one width for each of the {len(links)} layers, got {len(growth_rate)}"
+            )
+        return tuple(integer(f"growth_rate of layer {i}", growth_rate[i - 1], 1) for i in layers)
+    k = integer("growth_rate", growth_rate, 1)
+    if rule == "constant":
+        return (k,) * len(links)
+    if rule == "even":
+        return tuple(_harmonic_width(k, m, 0 if i % 2 else 1) for i in layers)
+    return tuple(k if i <= links.threshold else _harmonic_width(k, m, _twos(i)) for i in layers)
+
+
+def _harmonic_width(k: int, m: float, exponent: int) -> int:
+    """2 floor(floor(k m^e + 1) / 2): k m^e rounded to an even number, as the released networks round it."""
+    width = float(k)
+    for _ in range(exponent):
+        width *= m  # one factor at a time: m ** e may round to another integer than the released code's product
+    return max(2, int(width + 1) // 2 * 2)
+
+
+def _twos(i: int) -> int:
+    return (i & -i).bit_length() - 1  # exponent of the largest power of two that divides i
+
+
+def _output_nodes(links: Links, unit: str, outputs: str | Iterable[int]) -> tuple[int, ...]:
+    last = len(links)
+    if isinstance(outputs, str):
+        rule = one_of("outputs", outputs, OUTPUT_RULES)
+        if rule == "all" or (rule == "auto" and unit == "bottleneck"):
+            return tuple(range(last + 1))
+        if rule == "layers":
+            return tuple(range(1, last + 1))
+        return tuple(i for i in range(1, last + 1) if i <= links.threshold or i % 2 or i == last)
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs must be one of {', '.join(OUTPUT_RULES)} or a tuple of nodes, got {outputs!r}")
+    nodes = tuple(sorted(integer("output node", node, 0, last) for node in outputs))
+    if not nodes or len(set(nodes)) < len(nodes):
+        raise ValueError(f"outputs must name at least one node and each once, got {nodes}")
+    return nodes
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,69 @@
+"""One block in plain torch: the truth that every engine is tested against. Slow, obvious, differentiable.
+
+Letters: N batch, C channels, H x W pixels; z raw convolution output, y activated value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import BlockPlan
+
+
+class Statistics(NamedTuple):
+    """Per-channel mean and biased variance of one BatchNorm, each of shape [C]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def block_forward(
+    plan: BlockPlan,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    statistics: Sequence[Statistics] | None = None,
+    eps: float = 1e-5,
+    activation: str = "relu",
+) -> tuple[Tensor, list[Statistics]]:
+    """Run a block; the caller keeps running statistics.
+
+    Args:
+        plan: the block's structure.
+        x: [N, C, H, W], C = plan.in_channels.
+        parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; BN weight, BN
+            bias, 1x1 weight, BN weight, BN bias, 3x3 weight for bottleneck.
+        statistics: fixed statistics to normalise with (inference), one per BatchNorm in forward order; None normalises
+            with the batch's own (training).
+        eps: added to the variance.
+        activation: "relu" or "relu6".
+
+    Returns:
+        The output [N, plan.out_channels, H, W], and the statistics that were used, in forward order.
+    """
+    act = {"relu": F.relu, "relu6": F.relu6}[activation]
+    weights, given, used = iter(parameters), iter(statistics or ()), []
+
+    def normalise(z: Tensor) -> Tensor:
+        gamma, beta = next(weights), next(weights)
+        if statistics is None:
+            used.append(Statistics(z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)))
+        else:
+            used.append(next(given))
+        scale = gamma * torch.rsqrt(used[-1].variance + eps)
+        shift = beta - used[-1].mean * scale
+        return z * scale[:, None, None] + shift[:, None, None]
+
+    nodes = [x]
+    for sources in plan.links:
+        joined = torch.cat([nodes[k] for k in sources], dim=1)
+        if plan.unit == "conv_bn_relu":
+            nodes.append(act(normalise(F.conv2d(joined, next(weights), padding=1))))
+        else:
+            inner = F.conv2d(act(normalise(joined)), next(weights))
+            nodes.append(F.conv2d(act(normalise(inner)), next(weights), padding=1))
+    return torch.cat([nodes[k] for k in plan.outputs], dim=1), used
