@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Bottleneck
 from .models import Network
@@ -25,7 +25,7 @@ DEPTHWISE_LEAVES = {"point.conv": "layer1.conv", "point.norm": "layer1.norm",
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.)")
 
 
-def released_prefixes(network: Network) -> dict[str, str]:
+def released_prefixes(network: nn.Module) -> dict[str, str]:
     """Our module prefixes -> those of the released files that have this network's structure.
 
     DenseNet frames map to torchvision's names; HarDNet and ThresholdNet frames to the running number of the module in
@@ -45,27 +45,33 @@ def released_prefixes(network: Network) -> dict[str, str]:
 
 
 def load_released(
-    network: Network, source: str | os.PathLike[str] | Mapping[str, Any], *, head: bool = True
-) -> Network:
+    network: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], *, head: bool | None = True
+) -> nn.Module:
     """Load a released file (or a state dict with its key names) into one of our models, in place.
 
     Args:
-        network: a model of the same structure.
+        network: one of our own models, of the same structure.
         source: path of a .pth / .pt / .safetensors file, or a state dict; "state_dict" and "model" wrappers and the
             "module." prefix of DataParallel are taken off.
-        head: False leaves the classifier as it is, for fine-tuning on other classes.
+        head: False leaves the classifier as it is, for fine-tuning on other classes; None does so only where the
+            file has another number of classes.
 
     Returns:
         The network.
 
     Raises:
+        TypeError: not one of our own models.
         FileNotFoundError: no such file.
         ValueError: a cut or foreign file, missing or unknown keys, other shapes or another number of classes.
     """
     theirs = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)))
     prefixes = released_prefixes(network)
+    if head is None:
+        bias = theirs.get(prefixes["head"] + ".bias")
+        head = isinstance(bias, Tensor) and bias.shape == network.state_dict()["head.bias"].shape
     if not head:
-        prefixes.pop("head")
+        left_out = prefixes.pop("head") + "."
+        theirs = {name: value for name, value in theirs.items() if not name.startswith(left_out)}
     ours: StateDict = {}
     for key, tensor in network.state_dict().items():
         prefix = _longest_prefix(key, prefixes)
@@ -80,14 +86,13 @@ def load_released(
             raise ValueError(f"weights must hold {name!r} for our {key!r}, got {len(theirs)} other keys")
         _check_shape(key, name, tensor, theirs[name])
         ours[key] = theirs.pop(name)
-    unknown = [name for name in theirs if head or not name.startswith(_head_prefix(network))]
-    if unknown:
-        raise ValueError(f"weights must fit the network, got {len(unknown)} unknown keys such as {unknown[0]!r}")
+    if theirs:
+        raise ValueError(f"weights must fit the network, got {len(theirs)} unknown keys such as {next(iter(theirs))!r}")
     network.load_state_dict(ours)
     return network
 
 
-def to_released(network: Network) -> StateDict:
+def to_released(network: nn.Module) -> StateDict:
     """The network's state dict under the released key names: what the other project's model loads."""
     prefixes = released_prefixes(network)
     renamed: StateDict = {}
@@ -136,10 +141,6 @@ def _base_list_prefixes(network: Network) -> Iterator[tuple[str, str]]:
             position += 1
     # the last entry is a Sequential of pool, flatten, (HarDNet's dropout,) linear
     yield "head", f"base.{position}.{2 if threshnet else 3}"
-
-
-def _head_prefix(network: Network) -> str:
-    return released_prefixes(network)["head"] + "."
 
 
 def _longest_prefix(key: str, prefixes: Mapping[str, str]) -> str | None:

@@ -1,0 +1,5 @@
+"""One thread a process: the tests' networks are tiny, and `make test` runs two workers on two cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it

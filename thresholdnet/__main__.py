@@ -1,0 +1,5 @@
+"""`python -m thresholdnet`, for torchrun."""
+
+from .cli import main
+
+main()

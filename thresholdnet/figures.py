@@ -1,0 +1,160 @@
+"""Pictures of a run as PNG files, drawn without any global matplotlib state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+SHEET_LIMIT = 64  # images on a contact sheet
+TRAIN, TEST = "#4878a8", "#d1495b"
+GREY, INK, GOOD = "#d9d9d9", "#222222", "#2a7f4f"
+
+
+def curve(history: Sequence[dict[str, float]], path: str | Path, title: str = "") -> None:
+    """Loss and accuracy of train and test per epoch.
+
+    Args:
+        history: rows with epoch, train_loss, train_accuracy, test_loss, test_accuracy.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: an empty history.
+    """
+    if not history:
+        raise ValueError("curve needs at least one epoch, got an empty history")
+    epochs = [row["epoch"] for row in history]
+    figure = _figure(10, 4.2)
+    loss, accuracy = figure.subplots(1, 2)
+    marker = "o" if len(epochs) <= 40 else ""
+    for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
+        for part, colour in (("train", TRAIN), ("test", TEST)):
+            values = [row[f"{part}_{key}"] for row in history]
+            axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=part)
+        axes.set_xlabel("epoch")
+        axes.set_title(key)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(color=GREY, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    best = max(history, key=lambda row: row["test_accuracy"])
+    accuracy.axhline(best["test_accuracy"], color=TEST, linewidth=0.8, linestyle=":")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    accuracy.set_title(f"accuracy (best test {best['test_accuracy']:.2%}, epoch {best['epoch']:.0f})")
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    if title:
+        figure.suptitle(title)
+    _save(figure, path)
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: str | Path) -> None:
+    """Confusion matrix, rows true and columns predicted, coloured by the share of each row.
+
+    Args:
+        matrix: counts, one row per true class.
+        classes: names in the same order.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: sizes that do not match.
+    """
+    counts = np.asarray(matrix)
+    number = len(classes)
+    if counts.shape != (number, number):
+        raise ValueError(f"confusion needs {number}x{number} counts for {number} classes, got {counts.shape}")
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(4.0 + 0.42 * number, 13)
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    # Names while they stay readable, every few classes beyond.
+    every = max(1, math.ceil(number / 50))
+    ticks = list(range(0, number, every))
+    font = float(np.clip(260 / number, 5, 10))
+    names = [_short(classes[i]) for i in ticks]
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(ticks, names, fontsize=font, **(slanted if max(map(len, names)) > 2 else {}))
+    axes.set_yticks(ticks, names, fontsize=font)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    accuracy = counts.trace() / max(int(counts.sum()), 1)
+    axes.set_title(f"accuracy {accuracy:.2%} of {int(counts.sum())} images")
+    if number <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if share[row, column] > 0.5 else INK
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    bar.set_label("share of the true class")
+    _save(figure, path)
+
+
+def contact_sheet(
+    images: Tensor,
+    predicted: Sequence[str],
+    probability: Sequence[float],
+    path: str | Path,
+    *,
+    truth: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Images in a grid with predicted class and probability; wrong ones in a red frame with the true class.
+
+    Args:
+        images: uint8 [n, 3, H, W]; the first 64 are shown.
+        predicted, probability: one per image.
+        path: PNG file to write.
+        truth: true classes, when known.
+        captions: a further line per image (file names).
+
+    Raises:
+        ValueError: no images, or lists of other lengths.
+    """
+    number = len(images)
+    lengths = {len(values) for values in (predicted, probability, truth, captions) if values is not None}
+    if number == 0 or lengths != {number}:
+        raise ValueError(f"contact_sheet needs images and one label for each, got {number} images")
+    shown = min(number, SHEET_LIMIT)
+    columns = min(8, shown)
+    rows = math.ceil(shown / columns)
+    figure = _figure(max(1.5 * columns, 2.4), 1.9 * rows + 0.1)
+    for i, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if i >= shown:
+            axes.set_axis_off()
+            continue
+        axes.imshow(images[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+        wrong = truth is not None and truth[i] != predicted[i]
+        colour = TEST if wrong else GOOD if truth is not None else GREY
+        for spine in axes.spines.values():
+            spine.set(color=colour, linewidth=2.5 if wrong else 1.5)
+        ink = TEST if wrong else INK
+        axes.set_title(f"{_short(predicted[i])} {probability[i]:.0%}", fontsize=9, color=ink, pad=3)
+        below = f"true: {_short(truth[i])}" if wrong and truth is not None else ""
+        if captions is not None and not wrong:
+            below = _short(captions[i])
+        axes.set_xlabel(below, fontsize=8, color=ink, labelpad=2)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    options: dict[str, Any] = {"format": "png", "facecolor": "white"}
+    figure.savefig(str(path), **options)
+
+
+def _short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

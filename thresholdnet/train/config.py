@@ -1,0 +1,181 @@
+"""Settings of a run, and the checks that come before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..checkpoint import read_checkpoint
+from .recipes import Recipe, make_recipe
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+# What shapes the curve: a resumed run must have the same values, or it would not be the same run.
+_FIXED = (
+    "model",
+    "model_args",
+    "data",
+    "image_size",
+    "limit",
+    "recipe",
+    "seed",
+    "precision",
+    "ema",
+    "channels_last",
+    "sync_batchnorm",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run. Fields set to None take the recipe's or the data set's own value.
+
+    Attributes:
+        model, model_args: for `thresholdnet.create_model`.
+        weights: start from this released file (`thresholdnet.weights.load_released`); the head stays fresh where the
+            file has another number of classes.
+        data, root, download, image_size, limit: for `thresholdnet.data.load_data`.
+        recipe: name of a recipe, or a `Recipe`.
+        epochs, batch_size, lr: replace the recipe's values; `batch_size` counts all devices together.
+        recipe_args: replaces any other field of the recipe.
+        seed: of weights, order, augmentation and dropout.
+        out_dir: where everything is written.
+        resume: go on from `out_dir`'s last checkpoint if there is one.
+        precision: `"32"`, `"bf16"` or `"16"` (mixed).
+        ema: decay of averaged weights, which evaluation then uses; None for none.
+        channels_last: memory format of weights and images.
+        sync_batchnorm: batch statistics over all GPUs.
+        accelerator: `"auto"`, `"cpu"`, `"gpu"` or `"mps"`.
+        devices: processes on this machine; under torchrun its own numbers count.
+        num_nodes: machines.
+        workers: decoding processes for large image folders.
+        save_every: steps between checkpoints inside an epoch; 0 saves at epoch ends only.
+        progress: show a bar when stderr is a terminal.
+        quiet: print no lines.
+    """
+
+    model: str = "thresholdnet_v1"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | Path | None = None
+    data: str = "cifar10"
+    root: str | Path | None = None
+    download: bool = False
+    image_size: int | None = None
+    limit: int | None = None
+    recipe: str | Recipe = "modern"
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    recipe_args: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    out_dir: str | Path = "runs/train"
+    resume: bool = False
+    precision: str = "32"
+    ema: float | None = None
+    channels_last: bool = True
+    sync_batchnorm: bool = False
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    workers: int = 2
+    save_every: int = 0
+    progress: bool = True
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        checks.one_of("precision", self.precision, PRECISIONS)
+        checks.one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        checks.integer("seed", self.seed, 0)
+        for name in ("devices", "num_nodes"):
+            checks.integer(name, getattr(self, name), 1)
+        for name in ("workers", "save_every"):
+            checks.integer(name, getattr(self, name), 0)
+        if self.ema is not None and checks.number("ema", self.ema, 0, 1) == 1:
+            raise ValueError("ema must be below 1, got 1: such an average would never move")
+
+    @classmethod
+    def saved_in(cls, out_dir: str | Path) -> TrainConfig | None:
+        """The settings of the run in `out_dir`, set to resume; None where there is none.
+
+        Raises:
+            ValueError: its config.json is damaged.
+        """
+        file = Path(out_dir) / "config.json"
+        if not file.exists():
+            return None
+        try:
+            plain = json.loads(file.read_text())
+            own = {"recipe": Recipe(**plain["recipe"]), "out_dir": out_dir, "resume": True}
+            return cls(**(plain | own))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cannot resume: {file} is damaged") from error
+
+    def full_recipe(self) -> Recipe:
+        """The recipe with this config's own epochs, batch size, learning rate and other fields."""
+        return make_recipe(self.recipe, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, **self.recipe_args)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, with the full recipe in place of its parts."""
+        plain = asdict(self) | {"recipe": self.full_recipe().as_dict()}
+        for part in ("epochs", "batch_size", "lr", "recipe_args"):
+            del plain[part]
+        return json.loads(json.dumps(plain, default=str))
+
+
+def start_point(config: TrainConfig, out: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; refuses whatever would lose or mix runs."""
+    last = out / "checkpoints" / "last.ckpt"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out_dir {out} is a file; give a folder")
+    if not last.exists():
+        return None
+    if not config.resume:
+        raise ValueError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out")
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume: {out / 'config.json'} is missing or damaged") from error
+    wanted = config.as_dict()
+    for name in _FIXED:
+        old, new = saved.get(name), wanted[name]
+        if name == "recipe":
+            _same_recipe(old or {}, new)
+        elif old != new:
+            raise ValueError(f"cannot resume with another {name}: the run in {out} has {old!r}, given {new!r}")
+    read_checkpoint(last)
+    return last
+
+
+def _same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        # More epochs may be added where the schedule does not stretch with them.
+        if key in ("epochs", "name") and new["schedule"] != "cosine":
+            continue
+        if old.get(key) != value:
+            had = old.get(key)
+            raise ValueError(f"cannot resume with another recipe {key}: the run has {had!r}, given {value!r}")
+
+
+def process_counts(config: TrainConfig) -> tuple[int, int, int]:
+    """(processes, rank, local rank) under torchrun or Lightning's own launcher, else of this config."""
+    devices, nodes = device_counts(config)
+    on_cpu = config.accelerator == "cpu" or not (torch.cuda.is_available() or config.accelerator != "auto")
+    if config.sync_batchnorm and on_cpu:
+        raise ValueError("sync_batchnorm needs GPUs: torch has no synchronised batch norm on the CPU")
+    if config.precision == "16" and on_cpu:
+        raise ValueError("precision 16 needs a GPU; use bf16 or 32 on the CPU")
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    return devices * nodes, rank, int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device_counts(config: TrainConfig) -> tuple[int, int]:
+    """(processes per machine, machines); torchrun's environment wins."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    return config.devices, config.num_nodes

@@ -1,0 +1,316 @@
+"""Train a network on images: `train(TrainConfig(model="thresholdnet_v1", data="cifar10", root="data"))`.
+
+Lightning's Trainer is the engine (precision, several GPUs and machines); what makes a run repeatable is ours:
+batches, learning rate and random stream are functions of (seed, step), and checkpoints carry the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from .. import __version__, figures
+from ..checkpoint import FORMAT, load_checkpoint, write_atomic
+from ..data import ImageData, load_data
+from ..inference import evaluate_data
+from ..loaders import make_loader
+from ..models import create_model
+from ..weights import load_released
+from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
+from .classifier import AtomicCheckpointIO, Classifier
+from .config import PRECISIONS, TrainConfig, device_counts, process_counts, start_point
+from .recipes import Recipe
+
+SHEET_IMAGES = 32  # test images on predictions.png
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as `config` says, and write checkpoints, logs, figures and result.json below
+    `config.out_dir`.
+
+    Returns:
+        What result.json holds: best and last test accuracy and loss, seconds, images per second, epochs,
+        parameter count, seed, versions, machine, paths, history. `"interrupted"` is true when Ctrl-C or
+        SIGTERM ended the run early (`"signal"` says which); last.ckpt is then usable for resume, evaluation
+        and prediction.
+
+    Raises:
+        TypeError, ValueError: bad settings, data or checkpoints, before any work; a loss that is no finite
+            number.
+        OSError: a file cannot be written; the previous checkpoint stays whole.
+    """
+    out = Path(config.out_dir)
+    recipe = config.full_recipe()
+    processes = process_counts(config)
+    if recipe.batch_size % processes[0]:
+        raise ValueError(f"batch_size must be a multiple of the {processes[0]} processes, got {recipe.batch_size}")
+    resume_from = start_point(config, out)
+    create_model(config.model, device="meta", **config.model_args)  # a wrong name or argument shows before any download
+    data = load_data(
+        config.data,
+        config.root,
+        download=config.download,
+        image_size=config.image_size,
+        limit=config.limit,
+    )
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, num_classes=len(data.classes), **config.model_args)
+    if config.weights is not None and resume_from is None:
+        load_released(model, config.weights, head=None)
+    _probe(model, data.image_size)
+    with _quiet_lightning():
+        run = _Run(config, recipe, data, model, out, processes)
+        return run.fit(resume_from)
+
+
+class _Run:
+    """One call of `train`: the pieces and their order."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        recipe: Recipe,
+        data: ImageData,
+        model: nn.Module,
+        out: Path,
+        processes: tuple[int, int, int],
+    ) -> None:
+        self.config, self.recipe, self.data, self.out = config, recipe, data, out
+        self.rank_zero = processes[1] == 0
+        self.parameters = sum(p.numel() for p in model.parameters())
+        plain = (0.0,) * 3, (1.0,) * 3
+        self.mean, self.std = (data.mean, data.std) if recipe.normalize else plain
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        steps = -(-len(data.train) // recipe.batch_size)
+        self.module = Classifier(model, recipe, steps, self._info(), seed=config.seed, ema_decay=config.ema)
+        self.stop = StopSignal()
+        self.bar = Bar(config.progress and not config.quiet and sys.stderr.isatty())
+        self.checkpoints = Checkpoints(out / "checkpoints", config.save_every, self.stop)
+
+    def fit(self, resume_from: Path | None) -> dict[str, Any]:
+        """Set up the trainer, train, and report."""
+        self._prepare_folder()
+        trainer = self._trainer()
+        started = time.perf_counter()
+        try:
+            trainer.fit(
+                self.module,
+                self._loader(trainer, train=True),
+                self._loader(trainer, train=False),
+                ckpt_path=None if resume_from is None else str(resume_from),
+                weights_only=True,
+            )
+            signum = 0
+        except TrainingInterrupted as stop:
+            signum = stop.signum
+        except SystemExit as error:
+            # Lightning turns a KeyboardInterrupt (here: the second Ctrl-C) into an exit of its own.
+            raise KeyboardInterrupt from error
+        finally:
+            self.stop.restore()
+            self.bar.close()
+        return self._report(trainer, time.perf_counter() - started, signum)
+
+    def _info(self) -> dict[str, Any]:
+        plain = self.config.as_dict()
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "model": self.config.model,
+            "model_args": plain["model_args"],
+            "num_classes": len(self.data.classes),
+            "in_chans": 3,
+            "classes": list(self.data.classes),
+            "image_size": self.data.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "data": self.config.data,
+            "recipe": plain["recipe"],
+            "seed": self.config.seed,
+        }
+
+    def _prepare_folder(self) -> None:
+        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        moments = 2 if self.recipe.optimizer == "adam" else 1
+        copies = 1 + moments + (self.config.ema is not None)
+        need = 3 * copies * sum(v.numel() * v.element_size() for v in self.module.model.state_dict().values())
+        free = shutil.disk_usage(self.out).free
+        if free < need:
+            raise OSError(
+                f"too little room at {self.out}: three checkpoints need {need / 2**20:.0f} MiB, "
+                f"{free / 2**20:.0f} MiB are free"
+            )
+        if self.rank_zero:
+            text = json.dumps(self.config.as_dict(), indent=2) + "\n"
+            write_atomic(self.out / "config.json", text.encode())
+
+    def _trainer(self) -> pl.Trainer:
+        config = self.config
+        devices, nodes = device_counts(config)
+        parallel = devices * nodes > 1
+        self.logger = TensorBoardLogger(self.out, name="tensorboard", version="") if self.rank_zero else None
+        callbacks: list[pl.Callback] = [
+            self.bar,
+            EpochLog(self.out / "metrics.csv", self.logger, self.bar.write, not config.quiet),
+            self.checkpoints,
+        ]
+        return pl.Trainer(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if parallel else "auto",
+            precision=PRECISIONS[config.precision],  # type: ignore[arg-type]  # Lightning lists the names as literals
+            sync_batchnorm=config.sync_batchnorm,
+            max_epochs=self.recipe.epochs,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=False,  # our callback logs from the history, which survives a resume
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=self.out,
+        )
+
+    def _loader(self, trainer: pl.Trainer, train: bool) -> Any:
+        return make_loader(
+            self.data,
+            train=train,
+            batch_size=self.recipe.batch_size,
+            mean=self.mean,
+            std=self.std,
+            flip=self.recipe.flip,
+            crop_padding=self.recipe.crop_padding,
+            seed=self.config.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            device=trainer.strategy.root_device,
+            channels_last=self.config.channels_last,
+            workers=self.config.workers,
+        )
+
+    def _report(self, trainer: pl.Trainer, wall: float, signum: int) -> dict[str, Any]:
+        history, best = self.module.history, self.module.best
+        last = history[-1] if history else {}
+        seconds = sum(row["seconds"] for row in history)
+        result: dict[str, Any] = {
+            "interrupted": bool(signum),
+            "rank": trainer.global_rank,
+            "signal": signum,
+            "model": self.config.model,
+            "data": self.config.data,
+            "recipe": self.recipe.name,
+            "epochs": len(history),
+            "best_epoch": best.get("epoch"),
+            "best_accuracy": best.get("test_accuracy"),
+            "best_loss": best.get("test_loss"),
+            "last_accuracy": last.get("test_accuracy"),
+            "last_loss": last.get("test_loss"),
+            "last_train_loss": last.get("train_loss"),
+            "seconds": seconds,
+            "wall_seconds_this_call": wall,
+            "images_per_second": len(self.data.train) * len(history) / seconds if seconds else None,
+            "parameters": self.parameters,
+            "seed": self.config.seed,
+            "precision": self.config.precision,
+            "processes": trainer.world_size,
+            "versions": _versions(),
+            "machine": _machine(trainer.strategy.root_device),
+            "out_dir": str(self.out),
+            "checkpoint_best": str(self.checkpoints.best) if history else None,
+            "checkpoint_last": str(self.checkpoints.last),
+            "files": {},
+            "history": history,
+        }
+        if trainer.is_global_zero and history:
+            result["files"] = self._draw(trainer.strategy.root_device, with_images=not signum)
+        if trainer.is_global_zero:
+            write_atomic(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        return result
+
+    def _draw(self, device: torch.device, with_images: bool) -> dict[str, str]:
+        """Figures; those of the test images come from best.ckpt as it lies on the disk."""
+        files = {"curve": self.out / "curve.png"}
+        title = f"{self.config.model} on {self.config.data}, recipe {self.recipe.name}"
+        figures.curve(self.module.history, files["curve"], title=title)
+        if with_images:
+            files |= {"confusion": self.out / "confusion.png", "predictions": self.out / "predictions.png"}
+            loaded = load_checkpoint(self.checkpoints.best)
+            report = evaluate_data(
+                loaded, self.data, batch_size=self.recipe.batch_size, device=device, keep=SHEET_IMAGES
+            )
+            figures.confusion(report["confusion"], loaded.classes, files["confusion"])
+            sheet = report["samples"]
+            figures.contact_sheet(
+                sheet["images"],
+                [loaded.classes[i] for i in sheet["predicted"]],
+                sheet["probability"],
+                files["predictions"],
+                truth=[loaded.classes[i] for i in sheet["labels"]],
+            )
+        return {name: str(path) for name, path in files.items()}
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, size: int) -> None:
+    """One forward pass, so that images too small for the network are refused before any work."""
+    was_training = model.training
+    model.eval()(torch.zeros(1, 3, size, size))
+    model.train(was_training)
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """No tips, no advice on workers and no version banners from Lightning; its errors stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=r".*(lr_scheduler|num_workers|isinstance\(treespec).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "thresholdnet": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": device.type,
+        "name": name,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
