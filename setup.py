@@ -2,4 +2,4 @@
 
 from setuptools import setup
 
-setup(packages=["thresholdnet", "thresholdnet.models", "thresholdnet.train"])
+setup(packages=["thresholdnet", "thresholdnet.backends", "thresholdnet.models", "thresholdnet.train"])

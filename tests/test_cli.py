@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
 
 def test_help_teaches():
     stdout, _ = run("--help")
-    for command in ("train", "eval", "predict", "models", "tables", "links"):
+    for command in ("train", "eval", "predict", "models", "tables", "memory", "links"):
         assert command in stdout
     assert "--resume" in run("train", "--help")[0]
     assert run("--version")[0].startswith("thresholdnet 0.")
@@ -77,6 +77,14 @@ def test_tables_in_every_format(tmp_path):
     assert len(json.loads(run("tables", "I", "II", "--format", "json")[0])) == 2
     assert run("tables", "III", "--format", "csv", "--out", tmp_path / "three.csv")[0].startswith("written:")
     assert "0-1-2-3-9-10-11" in (tmp_path / "three.csv").read_text()
+
+
+def test_memory(tmp_path):
+    report = json.loads(run("memory", "--model", "thresholdnet_v1", "--batch-size", 2, "--dtype", "fp32", "--json")[0])
+    kept = {mode: entry["kept"] for mode, entry in report.items()}
+    assert kept["fused, recompute"] < kept["fused"] < kept["eager"]
+    stdout, _ = run("memory", "--model", "hardnet68", "--image-size", 64, "--figure", tmp_path / "bars.png")
+    assert "kept in stages.0.block" in stdout and Image.open(tmp_path / "bars.png").width > 300
 
 
 def test_models():
@@ -174,6 +182,9 @@ WRONG = [
     (["train", "--data", "digits", "--precision", "64"], "precision '64' is unknown"),
     (["train", "--data", "digits", "--weights", "none.pth"], "weights must be an existing file, got none.pth"),
     (["eval", "nothing.ckpt"], "checkpoint nothing.ckpt cannot be read"),
+    (["memory", "--dtype", "int8"], "dtype 'int8' is unknown"),
+    (["memory", "--image-size", "16"], "images must be at least 29x29"),
+    (["train", "--data", "digits", "--fused", "--backend", "triton"], "backend 'triton' cannot run here"),
     (["links", "--pattern", "harmonik"], "did you mean harmonic"),
     (["links", "--layers", "0"], "layers must be from 1 to 1024, got 0"),
     (["links", "--threshold", "-3"], "threshold must be at least 0, got -3"),

@@ -335,3 +335,23 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
         # Exactly 61 test images counted: accuracy is a whole number of them.
         assert (row["test_accuracy"] * 61) == pytest.approx(round(row["test_accuracy"] * 61), abs=1e-9)
     assert result["history"][-1]["step"] == 2 * math.ceil(61 / 20)
+
+
+def test_fused_and_plain_training_keep_the_same_curve(tmp_path: Path) -> None:
+    """30 steps on the digits from the same start in fp32: losses agree to 1e-4, each checkpoint goes on as the other.
+
+    A gentle net and rate: with maps of 1x1 pixels, or Adam, rounding grows so fast that plain torch leaves its own
+    curve when only the memory format changes (tests/test_engine.py holds 30 steps in fp64 on such a net).
+    """
+    gentle = {"layers": [8], "growth_rates": [8], "transitions": [24], "threshold": 4}
+    common = TINY | {"model": "thresholdnet_bc", "model_args": gentle, "limit": 1000, "batch_size": 100, "lr": 0.001}
+    common |= {"save_every": 0, "recipe_args": {"schedule": "constant"}}  # constant: a resumed run may add epochs
+    plain = train(TrainConfig(**common, out_dir=tmp_path / "plain"))
+    fused = train(TrainConfig(**common, fused=True, out_dir=tmp_path / "fused"))
+    assert plain["history"][-1]["step"] == fused["history"][-1]["step"] == 30
+    assert fused["fused"] and not plain["fused"]
+    for a, b in zip(plain["history"], fused["history"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    again = TrainConfig(**(common | {"epochs": 4}), fused=True, resume=True, out_dir=tmp_path / "plain")
+    other = TrainConfig(**(common | {"epochs": 4}), resume=True, out_dir=tmp_path / "fused")
+    assert train(again)["last_train_loss"] == pytest.approx(train(other)["last_train_loss"], rel=1e-4)

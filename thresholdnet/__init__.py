@@ -11,7 +11,8 @@ try:
 except ImportError as error:
     raise ImportError(f"thresholdnet needs torch 2.11 or newer: pip install 'thresholdnet[torch]' ({error})") from error
 
-from . import links, weights
+from . import functional, links, memory, weights
+from .backends import backends
 from .blocks import ThresholdBlock
 from .models import create_model, from_pretrained, list_models, save_pretrained
 from .plan import BlockPlan, plan_block
@@ -22,6 +23,6 @@ except PackageNotFoundError:  # a source checkout that was never installed
     __version__ = "0+source"
 
 __all__ = [
-    "BlockPlan", "ThresholdBlock", "create_model", "from_pretrained", "links", "list_models", "plan_block",
-    "save_pretrained", "weights",
+    "BlockPlan", "ThresholdBlock", "backends", "create_model", "from_pretrained", "functional", "links", "list_models",
+    "memory", "plan_block", "save_pretrained", "weights",
 ]  # fmt: skip

@@ -1,14 +1,16 @@
-"""The blocks as nn.Modules in plain torch: concatenate the links, run the unit."""
+"""The blocks as nn.Modules: fused through the engine, or in plain torch (concatenate the links, run the unit)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import links as link_patterns
+from . import ops
+from .backends import CHOICES, choose
 from .checks import number, one_of
 from .links import Links
 from .plan import BlockPlan, plan_block
@@ -82,16 +84,24 @@ class ThresholdBlock(nn.Module):
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
         activation: "relu" or "relu6".
         norm_eps, norm_momentum: as in nn.BatchNorm2d.
+        fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
+            hooks on the modules inside are not called, and gradients of gradients raise.
+        backend: "auto" (the best that can run here), or a name of `tn.backends()`, which works or raises.
+        recompute: None, or "bottleneck": backward makes the bottleneck outputs again instead of keeping them.
         device, dtype: of the parameters.
 
-    Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; plain torch keeps x's memory format.
+    Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; channels_last when fused, in plain torch
+    x's own memory format.
 
     Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
     (bottleneck: BN, 1x1 convolution, BN, 3x3 convolution); input channels lie in link order.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; an input of wrong rank, width or dtype.
+        RuntimeError: a backend asked for by name that cannot run here.
     """
+
+    can_fuse = True  # a subclass with other units has no fused form
 
     def __init__(
         self,
@@ -111,6 +121,9 @@ class ThresholdBlock(nn.Module):
         activation: str = "relu",
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
+        fused: bool = False,
+        backend: str = "auto",
+        recompute: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -131,6 +144,20 @@ class ThresholdBlock(nn.Module):
         self.layers = nn.ModuleList(
             self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
         )
+        self.fuse(fused, backend, recompute)
+
+    def fuse(self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> ThresholdBlock:
+        """Switch the engine on or off; returns the block itself. Arguments and errors as in the class."""
+        one_of("backend", backend, CHOICES)
+        if recompute is not None:
+            one_of("recompute", recompute, ("bottleneck",))
+        if fused and self.can_fuse:
+            choose(backend)
+        self.fused, self.recompute = bool(fused) and self.can_fuse, recompute
+        self._backend = backend
+        self._plan_text = self.plan.to_text()
+        self._ran = "reference"
+        return self
 
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
         plan, activation = self.plan, self.activation
@@ -159,9 +186,49 @@ class ThresholdBlock(nn.Module):
         """Channels of the output."""
         return self.plan.out_channels
 
+    @property
+    def backend(self) -> str:
+        """The backend that ran last: "triton", "native" or "reference" (plain torch, or not run yet)."""
+        return self._ran
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
         check_images("input of the block", x, self.in_channels)
+        name = choose(self._backend) if self.fused else "reference"
+        if self._ran != name:
+            self._ran = name
+        return self._plain_forward(x) if name == "reference" else self._fused_forward(x, name)
+
+    def _fused_forward(self, x: Tensor, backend: str) -> Tensor:
+        norms = list(self._norms())
+        convolutions = [m for m in self.layers.modules() if isinstance(m, nn.Conv2d)]
+        fixed = [not norm.training and norm.running_mean is not None for norm in norms]
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not all(fixed):
+            raise ValueError(
+                f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
+            )
+        dtype = ops.autocast_dtype(x.device)
+        if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
+            x = x.to(dtype)
+        elif convolutions[0].weight.dtype != x.dtype:
+            own = convolutions[0].weight.dtype
+            raise TypeError(f"input of the block must have the weights' dtype {own}, got {x.dtype}")
+        weights = {id(conv): conv.weight.to(x.dtype) for conv in convolutions}
+        parameters = [tensor for layer in self.layers for tensor in _in_forward_order(layer, weights)]
+        running = [_or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        eps = [norm.eps for norm in norms]
+        recompute = self.recompute == "bottleneck"
+        y, statistics, _ = ops.block(
+            x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute
+        )
+        _update_running(norms, statistics, x.shape[0] * x.shape[2] * x.shape[3])
+        return y
+
+    def _norms(self) -> Iterator[nn.BatchNorm2d]:
+        return (module for module in self.layers.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
         nodes = [x]
         for sources, layer in zip(self.links, self.layers, strict=True):
             nodes.append(layer(_join([nodes[k] for k in sources])))
@@ -205,6 +272,35 @@ def _choose_links(
         raise ValueError("links, or both num_layers and threshold, must be given, got neither in full")
     rule = link_patterns.threshold_ab if below == "dense" else link_patterns.threshold_bc
     return rule(num_layers, threshold, above)
+
+
+def _in_forward_order(layer: nn.Module, weights: dict[int, Tensor]) -> Iterator[Tensor]:
+    """A unit's parameters as the engine takes them; ones and zeros stand for an affine that is switched off."""
+    for module in layer.children():
+        if isinstance(module, nn.Conv2d):
+            yield weights[id(module)]
+        elif isinstance(module, nn.BatchNorm2d):
+            like = next(iter(weights.values()))
+            yield like.new_ones(module.num_features) if module.weight is None else module.weight
+            yield like.new_zeros(module.num_features) if module.bias is None else module.bias
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.no_grad()
+def _update_running(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor], pixels: int) -> None:
+    """What nn.BatchNorm2d does to its buffers in training, once per call."""
+    for norm, used in zip(norms, statistics, strict=True):
+        if not norm.training or norm.running_mean is None or norm.running_var is None:
+            continue
+        assert norm.num_batches_tracked is not None  # kept together with the running statistics
+        norm.num_batches_tracked.add_(1)
+        rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        mean, variance = used.to(norm.running_mean.dtype)
+        norm.running_mean.add_(rate * (mean - norm.running_mean))
+        norm.running_var.add_(rate * (variance * (pixels / max(pixels - 1, 1)) - norm.running_var))
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

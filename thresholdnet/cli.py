@@ -104,6 +104,13 @@ def train_command(
     precision: Annotated[str, typer.Option(help="32, or mixed: bf16, 16 (GPU).")] = "32",
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights for evaluation, such as 0.999.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of weights and images.")] = True,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Run the blocks in the engine: same results, less memory.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="Of the engine: auto, or a name that works or raises.")] = "auto",
+    recompute: Annotated[
+        str | None, typer.Option(help="bottleneck: make bottleneck outputs again in backward, for less memory still.")
+    ] = None,
     sync_batchnorm: Annotated[bool, typer.Option("--sync-batchnorm", help="Statistics over all GPUs.")] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
     devices: Annotated[int, typer.Option(help="Processes on this machine; torchrun's numbers win.")] = 1,
@@ -125,7 +132,8 @@ def train_command(
         "download": download, "image_size": image_size, "limit": limit, "recipe": recipe,
         "recipe_args": _pairs("--recipe-arg", recipe_arg), "epochs": epochs, "batch_size": batch_size, "lr": lr,
         "seed": seed, "out_dir": out, "resume": resume, "save_every": save_every, "precision": precision, "ema": ema,
-        "channels_last": channels_last, "sync_batchnorm": sync_batchnorm, "accelerator": accelerator,
+        "channels_last": channels_last, "fused": fused, "backend": backend, "recompute": recompute,
+        "sync_batchnorm": sync_batchnorm, "accelerator": accelerator,
         "devices": devices, "num_nodes": nodes, "workers": workers, "progress": progress, "quiet": as_json,
     }  # fmt: skip
     saved = TrainConfig.saved_in(out) if resume else None
@@ -266,6 +274,52 @@ def tables_command(
     else:
         text = "\n".join(render(table).rstrip("\n") + "\n" for table in chosen)
     _write_or_print(text.rstrip("\n") + "\n", out)
+
+
+@app.command("memory")
+def memory_command(
+    model: Annotated[str, typer.Option(help="A model of the zoo.")] = "thresholdnet_v1",
+    model_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the model; may repeat.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+    figure: Annotated[Path | None, typer.Option(help="Write a bar chart there as a PNG.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bytes that a training step keeps and needs at its peak: eager, fused, and fused with recomputed bottlenecks.
+
+    Counted by running the step without computing it (torch's meta device): no GPU is needed and no time is spent.
+    """
+    from . import figures, memory
+    from .models import create_model
+
+    network = create_model(model, device="meta", **_pairs("--model-arg", model_arg))
+    report = memory.account(network, (batch_size, 3, image_size, image_size), memory.dtype_of(dtype))
+    if figure is not None:
+        figures.memory_bars(report, figure, f"{model}, batch {batch_size} at {image_size}x{image_size}, {dtype}")
+    if as_json:
+        print(json.dumps(memory.as_dict(report), indent=2))
+        return
+    table = RichTable("", *report, box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    eager = report["eager"]
+    for name in eager.blocks:
+        table.add_row(f"kept in {name}", *(_mib(account.blocks[name]) for account in report.values()))
+    for what in ("kept", "peak", "moved"):
+        values = [getattr(account, what) for account in report.values()]
+        table.add_row(f"{what} in all", *map(_mib, values), style="bold")
+        table.add_row("  of eager", *(f"{value / values[0]:.2f}" for value in values))
+    Console().print(table)
+    print(
+        "MiB of activations. kept: from forward to backward; peak: of the step; moved: read and written by operations"
+    )
+    if figure is not None:
+        print(f"drawn: {figure}")
+
+
+def _mib(value: int) -> str:
+    return f"{value / 2**20:,.1f}"
 
 
 @app.command("links")

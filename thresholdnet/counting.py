@@ -68,8 +68,8 @@ def count(model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Co
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    shape = _checked_shape(input_shape)
-    twin = _meta_copy(model).eval()
+    shape = checked_shape(input_shape)
+    twin = meta_copy(model).eval()
     macs = 0
     last: dict[nn.Module, Cost] = {}  # a later run of the same module overwrites the earlier one
 
@@ -92,7 +92,8 @@ def count(model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Co
     )
 
 
-def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple of positive integers, or TypeError / ValueError."""
     if isinstance(input_shape, str) or not isinstance(input_shape, Sequence):
         raise TypeError(f"input_shape must be a sequence of integers, batch first, got {input_shape!r}")
     if not input_shape:
@@ -100,7 +101,7 @@ def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(integer("input_shape entry", side, 1) for side in input_shape)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers lie on the meta device; the weights themselves are never copied."""
     memo: dict[int, Any] = {}  # deepcopy takes what it finds here in place of copying
     for parameter in model.parameters():

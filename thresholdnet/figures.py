@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,34 @@ def curve(history: Sequence[dict[str, float]], path: str | Path, title: str = ""
     accuracy.axhline(best["test_accuracy"], color=TEST, linewidth=0.8, linestyle=":")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     accuracy.set_title(f"accuracy (best test {best['test_accuracy']:.2%}, epoch {best['epoch']:.0f})")
-    loss.set_ylim(bottom=0)
+    losses = [row[f"{part}_loss"] for row in history for part in ("train", "test")]
+    if min(losses) > 0 and max(losses) > 10 * float(np.median(losses)):
+        loss.set_yscale("log")  # one wild early epoch (young running statistics) would flatten all the others
+        loss.set_title("loss (log scale)")
+    else:
+        loss.set_ylim(bottom=0)
     loss.legend(frameon=False)
     if title:
         figure.suptitle(title)
+    _save(figure, path)
+
+
+def memory_bars(report: Mapping[str, Any], path: str | Path, title: str) -> None:
+    """Kept and peak bytes of a training step, one pair of bars a mode (see `thresholdnet.memory.account`)."""
+    modes = list(report)
+    figure = _figure(7, 1.2 + 0.9 * len(modes))
+    axes = figure.subplots()
+    for offset, what, colour in ((-0.2, "kept", TRAIN), (0.2, "peak", TEST)):
+        values = [getattr(report[mode], what) / 2**30 for mode in modes]
+        bars = axes.barh([i + offset for i in range(len(modes))], values, 0.38, color=colour, label=what)
+        axes.bar_label(bars, [f"{v:.2f} ({v / values[0]:.0%})" for v in values], padding=3, fontsize=9)
+    axes.set_yticks(range(len(modes)), modes)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB of activations")
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title(title)
     _save(figure, path)
 
 
@@ -146,13 +170,15 @@ def contact_sheet(
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    options: dict[str, Any] = {"format": "png", "facecolor": "white"}
+    # "tight" because the constrained layout forgets an axis label beside an image of fixed aspect
+    options: dict[str, Any] = {"format": "png", "facecolor": "white", "bbox_inches": "tight", "pad_inches": 0.12}
     figure.savefig(str(path), **options)
 
 

@@ -6,9 +6,10 @@ here needs torch or a device. Channels are counted per pixel; bytes come from ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 
 from . import links as link_patterns
 from .checks import integer, number, one_of
@@ -136,6 +137,19 @@ class BlockPlan:
     def inference_channels(self) -> int:
         """Channels of the inference workspace, rounded up to ROW_ALIGN."""
         return _round_up(max(slot.end for slot in self.inference_slots), ROW_ALIGN)
+
+    def to_text(self) -> str:
+        """The plan as JSON, for places that take only text, such as an operator's schema; `from_text` reads it."""
+        fields = asdict(self) | {"links": [list(row) for row in self.links]}
+        return json.dumps(fields, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_text(text: str) -> BlockPlan:
+        """The plan that `to_text` wrote."""
+        fields = json.loads(text)
+        sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
+        return BlockPlan(links=Links(fields["links"]), unit=fields["unit"], **sequences)
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
         """Channels per pixel that backward needs, the block's input included.

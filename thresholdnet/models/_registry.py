@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..blocks import ThresholdBlock
 from ..checks import integer, one_of
 from ._network import FeaturePyramid, Network
 
@@ -47,6 +48,9 @@ def create_model(
     out_indices: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    fused: bool = False,
+    backend: str = "auto",
+    recompute: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Build a model with fresh weights.
@@ -58,6 +62,7 @@ def create_model(
         features_only: return a backbone whose output is a list of maps, one per reduction (see `feature_info`).
         out_indices: which of those maps, ascending; None for all.
         device, dtype: of all parameters.
+        fused, backend, recompute: run the blocks in the engine (see `ThresholdBlock`); same state dict either way.
         arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
 
     Returns:
@@ -66,6 +71,7 @@ def create_model(
     Raises:
         ValueError: unknown model (the nearest names are given) or an argument out of range.
         TypeError: an argument that the model does not take, or of the wrong type.
+        RuntimeError: a backend asked for by name that cannot run here.
     """
     own = model_arguments(name)
     for key in arguments:
@@ -83,12 +89,24 @@ def create_model(
         dtype=dtype,
         **arguments,
     )
+    fuse_blocks(model, fused, backend, recompute)
     config = {"model": name, "num_classes": num_classes, "in_chans": in_chans, "arguments": arguments}
     if features_only:
         model = _as_pyramid(model, out_indices)
         config["features_only"] = True
     model.config = config  # type: ignore[assignment]  # plain data beside the modules, for save_pretrained
     return model
+
+
+def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> int:
+    """Switch the engine on or off in every block of a model, in place; returns the number of blocks that now run in it.
+
+    Raises:
+        ValueError: unknown backend or recompute.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, ThresholdBlock)]
+    return sum(block.fuse(fused, backend, recompute).fused for block in blocks)
 
 
 def _as_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:

@@ -17,6 +17,8 @@ from ._registry import register
 class DepthwiseHarmonicBlock(ThresholdBlock):
     """A harmonic block of light layers: Conv1x1-BN-act, then a depth-wise Conv3x3-BN (the "ds" networks)."""
 
+    can_fuse = False
+
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
         width = self.plan.widths[index]
         layer = nn.Sequential()

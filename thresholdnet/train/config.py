@@ -49,6 +49,7 @@ class TrainConfig:
         precision: `"32"`, `"bf16"` or `"16"` (mixed).
         ema: decay of averaged weights, which evaluation then uses; None for none.
         channels_last: memory format of weights and images.
+        fused, backend, recompute: run the blocks in the engine (`ThresholdBlock`); a run may be resumed either way.
         sync_batchnorm: batch statistics over all GPUs.
         accelerator: `"auto"`, `"cpu"`, `"gpu"` or `"mps"`.
         devices: processes on this machine; under torchrun its own numbers count.
@@ -78,6 +79,9 @@ class TrainConfig:
     precision: str = "32"
     ema: float | None = None
     channels_last: bool = True
+    fused: bool = False
+    backend: str = "auto"
+    recompute: str | None = None
     sync_batchnorm: bool = False
     accelerator: str = "auto"
     devices: int = 1

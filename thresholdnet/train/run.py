@@ -30,7 +30,7 @@ from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
 from ..loaders import make_loader
-from ..models import create_model
+from ..models import create_model, fuse_blocks
 from ..weights import load_released
 from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
 from .classifier import AtomicCheckpointIO, Classifier
@@ -71,6 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     torch.manual_seed(config.seed)
     model = create_model(config.model, num_classes=len(data.classes), **config.model_args)
+    fuse_blocks(model, config.fused, config.backend, config.recompute)
     if config.weights is not None and resume_from is None:
         load_released(model, config.weights, head=None)
     _probe(model, data.image_size)
@@ -218,6 +219,7 @@ class _Run:
             "model": self.config.model,
             "data": self.config.data,
             "recipe": self.recipe.name,
+            "fused": self.config.fused,
             "epochs": len(history),
             "best_epoch": best.get("epoch"),
             "best_accuracy": best.get("test_accuracy"),

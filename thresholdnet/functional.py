@@ -1,0 +1,74 @@
+"""Functions over lists of tensors: convolution of a concatenation that is never handed to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .backends import choose
+
+
+def linked_conv2d(
+    sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """conv2d(torch.cat(sources, 1), weight, bias, padding=kernel // 2) without keeping the concatenation for backward.
+
+    Differentiable once in sources, weight and bias; under autocast the operands are cast as conv2d's are.
+
+    Args:
+        sources: [N, C_i, H, W] each, one dtype and device.
+        weight: [O, sum of C_i, k, k] with k = 1 or 3.
+        bias: [O] or None.
+        backend: "auto" or a name of `tn.backends()`.
+
+    Returns:
+        [N, O, H, W], channels_last.
+
+    Raises:
+        TypeError, ValueError: operands that do not fit together, each named.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+    tensors = list(sources)
+    _check(tensors, weight, bias)
+    dtype = ops.autocast_dtype(weight.device)
+    if dtype is not None:
+        tensors, weight = [t.to(dtype) for t in tensors], weight.to(dtype)
+    name = choose(backend)
+    if name == "reference":
+        z = F.conv2d(torch.cat(tensors, 1), weight, padding=weight.shape[2] // 2)
+    else:
+        z = ops.linked_conv2d(tensors, weight, name)
+    return z if bias is None else z + bias.to(z.dtype).view(1, -1, 1, 1)
+
+
+def _check(sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> None:
+    if not sources:
+        raise ValueError("sources must hold at least one tensor, got none")
+    for name, tensor in [(f"source {i}", source) for i, source in enumerate(sources)] + [("weight", weight)]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()} with shape {tuple(tensor.shape)}")
+    first = sources[0]
+    if not first.is_floating_point():
+        raise TypeError(f"sources must have a floating-point dtype, got {first.dtype}")
+    autocast = ops.autocast_dtype(weight.device) is not None
+    for i, source in enumerate(sources):
+        if (source.shape[0], *source.shape[2:]) != (first.shape[0], *first.shape[2:]):
+            raise ValueError(
+                f"all sources must share batch and spatial size: source {i} has shape {tuple(source.shape)}, "
+                f"source 0 has {tuple(first.shape)}"
+            )
+        if source.device != weight.device:
+            raise ValueError(f"source {i} must lie on the weight's device {weight.device}, got {source.device}")
+        if source.dtype != weight.dtype and not autocast:
+            raise TypeError(f"source {i} must have the weight's dtype {weight.dtype}, got {source.dtype}")
+    channels = sum(source.shape[1] for source in sources)
+    if weight.shape[1] != channels or weight.shape[2:] not in ((1, 1), (3, 3)):
+        raise ValueError(f"weight must have shape [O, {channels}, k, k] with k = 1 or 3, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -1,0 +1,161 @@
+"""What a training step keeps, needs and moves: counted on the meta device, without computing and without a GPU.
+
+The step really runs, forward and backward, on tensors that have a shape but no content; every storage that an operation
+makes is followed until nothing holds it any more. Fused blocks run their engine, so its own workspaces count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import engine
+from .blocks import ThresholdBlock
+from .checks import one_of
+from .counting import checked_shape, meta_copy
+from .models import fuse_blocks
+from .plan import BlockPlan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Account:
+    """One training step in one mode, in bytes; parameters, their gradients and the images themselves are not counted.
+
+    Attributes:
+        kept: activations (and statistics) held between forward and backward.
+        peak: most bytes of activations, gradients of activations and workspaces alive at once.
+        moved: bytes of all operands and results of all operations, each once an operation; of the native backend, whose
+            elementwise steps are operations of their own, when fused.
+        blocks: what each `ThresholdBlock` adds to `kept`, by its name.
+    """
+
+    kept: int
+    peak: int
+    moved: int
+    blocks: dict[str, int]
+
+
+def account(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Account]:
+    """Bytes of a training step, by mode: "eager" (plain modules), "fused", "fused, recompute" (bottlenecks made again).
+
+    Args:
+        model: a network or a `ThresholdBlock`; neither moved nor changed.
+        input_shape: [N, C, H, W] of the images.
+        dtype: of weights and images.
+
+    Raises:
+        TypeError, ValueError: not a module, a bad shape, or a shape that the model refuses.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    shape = checked_shape(input_shape)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    modes: dict[str, dict[str, Any]] = {
+        "eager": {"fused": False},
+        "fused": {"fused": True, "backend": "native"},
+        "fused, recompute": {"fused": True, "backend": "native", "recompute": "bottleneck"},
+    }
+    made = {}
+    for name, options in modes.items():
+        twin = meta_copy(model).to(dtype).train()
+        fuse_blocks(twin, **options)
+        made[name] = _step(twin, shape, dtype)
+    return made
+
+
+def as_dict(report: Mapping[str, Account]) -> dict[str, dict[str, Any]]:
+    """JSON-ready."""
+    return {name: asdict(entry) for name, entry in report.items()}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype behind "bf16", "fp16", "fp32" or "fp64"."""
+    return DTYPES[one_of("dtype", name, DTYPES)]
+
+
+def _step(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Account:
+    images = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    own = {_key(t) for t in (*model.parameters(), *model.buffers(), images)}
+    kept, owners = {}, {}
+    inside: list[str] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = _key(tensor)
+        if key not in own and key not in kept:
+            kept[key] = tensor.untyped_storage().nbytes()
+            owners[key] = inside[-1] if inside else ""
+        return tensor
+
+    names = {module: name or "block" for name, module in model.named_modules() if isinstance(module, ThresholdBlock)}
+    for module in names:
+        module.register_forward_pre_hook(lambda m, _: inside.append(names[m]))
+        module.register_forward_hook(lambda m, _, y: inside.pop() and None)
+    tracker = _Tracker(own)
+    with tracker:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(images)
+        total, by_block = sum(kept.values()), dict.fromkeys(names.values(), 0)
+        for key, size in kept.items():
+            if owners[key]:
+                by_block[owners[key]] += size
+        tracker.ignore_new(p for p in model.parameters())
+        out.sum().backward()
+    return Account(total, tracker.peak, tracker.moved, by_block)
+
+
+class _Tracker(TorchDispatchMode):
+    """Follows every storage that an operation makes; runs the engine inside fused operators to see their workspaces."""
+
+    def __init__(self, own: set[int]):
+        super().__init__()
+        self.own = own
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.moved = 0
+        self.parameter_shapes: set[torch.Size] = set()
+
+    def ignore_new(self, parameters: Iterator[Tensor]) -> None:
+        """From now on results of these shapes are gradients of parameters, which are no activations."""
+        self.parameter_shapes = {p.shape for p in parameters}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.thresholdnet.block.default:
+            with self:
+                x, parameters, running, plan, eps, fixed, activation, backend, save, recompute = args
+                spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
+                return engine.forward(spec, x, parameters, running)
+        if func is torch.ops.thresholdnet.block_backward.default:
+            with self:
+                grad, x, parameters, statistics, saved, plan, eps, fixed, activation, backend, recompute, needs = args
+                spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute)
+                return engine.backward(spec, grad, x, parameters, statistics, saved, needs)
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        views = {_key(t) for t in operands}
+        if any(_key(t) not in views for t in tensors) or str(func).split(".")[1].endswith("_"):
+            self.moved += sum(t.numel() * t.element_size() for t in (*tensors, *operands))
+        self._follow(tensors)
+        return result
+
+    def _follow(self, tensors: list[Tensor]) -> None:
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for tensor in tensors:
+            key = _key(tensor)
+            if key not in self.own and key not in self.live and tensor.shape not in self.parameter_shapes:
+                storage = tensor.untyped_storage()
+                self.live[key] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
