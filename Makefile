@@ -36,6 +36,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py \
+		-k "triton and (opcheck or training_equals and (size0 or reference))"
 
 format: install
 	$(BIN)/ruff format .

@@ -5,6 +5,7 @@ pictures are behind the command `thresholdnet` (and in `thresholdnet.train` and 
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 try:
     import torch as _torch  # noqa: F401  # a missing torch gets a sentence here, not a traceback from the depths
@@ -16,6 +17,10 @@ from .backends import backends
 from .blocks import ThresholdBlock
 from .models import create_model, from_pretrained, list_models, save_pretrained
 from .plan import BlockPlan, plan_block
+
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "kernels" / "launch.py").is_file():  # a source checkout: the folder beside this one is
+    __path__.append(str(_checkout))  # thresholdnet.kernels, which an installed package holds inside
 
 try:
     __version__ = version("thresholdnet")

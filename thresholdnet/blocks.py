@@ -151,10 +151,8 @@ class ThresholdBlock(nn.Module):
         one_of("backend", backend, CHOICES)
         if recompute is not None:
             one_of("recompute", recompute, ("bottleneck",))
-        if fused and self.can_fuse:
-            choose(backend)
         self.fused, self.recompute = bool(fused) and self.can_fuse, recompute
-        self._backend = backend
+        self._engine = choose(backend) if self.fused else "reference"
         self._plan_text = self.plan.to_text()
         self._ran = "reference"
         return self
@@ -194,10 +192,9 @@ class ThresholdBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
         check_images("input of the block", x, self.in_channels)
-        name = choose(self._backend) if self.fused else "reference"
-        if self._ran != name:
-            self._ran = name
-        return self._plain_forward(x) if name == "reference" else self._fused_forward(x, name)
+        if self._ran != self._engine:
+            self._ran = self._engine
+        return self._plain_forward(x) if self._engine == "reference" else self._fused_forward(x, self._engine)
 
     def _fused_forward(self, x: Tensor, backend: str) -> Tensor:
         norms = list(self._norms())

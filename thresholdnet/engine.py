@@ -11,8 +11,7 @@ statistics that all of them share: a_r = act(f * s_r + t_r), z_r = W1_r a_r, f_r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ class Norm(NamedTuple):
     """One BatchNorm as it was applied: vectors of its channels in float32 (float64 for float64 blocks)."""
 
     gamma: Tensor
+    beta: Tensor
     mean: Tensor
     rstd: Tensor
     scale: Tensor
@@ -110,8 +110,10 @@ def backward(
             made.append(x.new_empty(0))
         elif found is None:  # nothing that leaves the block depends on it
             made.append(torch.zeros_like(like))
-        elif found.data_ptr() == grad.data_ptr():  # an operator may not return its own input
-            made.append(found.clone())
+        elif found.untyped_storage().nbytes() > found.nbytes or found.data_ptr() == grad.data_ptr():
+            made.append(
+                found.to(like.dtype, copy=True)
+            )  # an operator may return neither its input nor parts of one tensor
         else:
             made.append(found.to(like.dtype))
     return made
@@ -126,8 +128,8 @@ class _Block:
     def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor]):
         self.spec, self.plan, self.parameters = spec, spec.plan, parameters
         self.act = spec.activation
-        self.verbs: ModuleType = load(spec.backend)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.verbs: Any = load(spec.backend).Verbs(spec.plan, x)
+        self.x = x
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
         self.used: list[Tensor] = []
@@ -142,7 +144,7 @@ class _Block:
         gamma, beta = (self.weight(layer, position + i).to(self.wide) for i in (0, 1))
         rstd = torch.rsqrt(variance + self.spec.eps[index])
         scale = gamma * rstd
-        return Norm(gamma, mean, rstd, scale, beta - mean * scale, self.spec.fixed[index])
+        return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, self.spec.fixed[index])
 
     def norm_of(self, statistics: Sequence[Tensor], layer: int, which: int) -> Norm:
         """The same from the statistics that forward returned."""
@@ -187,32 +189,35 @@ class _ConvBNReLU(_Block):
 
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         plan, verbs = self.plan, self.verbs
-        nodes: list[Tensor | None] = [self.x]
-        saved: list[Tensor] = []
+        nodes: list[Tensor | None] = [verbs.enter(self.x)]
+        raw: list[Tensor] = []
         for i, sources in enumerate(plan.links, start=1):
-            read, weight = _live(nodes, sources), self.weight(i, 0)
-            if self.fixed(i, 0) and not self.spec.save:  # inference: BatchNorm folded into the weight
+            read, weight, fixed = _live(nodes, sources), self.weight(i, 0), self.fixed(i, 0)
+            if fixed and not self.spec.save:  # inference: BatchNorm folded into the weight
                 mean, variance = self.given(running, i, 0)
                 norm = self.norm(i, 0, mean, variance)
                 folded = (weight * norm.scale.view(-1, 1, 1, 1)).to(weight.dtype)
-                y = verbs.conv(read, folded, bias=norm.shift, activation=self.act)
+                y, _ = verbs.conv(read, folded, into=("node", i), bias=norm.shift, activation=self.act)
             else:
-                z = verbs.conv(read, weight)
-                mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else verbs.moments(z)
-                y = verbs.normalise(z, self.norm(i, 0, mean, variance).affine, self.act)
+                z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
+                mean, variance = self.given(running, i, 0) if fixed else moments
+                y = verbs.normalise(z, self.norm(i, 0, mean, variance).affine, self.act, into=("node", i))
                 if self.spec.save:
-                    saved.append(z)
+                    raw.append(z)
             self.note(mean, variance)
             nodes.append(y)
             self.release(nodes, i)
-        return verbs.collect(_live(nodes, plan.outputs)), self.used, saved
+        return verbs.leave(_live(nodes, plan.outputs)), self.used, verbs.keep("raw", raw) if self.spec.save else []
 
     def backward(
         self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         plan, verbs = self.plan, self.verbs
+        raw, _ = verbs.kept("raw", saved)
         norms = [self.norm_of(statistics, i, 0) for i in range(1, plan.num_layers + 1)]
-        nodes = [self.x, *(verbs.normalise(z, n.affine, self.act) for z, n in zip(saved, norms, strict=True))]
+        nodes = [verbs.enter(self.x)]
+        for i, (z, norm) in enumerate(zip(raw, norms, strict=True), start=1):
+            nodes.append(verbs.normalise(z, norm.affine, self.act, into=("node", i)))
         incoming = self.output_gradients(grad)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         grads: list[Tensor | None] = [None] * len(needs)
@@ -221,13 +226,16 @@ class _ConvBNReLU(_Block):
             if not readers and node not in incoming:
                 continue  # a dead end
             weights = [self._slice(i, node) for i in readers]
-            add = incoming.pop(node, None)
+            add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                grads[0], _, _ = verbs.gradient(_live(dz, readers), weights, add)
+                dx, _, _ = verbs.gradient(_live(dz, readers), weights, add, into=into)
+                grads[0] = verbs.leave([dx])
                 break
-            z, norm = saved[node - 1], norms[node - 1]
+            z, norm = raw[node - 1], norms[node - 1]
             masked = (z, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = verbs.gradient(_live(dz, readers), weights, add, masked=masked, activation=self.act)
+            g, sum_g, sum_gx = verbs.gradient(
+                _live(dz, readers), weights, add, into=into, masked=masked, activation=self.act
+            )
             dz[node] = verbs.linear(g, z, *norm.backward_terms(sum_g, sum_gx, self.pixels))
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
@@ -248,39 +256,59 @@ class _Bottleneck(_Block):
     per_layer, norms = 6, (0, 3)
 
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        plan, verbs = self.plan, self.verbs
-        nodes: list[Tensor | None] = [self.x]
-        moments: dict[int, tuple[Tensor, Tensor]] = {}  # of each feature, once for all its readers
-        saved: list[Tensor] = []
+        plan, verbs, save = self.plan, self.verbs, self.spec.save
+        nodes: list[Tensor | None] = [verbs.enter(self.x)]
+        moments = {}  # of each feature, once for all readers that use the batch's
+        if self._read_by_batch_norm(0):
+            moments[0] = verbs.moments(nodes[0])
+        features: list[Tensor] = []
+        inners: list[Tensor] = []
         for i, sources in enumerate(plan.links, start=1):
             read = _live(nodes, sources)
             if self.fixed(i, 0):
                 mean, variance = self.given(running, i, 0)
             else:
-                for node, feature in zip(sources, read, strict=True):
-                    if node not in moments:
-                        moments[node] = verbs.moments(feature)
                 mean, variance = (torch.cat([moments[node][part] for node in sources]) for part in (0, 1))
             self.note(mean, variance)
-            affine = self.norm(i, 0, mean, variance).affine
-            inner = verbs.conv(read, self.weight(i, 2), affine=affine, activation=self.act)
-            mean, variance = self.given(running, i, 1) if self.fixed(i, 1) else verbs.moments(inner)
+            affine, batch = self.norm(i, 0, mean, variance).affine, not self.fixed(i, 1)
+            inner, found = self._inner(i, read, affine, statistics=batch)
+            mean, variance = found if batch else self.given(running, i, 1)
             self.note(mean, variance)
-            activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act)
-            feature = verbs.conv([activated], self.weight(i, 5))
-            if self.spec.save:
-                saved += [feature] if self.spec.recompute else [feature, inner]
+            into = ("scratch", self.plan.bottleneck_widths[i - 1])
+            activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
+            wanted = self._read_by_batch_norm(i)
+            feature, found = verbs.conv([activated], self.weight(i, 5), into=("node", i), statistics=wanted)
+            if wanted:
+                moments[i] = found
+            if save:
+                features.append(feature)
+                inners.append(inner)
             nodes.append(feature)
             self.release(nodes, i)
-        return verbs.collect(_live(nodes, plan.outputs)), self.used, saved
+        saved: list[Tensor] = []
+        if save:
+            saved = verbs.keep("node", features) + ([] if self.spec.recompute else verbs.keep("inner", inners))
+        return verbs.leave(_live(nodes, plan.outputs)), self.used, saved
+
+    def _inner(self, layer: int, read: list[Tensor], affine: tuple[Tensor, Tensor], statistics: bool = False) -> Any:
+        """The bottleneck output of a layer, and its moments."""
+        kept = self.spec.save and not self.spec.recompute
+        into = ("inner", layer) if kept else ("scratch inner", self.plan.bottleneck_widths[layer - 1])
+        return self.verbs.conv(
+            read, self.weight(layer, 2), into=into, affine=affine, activation=self.act, statistics=statistics
+        )
+
+    def _read_by_batch_norm(self, node: int) -> bool:
+        return any(not self.fixed(reader, 0) for reader in self.plan.readers[node])
 
     def backward(
         self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         plan, verbs = self.plan, self.verbs
-        step = 1 if self.spec.recompute else 2
-        nodes = [self.x, *saved[::step]]
-        arriving = self.output_gradients(grad)  # per node: scale * g summed over outputs and readers so far
+        features, saved = verbs.kept("node", saved)
+        inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
+        nodes = [verbs.enter(self.x), *features]
+        arriving = {node: verbs.arrive(g, node) for node, g in self.output_gradients(grad).items()}
         shared = [_SharedTerms() for _ in plan.node_widths]
         grads: list[Tensor | None] = [None] * len(needs)
         for i in range(plan.num_layers, max(self.lowest_needed(needs), 1) - 1, -1):
@@ -290,40 +318,40 @@ class _Bottleneck(_Block):
             read = _live(nodes, sources)
             outer, norm = self.norm_of(statistics, i, 0), self.norm_of(statistics, i, 1)
             dfeature = shared[i].applied(verbs, arriving.pop(i), nodes[i], self.pixels)
-            if self.spec.recompute:
-                inner = verbs.conv(read, self.weight(i, 2), affine=outer.affine, activation=self.act)
-            else:
-                inner = saved[step * i - 1]
-            first = 1 + (i - 1) * self.per_layer
+            inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
+            first, width = 1 + (i - 1) * self.per_layer, plan.bottleneck_widths[i - 1]
             if needs[first + 5]:
-                activated = verbs.normalise(inner, norm.affine, self.act)
+                activated = verbs.normalise(inner, norm.affine, self.act, into=("scratch", width))
                 grads[first + 5] = verbs.weight_gradient([activated], dfeature, 3)
             masked = (inner, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = verbs.gradient([dfeature], [self.weight(i, 5)], None, masked=masked, activation=self.act)
+            g, sum_g, sum_gx = verbs.gradient(
+                [dfeature], [self.weight(i, 5)], None, into=("scratch", width), masked=masked, activation=self.act
+            )
             dinner = verbs.linear(g, inner, *norm.backward_terms(sum_g, sum_gx, self.pixels))
             grads[first + 3], grads[first + 4] = sum_gx, sum_g
             if needs[first + 2]:
                 grads[first + 2] = verbs.weight_gradient(read, dinner, 1, affine=outer.affine, activation=self.act)
-            parts, sum_g, sum_gx = verbs.reader_gradient(
-                dinner, self.weight(i, 2), read, outer.affine, outer.mean, outer.rstd, self.act
+            before = [arriving.get(node) for node in sources]
+            sent, sum_g, sum_gx = verbs.reader_gradient(
+                dinner, self.weight(i, 2), read, sources, outer, before, self.act
             )
             grads[first], grads[first + 1] = sum_gx, sum_g
             start = 0
-            for node, part in zip(sources, parts, strict=True):
-                arriving[node] = arriving[node] + part if node in arriving else part
+            for node, now in zip(sources, sent, strict=True):
+                arriving[node] = now
+                end = start + plan.node_widths[node]
                 if not outer.fixed:
-                    span = slice(start, start + part.shape[1])
-                    shared[node].add(outer, sum_g, sum_gx, span)
-                start += part.shape[1]
+                    shared[node].add(outer, sum_g, sum_gx, slice(start, end))
+                start = end
         if needs[0] and 0 in arriving:
-            grads[0] = shared[0].applied(verbs, arriving[0], self.x, self.pixels)
+            grads[0] = verbs.leave([shared[0].applied(verbs, arriving[0], nodes[0], self.pixels)])
         return grads
 
 
 class _SharedTerms:
     """The statistics' share of a feature's gradient: linear in its readers, so it is summed and applied once.
 
-    df = G + Q f + R with Q = -(rstd^2 / M) sum_r gamma_r dgamma_r and R = -(rstd / M) sum_r gamma_r dbeta_r - Q mean,
+    df = G + Q f + R with Q = -(1 / M) sum_r scale_r rstd_r dgamma_r and R = -(1 / M) sum_r scale_r dbeta_r - Q mean,
     where G is the sum of scale_r g_r. The readers share mean, but each has its own eps and so its own rstd.
     """
 
@@ -339,8 +367,8 @@ class _SharedTerms:
         self.linear = linear if self.linear is None else self.linear + linear
         self.constant = constant if self.constant is None else self.constant + constant
 
-    def applied(self, verbs: ModuleType, arriving: Tensor, feature: Tensor, pixels: int) -> Tensor:
+    def applied(self, verbs: Any, arriving: Tensor, feature: Tensor, pixels: int) -> Tensor:
         if self.linear is None or self.constant is None or self.mean is None:
-            return arriving.contiguous(memory_format=torch.channels_last)
+            return arriving
         q = -self.linear / pixels
         return verbs.linear(arriving, feature, None, q, -self.constant / pixels - q * self.mean)

@@ -59,21 +59,14 @@ def _(
     structure = BlockPlan.from_text(plan)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def pixels(channels: int) -> Tensor:
-        shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-    norms, kept = [], []
+    norms: list[int] = []
     for i, width in enumerate(structure.widths):
-        if structure.unit == "bottleneck":
-            inner = structure.bottleneck_widths[i]
-            norms += [structure.link_widths[i], inner]
-            kept += [width] if recompute else [width, inner]
-        else:
-            norms.append(width)
-            kept.append(width)
+        bottleneck = structure.unit == "bottleneck"
+        norms += [structure.link_widths[i], structure.bottleneck_widths[i]] if bottleneck else [width]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]
-    return pixels(structure.out_channels), statistics, [pixels(width) for width in kept] if save else []
+    shape = (x.shape[0], structure.out_channels, x.shape[2], x.shape[3])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, statistics, load(backend).kept_like(structure, x, recompute) if save else []
 
 
 @torch.library.custom_op("thresholdnet::block_backward", mutates_args=())
@@ -139,7 +132,8 @@ block.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
 def linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     """conv2d of the concatenated sources, padding kernel // 2."""
-    return load(backend).conv(sources, weight)
+    verbs = load(backend).Verbs(None, sources[0])
+    return verbs.leave([verbs.conv(sources, weight, into=("raw", 0))[0]])
 
 
 @linked_conv2d.register_fake
@@ -154,12 +148,15 @@ def linked_conv2d_backward(
     grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of every source and of the weight; empty tensors where `needs` is False."""
-    verbs = load(backend)
-    dz = grad.contiguous(memory_format=torch.channels_last)
+    verbs = load(backend).Verbs(None, sources[0])
+    dz = verbs.enter(grad)
     made, start = [], 0
     for source, needed in zip(sources, needs[:-1], strict=True):
         part = weight[:, start : start + source.shape[1]]
-        made.append(verbs.gradient([dz], [part], None)[0] if needed else source.new_empty(0))
+        if needed:
+            made.append(verbs.leave([verbs.gradient([dz], [part], None, into=("gradient", 0))[0]]))
+        else:
+            made.append(source.new_empty(0))
         start += source.shape[1]
     made.append(verbs.weight_gradient(sources, dz, weight.shape[2]) if needs[-1] else weight.new_empty(0))
     return made

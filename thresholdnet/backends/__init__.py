@@ -5,13 +5,19 @@ A backend is a module with the verbs of `native.py`. "reference" is no engine: i
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from types import ModuleType
+
+import torch
 
 from ..checks import one_of
 from . import native
 
 NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
+AUTOMATIC = ("native",)
+"""What "auto" chooses among; Triton joins when a GPU has shown that it is right and faster there."""
 
 
 def backends() -> dict[str, str | None]:
@@ -27,7 +33,7 @@ def choose(name: str = "auto") -> str:
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
     if one_of("backend", name, CHOICES) == "auto":
-        return next(candidate for candidate in NAMES if _reason(candidate) is None)
+        return next(candidate for candidate in AUTOMATIC if _reason(candidate) is None)
     reason = _reason(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
@@ -36,10 +42,18 @@ def choose(name: str = "auto") -> str:
 
 def load(name: str) -> ModuleType:
     """The verbs of a backend that `choose` returned."""
-    return {"native": native}[name]
+    if name == "triton":
+        from . import triton  # needs triton, which is optional
+
+        return triton
+    return native
 
 
 def _reason(name: str) -> str | None:
-    if name == "triton":
-        return "its kernels are not joined to the engine in this version"
+    if name != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux)"
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
     return None

@@ -8,129 +8,206 @@ of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last orde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..plan import BlockPlan
+
 Affine = tuple[Tensor, Tensor]
 """scale and shift per channel."""
 Moments = tuple[Tensor, Tensor]
 """mean and biased variance per channel."""
 
+Place = tuple[str, int]
+"""Kind and index of a result."""
+
 _PIXELS = (0, 2, 3)
 
 
-def conv(
-    sources: Sequence[Tensor],
-    weight: Tensor,
-    *,
-    affine: Affine | None = None,
-    bias: Tensor | None = None,
-    activation: str = "relu",
-) -> Tensor:
-    """conv2d over the concatenated sources, padding kernel // 2.
+class ReaderNorm(Protocol):
+    """A BatchNorm as it was applied, per channel."""
 
-    `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates it
-    (BatchNorm folded into the weight, inference).
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    rstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class Verbs:
+    """The verbs of one call of a block.
+
+    `into` names a result's place, (kind, index), for backends that lay tensors out side by side; here every result is a
+    tensor of its own. Kinds: "node" (activated values, or raw features), "raw" and "inner" (convolution outputs that
+    backward needs), "gradient", "scratch".
     """
-    read = _gather(sources, affine, activation)
-    z = F.conv2d(read, weight, None if bias is None else bias.to(weight.dtype), padding=weight.shape[2] // 2)
-    return z if bias is None else _activate_(z, activation)
+
+    def __init__(self, plan: BlockPlan | None, x: Tensor):
+        """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
+        self.layers = plan.num_layers if plan is not None else 0
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Node 0 from the block's input."""
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def conv(
+        self,
+        sources: Sequence[Tensor],
+        weight: Tensor,
+        *,
+        into: Place,
+        affine: Affine | None = None,
+        bias: Tensor | None = None,
+        activation: str = "relu",
+        statistics: bool = False,
+    ) -> tuple[Tensor, Moments | None]:
+        """conv2d over the concatenated sources, padding kernel // 2; with `statistics` also the moments of the result.
+
+        `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
+        it (BatchNorm folded into the weight, inference).
+        """
+        read = _gather(sources, affine, activation)
+        z = F.conv2d(read, weight, None if bias is None else bias.to(weight.dtype), padding=weight.shape[2] // 2)
+        if bias is not None:
+            z = _activate_(z, activation)
+        return z, self.moments(z) if statistics else None
+
+    def moments(self, z: Tensor) -> Moments:
+        """Mean and biased variance over all pixels."""
+        variance, mean = torch.var_mean(_wide(z), _PIXELS, correction=0)
+        return mean, variance
+
+    def normalise(self, z: Tensor, affine: Affine, activation: str, *, into: Place) -> Tensor:
+        """act(z * scale + shift), rounded once."""
+        return _normalise(z, affine, activation)
+
+    def gradient(
+        self,
+        readers: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        add: Tensor | None,
+        *,
+        into: Place,
+        masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
+        activation: str = "relu",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of one node, gathered from all its readers with the transposed link table.
+
+        Args:
+            readers: dz of every layer that reads the node.
+            weights: of each of them, the slice of its weight that reads the node, [O, C, k, k].
+            add: gradient of the node as a block output, or None; with no readers it must be given.
+            masked: (z, affine, mean, rstd) of the node: apply its activation's mask and return BatchNorm's sums.
+
+        Returns:
+            The gradient g of the node's activated value behind the mask (or of the value itself), sum(g) and
+            sum(g * xhat) (empty without `masked`).
+        """
+        if readers:
+            transposed = torch.cat([w.flip(2, 3).transpose(0, 1) for w in weights], dim=1)
+            g = F.conv2d(_join(readers), transposed, padding=transposed.shape[2] // 2)
+            if add is not None:
+                g += add
+        else:
+            assert add is not None
+            g = add.clone(memory_format=torch.channels_last)
+        if masked is None:
+            return g, g.new_empty(0), g.new_empty(0)
+        z, affine, mean, rstd = masked
+        g *= _open(_affine(z, affine), activation)
+        return g, *_sums(g, z, mean, rstd)
+
+    def arrive(self, grad: Tensor, node: int) -> Tensor:
+        """Take up the gradient that reaches a raw feature from the block's output."""
+        return grad
+
+    def reader_gradient(
+        self,
+        dz: Tensor,
+        weight: Tensor,
+        sources: Sequence[Tensor],
+        nodes: Sequence[int],
+        norm: ReaderNorm,
+        arriving: Sequence[Tensor | None],
+        activation: str,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What one pre-activation reader (BN - act - 1x1 convolution) sends to its sources, added to what arrived.
+
+        Args:
+            dz: gradient of the reader's convolution output.
+            weight: [O, C, 1, 1].
+            sources, nodes: the raw features that it reads, and their numbers.
+            norm: its BatchNorm.
+            arriving: per source what other readers and the output sent so far, or None.
+
+        Returns:
+            Per source the new sum of scale * g, the part that does not pass through the batch statistics; sum(g) and
+            sum(g * xhat) per concatenated channel.
+        """
+        joined = _join(sources)
+        g = F.conv2d(dz, weight.transpose(0, 1))
+        g *= _open(_affine(joined, (norm.scale, norm.shift)), activation)
+        sum_g, sum_gx = _sums(g, joined, norm.mean, norm.rstd)
+        parts = (g * _per_channel(norm.scale)).to(g.dtype).split([s.shape[1] for s in sources], dim=1)
+        sent = [part if before is None else before + part for part, before in zip(parts, arriving, strict=True)]
+        return sent, sum_g, sum_gx
+
+    def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
+        """a * g + b * z + c per channel (a = 1 where None): the affine part of BatchNorm's backward; may reuse g."""
+        first = _wide(g) if a is None else _wide(g) * _per_channel(a)
+        return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
+
+    def weight_gradient(
+        self,
+        sources: Sequence[Tensor],
+        dz: Tensor,
+        kernel_size: int,
+        *,
+        affine: Affine | None = None,
+        activation: str = "relu",
+    ) -> Tensor:
+        """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
+        read = _gather(sources, affine, activation)
+        shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
+        return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
+
+    def leave(self, nodes: Sequence[Tensor]) -> Tensor:
+        """Nodes side by side, in channels_last memory of their own."""
+        return _join(nodes) if len(nodes) > 1 else nodes[0].clone(memory_format=torch.channels_last)
+
+    def keep(self, kind: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What an operator returns of layers 1..L's tensors of one kind, for backward."""
+        return list(tensors)
+
+    def kept(self, kind: str, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Those tensors again, from the front of `saved`; and the rest of it."""
+        count = self.layers
+        return list(saved[:count]), saved[count:]
 
 
-def moments(z: Tensor) -> Moments:
-    """Mean and biased variance over all pixels."""
-    variance, mean = torch.var_mean(_wide(z), _PIXELS, correction=0)
-    return mean, variance
+def kept_like(plan: BlockPlan, x: Tensor, recompute: bool) -> list[Tensor]:
+    """Empty tensors of the shapes that `Verbs.keep` returns for a block, for fake tensors."""
 
+    def pixels(channels: int) -> Tensor:
+        shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-def normalise(z: Tensor, affine: Affine, activation: str) -> Tensor:
-    """act(z * scale + shift), rounded once."""
-    return _activate_(_affine(z, affine), activation).to(z.dtype)
-
-
-def gradient(
-    readers: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    add: Tensor | None,
-    *,
-    masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
-    activation: str = "relu",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradient of one node, gathered from all its readers with the transposed link table.
-
-    Args:
-        readers: dz of every layer that reads the node.
-        weights: of each of them, the slice of its weight that reads the node, [O, C, k, k].
-        add: gradient of the node as a block output, or None; with no readers it must be given.
-        masked: (z, affine, mean, rstd) of the node: apply its activation's mask and return BatchNorm's sums.
-
-    Returns:
-        The gradient g of the node's activated value behind the mask (or of the value itself), sum(g) and sum(g * xhat)
-        (None without `masked`).
-    """
-    if readers:
-        transposed = torch.cat([w.flip(2, 3).transpose(0, 1) for w in weights], dim=1)
-        g = F.conv2d(_join(readers), transposed, padding=transposed.shape[2] // 2)
-        if add is not None:
-            g += add
-    else:
-        assert add is not None
-        g = add.clone(memory_format=torch.channels_last)
-    if masked is None:
-        return g, None, None
-    z, affine, mean, rstd = masked
-    g *= _open(_affine(z, affine), activation)
-    return g, *_sums(g, z, mean, rstd)
-
-
-def reader_gradient(
-    dz: Tensor, weight: Tensor, sources: Sequence[Tensor], affine: Affine, mean: Tensor, rstd: Tensor, activation: str
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradient that one pre-activation reader (BN - act - 1x1 convolution) sends to each of its sources.
-
-    Returns:
-        Per source scale * g, the part of the gradient that does not pass through the batch statistics; sum(g) and
-        sum(g * xhat) per concatenated channel.
-    """
-    joined = _join(sources)
-    g = F.conv2d(dz, weight.transpose(0, 1))
-    g *= _open(_affine(joined, affine), activation)
-    sum_g, sum_gx = _sums(g, joined, mean, rstd)
-    parts = (g * _per_channel(affine[0])).to(g.dtype).split([s.shape[1] for s in sources], dim=1)
-    return list(parts), sum_g, sum_gx
-
-
-def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
-    """a * g + b * z + c per channel (a = 1 where None): the affine part of BatchNorm's backward."""
-    first = _wide(g) if a is None else _wide(g) * _per_channel(a)
-    return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
-
-
-def weight_gradient(
-    sources: Sequence[Tensor],
-    dz: Tensor,
-    kernel_size: int,
-    *,
-    affine: Affine | None = None,
-    activation: str = "relu",
-) -> Tensor:
-    """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
-    read = _gather(sources, affine, activation)
-    shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
-    return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
-
-
-def collect(nodes: Sequence[Tensor]) -> Tensor:
-    """The block's output: the nodes side by side, in memory of its own."""
-    return _join(nodes) if len(nodes) > 1 else nodes[0].clone(memory_format=torch.channels_last)
+    inner = () if recompute else plan.bottleneck_widths
+    return [pixels(width) for width in (*plan.widths, *inner)]
 
 
 def _gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
     read = _join(sources)
-    return read if affine is None else normalise(read, affine, activation)
+    return read if affine is None else _normalise(read, affine, activation)
+
+
+def _normalise(z: Tensor, affine: Affine, activation: str) -> Tensor:
+    return _activate_(_affine(z, affine), activation).to(z.dtype)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

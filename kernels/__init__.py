@@ -1,0 +1,11 @@
+"""Triton kernels of the fused engine, their tables and launchers; imported as `thresholdnet.kernels`; no autograd.
+
+`tables` (numpy alone) says where every operand lies, `slots` allocates them, `configs` chooses tile sizes, `conv`,
+`norm`, `weight_gradient` and `readers` hold the device code, `launch` the functions to call. Importing this package
+loads none of them.
+"""
+
+if __name__ != "thresholdnet.kernels":
+    raise ImportError(
+        f"this folder must be imported as thresholdnet.kernels, got {__name__!r}, the name of another package"
+    )

@@ -1,0 +1,185 @@
+"""Launch choice: tile sizes, warps, stages as pure functions of shapes, element type and GPU generation. No autotune.
+
+The table comes from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it), not
+yet from measured time. `capability` is (major, minor), or None in Triton's interpreter, which gets small tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .tables import Group
+
+Capability = tuple[int, int] | None
+
+MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100 / H200, B200; others count as the first
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class ConvolutionConfig:
+    """Tile of one program: `rows` x (`columns` + `columns2`), K in steps of `chunk`; `group`: pixels of a row."""
+
+    rows: int
+    columns: int
+    columns2: int = 0
+    chunk: int = 64
+    warps: int = 4
+    stages: int = 3
+    group: Group = (1, 1)
+
+    @property
+    def all_columns(self) -> int:
+        """Columns of one program."""
+        return self.columns + self.columns2
+
+
+@dataclass(frozen=True)
+class WeightGradientConfig:
+    """Tile of one program: `chunk` K rows x `columns` output channels, pixels in steps of `rows`."""
+
+    rows: int
+    chunk: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class ReadersConfig:
+    """Tile of the gathered 1x1 data gradient: `rows` pixels x `columns` channels."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+
+
+# (largest padded width, columns, columns2); a width beyond the last one takes several column tiles
+COLUMN_PARTS = (
+    (16, 16, 0), (32, 32, 0), (48, 32, 16), (64, 64, 0), (80, 64, 16), (96, 64, 32), (128, 128, 0),
+    (144, 128, 16), (160, 128, 32), (192, 128, 64),
+)  # fmt: skip
+# padded width -> (rows, columns, columns2, warps) of a 3x3 kernel that computes 2 x 2 pixels in one row
+GROUPED = {8: (128, 32, 0, 4), 16: (128, 64, 0, 4), 24: (128, 64, 32, 4), 32: (128, 128, 0, 8)}
+
+
+def convolution_config(
+    capability: Capability,
+    dtype: str,
+    out_channels: int,
+    kernel_size: int,
+    pixels: int,
+    height: int,
+    width: int,
+    affine: bool = False,
+) -> ConvolutionConfig:
+    """Choose the tile of a convolution or data gradient.
+
+    Args:
+        capability: (major, minor) of the GPU, None in the interpreter.
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        out_channels: channels written.
+        kernel_size: 1 or 3.
+        pixels: batch x height x width.
+        height, width: of the image; output grouping needs both even.
+        affine: an affine and an activation are applied on load.
+    """
+    padded = -(-out_channels // 8) * 8
+    grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
+    if capability is None:
+        columns = 64 if grouped else 16 if padded <= 16 else 32
+        return ConvolutionConfig(32, columns, 16 if padded == 48 else 0, 32, group=(2, 2) if grouped else (1, 1))
+    if dtype == "float64":
+        return ConvolutionConfig(32, 32, 0, 16, 4, 2)
+    chunk = 32 if dtype == "float32" else 64
+    if grouped:
+        rows, columns, columns2, warps = GROUPED[padded]
+        return ConvolutionConfig(rows, columns, columns2, chunk, warps, 3, (2, 2))
+    columns, columns2 = _column_parts(padded, affine and capability[0] == 8)
+    warps = 8 if columns + columns2 >= 96 else 4  # 64 + 32 columns spill on sm_80 with 4
+    tiles = -(-pixels // 128) * -(-padded // (columns + columns2))
+    if tiles < MULTIPROCESSORS.get(capability[0], 108) and columns2 == 0 and columns >= 64:
+        return ConvolutionConfig(64, columns, 0, chunk, 4, 4 if columns == 64 else 3)
+    return ConvolutionConfig(128, columns, columns2, chunk, warps, 4 if columns == 16 else 3)
+
+
+def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
+    if registers_are_short and padded > 128:  # an affine on load beside more than 128 columns spills on sm_80
+        return 128, 0
+    for widest, columns, columns2 in COLUMN_PARTS:
+        if padded <= widest:
+            return columns, columns2
+    tiles = {(columns, columns2): -(-padded // (columns + columns2)) for _, columns, columns2 in COLUMN_PARTS[3:]}
+    return min(tiles, key=lambda parts: (tiles[parts] * sum(parts), tiles[parts]))  # least padding, then fewest tiles
+
+
+def weight_gradient_config(
+    capability: Capability, dtype: str, out_channels: int, k_rows: int, affine: bool
+) -> WeightGradientConfig:
+    """Choose the tile of a weight gradient with `k_rows` = input channels x taps."""
+    padded = -(-out_channels // 8) * 8
+    if capability is None:
+        return WeightGradientConfig(32, 32, 16 if padded <= 16 else 32, swapped=affine)
+    if dtype == "float64":
+        return WeightGradientConfig(16, 32, 32, 4, 2)
+    rows = 32 if dtype == "float32" else 64
+    if padded <= 32:
+        chunk, columns = 64, 16 if padded <= 16 else 32
+    elif -(-padded // 64) % 2:  # columns in steps of 128 would pad more
+        chunk, columns = 128 if k_rows >= 1024 else 64, 64
+    else:
+        chunk = columns = 128
+    # sm_80, thin tiles: 189 -> 130 loop instructions and no spill; fp32: 16-byte copies of A. Later generations: A with
+    # an affine stays asynchronous as the second operand, but fewer than 64 columns could not be the rows of wgmma.
+    thin = capability[0] == 8 and (columns <= 32 or dtype == "float32")
+    swapped = thin or (capability[0] > 8 and affine and columns >= 64)
+    return WeightGradientConfig(rows, chunk, columns, 8 if columns == 128 else 4, 3, swapped)
+
+
+def weight_gradient_splits(capability: Capability, config: WeightGradientConfig, tiles: int, pixels: int) -> int:
+    """Into how many ranges of pixels a weight gradient of `tiles` tiles is split: about 3 programs a multiprocessor."""
+    if capability is None:
+        return min(3, -(-pixels // config.rows))
+    wanted = 3 * MULTIPROCESSORS.get(capability[0], 108) // max(tiles, 1)
+    return max(1, min(wanted, -(-pixels // (4 * config.rows))))
+
+
+def readers_config(capability: Capability, dtype: str, pixels: int) -> ReadersConfig:
+    """Choose the tile of the gathered data gradient of 1x1 readers."""
+    if capability is None:
+        return ReadersConfig(32, 16)
+    if dtype == "float64":
+        return ReadersConfig(16, 16, 4, 1)
+    if dtype == "float32":
+        return ReadersConfig(64, 64, 4, 2)
+    if capability[0] == 9 and pixels >= 128 * 256:
+        return ReadersConfig(128, 128, 8, 2)
+    return ReadersConfig(64, 64, 4, 3)
+
+
+def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[int, bool, ConvolutionConfig]]:
+    """(kernel size, affine, tile) of every choice of `convolution_config` on a GPU; for compile checks."""
+    seen = set()
+    for kernel_size, affine in ((3, False), (1, False), (1, True)):
+        for padded in (8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160, 192):
+            for pixels, side in ((128 * 56 * 56, 56), (128 * 55 * 55, 55), (49, 7)):
+                tile = convolution_config(capability, dtype, padded, kernel_size, pixels, side, side, affine)
+                item = kernel_size, affine, tile
+                if item not in seen:
+                    seen.add(item)
+                    yield item
+
+
+def shipped_weight_gradients(capability: Capability, dtype: str) -> Iterator[tuple[bool, WeightGradientConfig]]:
+    """(affine, tile) of every weight gradient that `weight_gradient_config` can choose; for compile checks."""
+    seen = set()
+    for affine in (False, True):
+        for padded in (16, 32, 64, 128):
+            for k_rows in (512, 2048):
+                item = affine, weight_gradient_config(capability, dtype, padded, k_rows, affine)
+                if item not in seen:
+                    seen.add(item)
+                    yield item

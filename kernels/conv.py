@@ -1,0 +1,235 @@
+"""The table-driven convolution: forward and data gradient, 1x1 and 3x3, any list of linked slots; and weight packing.
+
+    acc[m, n] = sum over k of A[m, k] W[n, k]
+    A[m, k]   = source[pixel_m * row_k + delta_k] where tap_k of pixel_m lies inside the image, else 0
+    with AFFINE, A[m, k] = act(that * scale_k + shift_k): BatchNorm and activation on load, for 1x1 kernels
+
+and one of these epilogues writes the slot `out`:
+
+    PLAIN       out = acc                               (with ADD: out += acc)
+    STATISTICS  z = round(acc); out = z; partial[tile] = sum of z, and M2 = sum of (z - tile mean)^2, per channel
+    BIAS        out = act(acc + bias)
+    MASK        g = acc where act'(z scale + shift) = 1, else 0 (with ADD: out + acc is masked); out = round(g);
+                partial[tile] = sum of round(g), and sum of round(g) xhat, xhat = (z - mean) rstd
+
+Everything is accumulated in fp32 (fp64 for fp64 slots) and each output element is written once, by one program.
+
+Letters: m row of the product: one pixel, or a group of GROUP_H x GROUP_W of them; n column: output channel, or (pixel
+of the group, channel); k position in K, see tables.py; tile: TILE_ROWS rows of one program. Two column parts,
+TILE_COLUMNS + TILE_COLUMNS2, share a tile of A: widths such as 40 or 144 are no power of two. Names in 8: a number of
+8-channel units, so that the compiler knows the alignment.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+PLAIN = tl.constexpr(0)
+STATISTICS = tl.constexpr(1)
+BIAS = tl.constexpr(2)
+MASK = tl.constexpr(3)
+
+IDENTITY = tl.constexpr(0)
+RELU = tl.constexpr(1)
+RELU6 = tl.constexpr(2)
+
+
+@triton.jit
+def activate(value, ACTIVATION: tl.constexpr):
+    """The activation; NaN stays NaN, as in torch."""
+    if ACTIVATION != IDENTITY:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == RELU6:
+        value = tl.minimum(value, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return value
+
+
+@triton.jit
+def passes_gradient(value, ACTIVATION: tl.constexpr):
+    """Where the activation's derivative is 1 (torch: open on both sides)."""
+    if ACTIVATION == RELU6:
+        return (value > 0.0) & (value < 6.0)
+    else:
+        return value > 0.0
+
+
+@triton.jit
+def _epilogue(
+    acc, columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+    first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+    TILE_ROWS: tl.constexpr, GROUP_H: tl.constexpr, GROUP_W: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    if GROUP_H * GROUP_W > 1:
+        position = columns // GROUP_CHANNELS
+        pixel = (position // GROUP_W) * image_width + position % GROUP_W
+        channel = columns % GROUP_CHANNELS
+        stored = columns < GROUP_H * GROUP_W * GROUP_CHANNELS
+        at = pixel * (out_row8 * 8) + channel
+    else:
+        channel = columns
+        stored = columns < (out_channels + 7) // 8 * 8
+        at = columns
+    at = tl.max_contiguous(tl.multiple_of(at, 8), 8)
+    to = first[:, None] * (out_row8 * 8) + at[None, :]
+    mask = row_valid[:, None] & stored[None, :]
+    real = channel < out_channels  # of the slot's padded channels: the others are written as zeros
+    dtype = out.dtype.element_ty
+    if ADD:
+        before = tl.load(out + to, mask=mask, other=0.0).to(acc.dtype)
+        acc += tl.where(real[None, :], before, 0.0)
+    if EPILOGUE == PLAIN:
+        tl.store(out + to, acc.to(dtype), mask=mask)
+    elif EPILOGUE == BIAS:
+        bias = tl.load(vector0 + channel, mask=stored & real, other=0.0).to(acc.dtype)
+        tl.store(out + to, activate(acc + bias[None, :], ACTIVATION).to(dtype), mask=mask)
+    elif EPILOGUE == STATISTICS:
+        z = acc.to(dtype)
+        tl.store(out + to, z, mask=mask)
+        z = tl.where(row_valid[:, None], z.to(acc.dtype), 0.0)  # with AFFINE, rows past the end hold act(shift) W
+        total = tl.sum(z, 0)
+        count = tl.minimum(num_rows - tile * TILE_ROWS, TILE_ROWS).to(acc.dtype)
+        centered = tl.where(row_valid[:, None], z - (total / count)[None, :], 0.0)
+        tl.store(partial + tile * 2 * all_columns + columns, total)
+        tl.store(partial + (tile * 2 + 1) * all_columns + columns, tl.sum(centered * centered, 0))
+    else:
+        raw_at = pixel * (raw_row8 * 8) + channel if GROUP_H * GROUP_W > 1 else columns
+        raw_at = tl.max_contiguous(tl.multiple_of(raw_at, 8), 8)
+        z = tl.load(raw + first[:, None] * (raw_row8 * 8) + raw_at[None, :], mask=mask, other=0.0).to(acc.dtype)
+        scale = tl.load(vector0 + channel, mask=stored & real, other=0.0).to(acc.dtype)
+        shift = tl.load(vector1 + channel, mask=stored & real, other=0.0).to(acc.dtype)
+        mean = tl.load(vector2 + channel, mask=stored & real, other=0.0).to(acc.dtype)
+        rstd = tl.load(vector3 + channel, mask=stored & real, other=0.0).to(acc.dtype)
+        passes = passes_gradient(z * scale[None, :] + shift[None, :], ACTIVATION)
+        g = tl.where(passes, acc, 0.0).to(dtype)
+        tl.store(out + to, g, mask=mask)
+        g = tl.where(row_valid[:, None], g.to(acc.dtype), 0.0)
+        tl.store(partial + tile * 2 * all_columns + columns, tl.sum(g, 0))
+        xhat = (z - mean[None, :]) * rstd[None, :]
+        tl.store(partial + (tile * 2 + 1) * all_columns + columns, tl.sum(g * xhat, 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "image_width", "source_row8", "out_row8", "raw_row8", "num_chunks", "out_channels",
+    ]
+)  # fmt: skip
+def convolution(
+    source, weight, out, raw, entries, entry_row8, affine, taps_inside, first_pixel,
+    vector0, vector1, vector2, vector3, partial,
+    num_rows, image_width, source_row8, out_row8, raw_row8, num_chunks, out_channels,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_COLUMNS2: tl.constexpr, TILE_K: tl.constexpr,
+    GROUP_H: tl.constexpr, GROUP_W: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
+    EPILOGUE: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of the convolution; grid (column tiles, row tiles).
+
+    source, out, raw point at the first channel of the base slot, the written slot and the raw slot of MASK; weight is
+    packed [columns, K] with K contiguous (every dtype reaches the tensor cores with 16-byte copies). affine: fp32
+    [2, K + TILE_K]. vector0..3: bias, or scale, shift, mean, rstd, each [out_channels]. partial: [tiles, 2, columns].
+    TAPS: the kernel is 3x3 and reads taps_inside. SLOT_ROWS: the slots differ in their rows, and entry_row8 holds them.
+    VECTOR: elements of one asynchronous copy.
+    """
+    column_tile = tl.program_id(0)
+    tile = tl.program_id(1)
+    all_columns = tl.num_programs(0) * (TILE_COLUMNS + TILE_COLUMNS2)
+    rows = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    row_valid = rows < num_rows
+    first = tl.load(first_pixel + rows, mask=row_valid, other=0) if GROUP_H * GROUP_W > 1 else rows
+    if TAPS:
+        inside = tl.load(taps_inside + rows, mask=row_valid, other=0)
+    k = tl.arange(0, TILE_K)
+    all_k = num_chunks * TILE_K
+    columns = column_tile * (TILE_COLUMNS + TILE_COLUMNS2) + tl.arange(0, TILE_COLUMNS)
+    weight_at = weight + columns[:, None] * all_k + k[None, :]
+    ACC: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    acc = tl.zeros((TILE_ROWS, TILE_COLUMNS), ACC)
+    if TILE_COLUMNS2 > 0:
+        columns2 = column_tile * (TILE_COLUMNS + TILE_COLUMNS2) + TILE_COLUMNS + tl.arange(0, TILE_COLUMNS2)
+        weight2_at = weight + columns2[:, None] * all_k + k[None, :]
+        acc2 = tl.zeros((TILE_ROWS, TILE_COLUMNS2), ACC)
+    # The next chunk's entries are loaded one iteration ahead of their use: an indirect load inside the iteration would
+    # cost the pipeline one of its buffers.
+    next_entry = tl.load(entries + k // 8)
+    if SLOT_ROWS:
+        next_row8 = tl.load(entry_row8 + k // 8)
+    if AFFINE:
+        next_scale = tl.load(affine + k)
+        next_shift = tl.load(affine + all_k + TILE_K + k)
+    for chunk in range(0, num_chunks):
+        entry = next_entry
+        next_entry = tl.load(entries + (chunk + 1) * (TILE_K // 8) + k // 8)
+        at = tl.max_contiguous(tl.multiple_of((entry >> 5) * 8 + k % 8, VECTOR), VECTOR)
+        if TAPS:
+            valid = tl.max_constancy(((inside[:, None] >> (entry & 31)[None, :]) & 1) != 0, [1, VECTOR])
+        else:
+            valid = row_valid[:, None]
+        if SLOT_ROWS:
+            row = tl.max_constancy(next_row8 * 8, VECTOR)
+            next_row8 = tl.load(entry_row8 + (chunk + 1) * (TILE_K // 8) + k // 8)
+            where = first[:, None] * row[None, :] + at[None, :]
+            where = tl.max_contiguous(tl.multiple_of(where, [1, VECTOR]), [1, VECTOR])
+        else:
+            where = (first * (source_row8 * 8))[:, None] + at[None, :]
+        a = tl.load(source + where, mask=valid, other=0.0)
+        if AFFINE:
+            scale = next_scale
+            shift = next_shift
+            next_scale = tl.load(affine + (chunk + 1) * TILE_K + k)
+            next_shift = tl.load(affine + all_k + TILE_K + (chunk + 1) * TILE_K + k)
+            a = activate(a.to(ACC) * scale[None, :] + shift[None, :], ACTIVATION).to(source.dtype.element_ty)
+            if TAPS:
+                a = tl.where(valid, a, 0.0)  # the border is zero after the activation, not before it
+        acc = tl.dot(a, tl.load(weight_at).T, acc, input_precision=PRECISION)
+        weight_at += TILE_K
+        if TILE_COLUMNS2 > 0:
+            acc2 = tl.dot(a, tl.load(weight2_at).T, acc2, input_precision=PRECISION)
+            weight2_at += TILE_K
+    _epilogue(
+        acc, columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+        first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+        TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+    )  # fmt: skip
+    if TILE_COLUMNS2 > 0:
+        _epilogue(
+            acc2, columns2, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+            first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+            TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["out_channels", "weights", "all_k"])
+def pack_weight(
+    weight, index, packed, out_channels, weights, all_k,
+    COLUMN_CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """packed[n, k] = weight[channel of n, index[pixel of n, k]], 0 for none; grid (column tiles, chunks).
+
+    weight [out_channels, weights]; index as KTable.weight_index; COLUMN_CHANNELS: columns of one pixel of the group.
+    """
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    k = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
+    if POSITIONS > 1:
+        position = columns // COLUMN_CHANNELS
+        channel = columns % COLUMN_CHANNELS
+    else:
+        position = columns * 0
+        channel = columns
+    real = (position < POSITIONS) & (channel < out_channels)
+    at = tl.load(index + position[:, None] * all_k + k[None, :], mask=real[:, None], other=-1)
+    value = tl.load(weight + channel[:, None] * weights + at, mask=real[:, None] & (at >= 0), other=0.0)
+    tl.store(packed + columns[:, None] * all_k + k[None, :], value.to(packed.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["length"])
+def pack_affine(scale, shift, channel, packed, length, BLOCK: tl.constexpr):
+    """packed [2, length]: scale and shift in K order, 0 in padding."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.load(channel + k, mask=k < length, other=-1)
+    a = tl.load(scale + c, mask=c >= 0, other=0.0)
+    b = tl.load(shift + c, mask=c >= 0, other=0.0)
+    tl.store(packed + k, a.to(packed.dtype.element_ty), mask=k < length)
+    tl.store(packed + length + k, b.to(packed.dtype.element_ty), mask=k < length)

@@ -1,0 +1,87 @@
+"""Data gradient of several readers' 1x1 convolutions behind BatchNorm + activation, gathered into slots at once.
+
+Reader r normalises feature c with the shared statistics and its own affine: a_rc = act(gamma_rc xhat_c + beta_rc), and
+convolves a_r by W_r. Backward, for one tile of pixels p and channels c:
+
+    g_rc[p]  = sum over n of W_r[n, c] dz_r[p, n], where act' (gamma_rc xhat_c + beta_rc) = 1, else 0
+    G_c[p]   = rstd_c * sum over r of gamma_rc g_rc[p]        (with ADD: added to what is there)
+    sums     = per tile, reader and channel: sum of g_rc (beta's gradient) and of g_rc xhat_c (gamma's)
+
+The statistics' own share, Q_c f_c + R_c, is linear in these sums and applied once a channel by norm.bn_backward. One
+read-modify-write of G serves all readers. A reader that lacks a channel has zeros for it in W, gamma and beta. The
+tile is computed transposed, [channels, pixels]: affine and sums then run along rows, without shuffles between threads.
+
+Letters: n channel of a reader's dz, c feature channel, f raw feature, xhat = (f - mean) rstd.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .conv import passes_gradient
+
+
+@triton.jit(
+    do_not_specialize=["rows", "readers", "columns8", "channels", "depth8", "dz_row8", "out_row8", "feature_row8"]
+)  # fmt: skip
+def gather_readers(
+    dz, weight, out, feature, gamma, beta, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, partial,
+    rows, readers, columns8, channels, depth8, dz_row8, out_row8, feature_row8,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile; grid (column tiles, row tiles).
+
+    dz_at8 [readers], out_at8 and feature_at8 [columns / 8]: where each reader's dz and each 8 columns lie, in units of
+    8 elements; column_channel [columns]: the column's channel, -1 in padding. weight [readers, columns, PARTS *
+    DEPTH]; depth8: padded channels of dz / 8; gamma, beta [readers, channels]; mean, rstd [channels]; partial [row
+    tiles, readers, 2, columns].
+    """
+    ACC: tl.constexpr = partial.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    all_columns = tl.num_programs(0) * TILE_COLUMNS
+    tile = tl.program_id(1)
+    pixel = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    row_valid = pixel < rows
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    stored = columns < columns8 * 8  # a column behind the last slot must not store: it has no place
+    channel = tl.load(column_channel + columns, mask=stored, other=-1)
+    real = channel >= 0
+    k = tl.arange(0, DEPTH)
+    mask = row_valid[:, None] & stored[None, :]
+    feature_at = tl.load(feature_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
+    feature_at = tl.max_contiguous(tl.multiple_of(feature_at, 8), 8)
+    f = tl.load(feature + (pixel * (feature_row8 * 8))[:, None] + feature_at[None, :], mask=mask, other=0.0)
+    center = tl.load(mean + channel, mask=real, other=0.0)
+    width = tl.load(rstd + channel, mask=real, other=0.0)
+    xhat = (tl.trans(f).to(ACC) - center[:, None]) * width[:, None]
+    total = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
+    for reader in tl.range(0, readers, num_stages=STAGES):
+        dz_at = dz + tl.load(dz_at8 + reader) * 8 + (pixel * (dz_row8 * 8))[:, None] + k[None, :]
+        weight_at = weight + (reader * all_columns + columns[:, None]) * (PARTS * DEPTH) + k[None, :]
+        scale = tl.load(gamma + reader * channels + channel, mask=real, other=0.0)
+        shift = tl.load(beta + reader * channels + channel, mask=real, other=0.0)
+        g = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
+        for part in tl.static_range(PARTS):
+            d = tl.load(
+                dz_at + part * DEPTH,
+                mask=row_valid[:, None] & (part * DEPTH + k < depth8 * 8)[None, :],
+                other=0.0,
+            )
+            w = tl.load(weight_at + part * DEPTH)
+            g = tl.dot(w, d.T, g, input_precision=PRECISION)
+        passes = passes_gradient(xhat * scale[:, None] + shift[:, None], ACTIVATION)
+        g = tl.where(passes, g, 0.0)
+        total += g * scale[:, None]
+        sums = partial + (tile * readers + reader) * 2 * all_columns + columns
+        tl.store(sums, tl.sum(g, 1))
+        tl.store(sums + all_columns, tl.sum(g * xhat, 1))
+    result = tl.trans(total * width[:, None])
+    out_at = tl.load(out_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
+    out_at = tl.max_contiguous(tl.multiple_of(out_at, 8), 8)
+    to = out + (pixel * (out_row8 * 8))[:, None] + out_at[None, :]
+    if ADD:
+        result += tl.load(to, mask=mask, other=0.0).to(ACC)
+    result = tl.where(real[None, :], result, 0.0)
+    tl.store(to, result.to(out.dtype.element_ty), mask=mask)

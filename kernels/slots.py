@@ -1,0 +1,78 @@
+"""Slots for the launchers: allocate them side by side, and copy ordinary tensors in.
+
+    rows    one NHWC buffer, a pixel's channels of all slots side by side
+    arena   one allocation with a dense NHWC tensor for every slot, one after the other
+
+Every kernel writes zeros into a slot's padding, so fresh slots need no clearing; what is written here is cleared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .tables import LANES
+
+LAYOUTS = ("rows", "arena")
+
+
+def allocate(
+    batch: int,
+    widths: Sequence[int],
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    layout: str = "rows",
+    memory: Tensor | None = None,
+) -> list[Tensor]:
+    """One slot [batch, C, height, width] for each C of `widths`, all in one allocation.
+
+    Args:
+        memory: take this allocation, made for the same arguments, in place of a new and uninitialised one.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    taken = padded(widths)
+    starts = [sum(taken[:i]) for i in range(len(taken))]
+    pixels = batch * height * width
+    total = row_of(widths)
+    if memory is None:
+        memory = torch.empty(pixels * total, dtype=dtype, device=device)
+    slots = []
+    for channels, start, own in zip(widths, starts, taken, strict=True):
+        row, offset = (total, start) if layout == "rows" else (own, start * pixels)
+        strides = (height * width * row, 1, width * row, row)
+        slots.append(memory.as_strided((batch, channels, height, width), strides, offset))
+    return slots
+
+
+def row_of(widths: Sequence[int]) -> int:
+    """Elements per pixel of an allocation: all padded slots, and up to a whole 32-byte sector in bf16."""
+    return -(-sum(padded(widths)) // (2 * LANES)) * 2 * LANES
+
+
+def padded(widths: Sequence[int]) -> list[int]:
+    """Channels that slots of these widths take: rounded up to multiples of 8."""
+    return [-(-channels // LANES) * LANES for channels in widths]
+
+
+def whole(slot: Tensor) -> Tensor:
+    """The slot with its padding: a view of the channels rounded up to a multiple of 8."""
+    batch, channels, height, width = slot.shape
+    padded = -(-channels // LANES) * LANES
+    return slot.as_strided((batch, padded, height, width), slot.stride(), slot.storage_offset())
+
+
+def write(slot: Tensor, values: Tensor) -> Tensor:
+    """Copy `values` (any strides and floating dtype) into the slot, zeros into its padding; returns the slot."""
+    channels = slot.shape[1]
+    if channels % LANES:
+        whole(slot)[:, channels:].zero_()
+    return slot.copy_(values)

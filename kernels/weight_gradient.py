@@ -1,0 +1,98 @@
+"""The weight gradient over the same K tables as the convolution, deterministic.
+
+    partial[s, k, o] = sum over the pixels p of split s of A[p, k] dz[p, o]
+    dW[o, w]         = sum over s, ascending, of partial[s, k of weight element w, o]
+
+A[p, k] as in conv.py, with the same affine and activation on load.
+
+Letters: p pixel, o output channel, k position in K, s split: a range of SPLIT pixels; w = input channel * taps + tap.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .conv import activate
+
+
+@triton.jit(
+    do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows", "affine_length"]
+)
+def weight_gradient(
+    source, dz, partial, entries, entry_row8, affine, taps_inside,
+    rows, source_row8, dz_row8, all_k, out_channels, split_rows, affine_length,
+    TILE_ROWS: tl.constexpr, TILE_K: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
+    SWAPPED: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of one split's partial sum; grid (chunks of K, column tiles, splits).
+
+    partial: fp32 [splits, K, columns]. SWAPPED computes the transposed tile, dz^T A: with AFFINE this keeps the copies
+    of A asynchronous on sm_90. TAPS, SLOT_ROWS, VECTOR as in conv.convolution.
+    """
+    ACC: tl.constexpr = partial.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    all_columns = tl.num_programs(1) * TILE_COLUMNS
+    split = tl.program_id(2)
+    k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    columns = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    entry = tl.load(entries + k // 8)
+    at = tl.max_contiguous(tl.multiple_of((entry >> 5) * 8 + k % 8, VECTOR), VECTOR)
+    tap = entry & 31
+    if SLOT_ROWS:
+        row = tl.max_constancy(tl.load(entry_row8 + k // 8) * 8, VECTOR)
+    if AFFINE:
+        scale = tl.load(affine + k)
+        shift = tl.load(affine + affine_length + k)
+    stored = columns < (out_channels + 7) // 8 * 8
+    acc = tl.zeros((TILE_COLUMNS, TILE_K), ACC) if SWAPPED else tl.zeros((TILE_K, TILE_COLUMNS), ACC)
+    start = split * split_rows
+    end = tl.minimum(start + split_rows, rows)
+    if TAPS:  # loaded one iteration ahead of their use, as the entries in conv.py
+        pixel = start + tl.arange(0, TILE_ROWS)
+        next_inside = tl.load(taps_inside + pixel, mask=pixel < end, other=0)
+    for base in range(start, end, TILE_ROWS):
+        pixel = base + tl.arange(0, TILE_ROWS)
+        row_valid = pixel < end
+        if TAPS:
+            inside = next_inside
+            next_inside = tl.load(taps_inside + pixel + TILE_ROWS, mask=pixel + TILE_ROWS < end, other=0)
+            valid = tl.max_constancy(((inside[:, None] >> tap[None, :]) & 1) != 0, [1, VECTOR])
+        else:
+            valid = row_valid[:, None]
+        if SLOT_ROWS:
+            where = pixel[:, None] * row[None, :] + at[None, :]
+            where = tl.max_contiguous(tl.multiple_of(where, [1, VECTOR]), [1, VECTOR])
+        else:
+            where = (pixel * (source_row8 * 8))[:, None] + at[None, :]
+        a = tl.load(source + where, mask=valid, other=0.0)
+        dz_at = (pixel * (dz_row8 * 8))[:, None] + columns[None, :]
+        d = tl.load(dz + dz_at, mask=row_valid[:, None] & stored[None, :], other=0.0)
+        if AFFINE:
+            a = activate(a.to(ACC) * scale[None, :] + shift[None, :], ACTIVATION).to(source.dtype.element_ty)
+            if TAPS:
+                a = tl.where(valid, a, 0.0)
+        if SWAPPED:
+            acc = tl.dot(d.T, a, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a.T, d, acc, input_precision=PRECISION)
+    to = partial + split * all_k * all_columns
+    if SWAPPED:
+        tl.store(to + k[None, :] * all_columns + columns[:, None], acc)
+    else:
+        tl.store(to + k[:, None] * all_columns + columns[None, :], acc)
+
+
+@triton.jit(do_not_specialize=["splits", "all_k", "all_columns", "weights", "total"])
+def reduce_splits(partial, k_of_weight, out, splits, all_k, all_columns, weights, total, BLOCK: tl.constexpr):
+    """out[o, w] = sum over splits of partial[split, k_of_weight[w], o]; grid (blocks of out,)."""
+    ACC: tl.constexpr = partial.dtype.element_ty
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < total
+    k = tl.load(k_of_weight + element % weights, mask=mask, other=0)
+    at = k * all_columns + element // weights
+    acc = tl.zeros((BLOCK,), ACC)
+    for split in range(0, splits):
+        acc += tl.load(partial + split * all_k * all_columns + at, mask=mask, other=0.0)
+    tl.store(out + element, acc.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,229 @@
+"""Whole blocks, forward and backward, through the launchers alone, against thresholdnet.reference and autograd."""
+
+import pytest
+import torch
+from poisoned import padding, rows, whole, write
+from thresholdnet.kernels import launch
+from tolerances import assert_near
+
+from thresholdnet import reference
+from thresholdnet.plan import plan_block
+
+EPS = 1e-5
+
+
+def problem(plan, dtype, size, activation):
+    """Input, parameters and the output's gradient, rounded to `dtype`; output and all gradients in fp64."""
+    rounded = lambda *shape: torch.randn(*shape).to(dtype).double()  # noqa: E731
+    x = rounded(size[0], plan.in_channels, *size[1:]).requires_grad_()
+    parameters = []
+    for read, width, inner in zip(
+        plan.link_widths, plan.widths, plan.bottleneck_widths or (0,) * plan.num_layers, strict=True
+    ):
+        norm = lambda channels: [torch.rand(channels) + 0.5, torch.randn(channels) * 0.3]  # noqa: E731
+        if plan.unit == "bottleneck":
+            parameters += [*norm(read), rounded(inner, read, 1, 1) / read**0.5, *norm(inner)]
+            parameters += [rounded(width, inner, 3, 3) / (9 * inner) ** 0.5]
+        else:
+            parameters += [rounded(width, read, 3, 3) / (9 * read) ** 0.5, *norm(width)]
+    parameters = [p.to(dtype).double().requires_grad_() for p in parameters]
+    y, _ = reference.block_forward(plan, x, parameters, eps=EPS, activation=activation)
+    dy = rounded(*y.shape)
+    y.backward(dy)
+    return x, parameters, y, dy
+
+
+def scale_shift(mean, variance, gamma, beta):
+    rstd = torch.rsqrt(variance + EPS)
+    return gamma * rstd, beta - mean * gamma * rstd, rstd
+
+
+def conv_bn_relu(plan, x, parameters, dy, dtype, activation):
+    """(output slots, gradients of x and of all parameters): what an engine does, in the plainest order."""
+    size = x.shape[0], *x.shape[2:]
+    pixels = size[0] * size[1] * size[2]
+    (_, raw), (_, active), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(3))
+    vector = lambda p: p.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)  # noqa: E731
+    write(active[0], x.detach())
+    kept = [None]
+    for layer, sources in enumerate(plan.links, start=1):
+        weight, gamma, beta = (p.detach() for p in parameters[3 * layer - 3 : 3 * layer])
+        mean, variance = launch.conv([active[k] for k in sources], weight, raw[layer], statistics=True)
+        scale, shift, rstd = scale_shift(mean, variance, vector(gamma), vector(beta))
+        launch.normalise(raw[layer], scale, shift, active[layer], activation)
+        kept.append((scale, shift, mean, rstd))
+    start = 0
+    for node in plan.outputs:
+        write(grads[node], dy[:, start : start + plan.node_widths[node]])
+        start += plan.node_widths[node]
+    gradients = [None] * len(parameters)
+    for node in range(plan.num_layers, -1, -1):
+        weights = []
+        for layer in plan.readers[node]:
+            before = sum(plan.node_widths[k] for k in plan.links[layer - 1][: plan.links[layer - 1].index(node)])
+            weights.append(parameters[3 * layer - 3].detach()[:, before : before + plan.node_widths[node]])
+        dz = [grads[layer] for layer in plan.readers[node]]
+        mask = (raw[node], *kept[node]) if node else None
+        sums = launch.gradient(dz, weights, grads[node], add=node in plan.outputs, mask=mask, activation=activation)
+        if node:
+            scale, _, mean, rstd = kept[node]
+            gradients[3 * node - 1], gradients[3 * node - 2] = sums
+            b = -scale * rstd * sums[1] / pixels
+            launch.bn_backward(grads[node], raw[node], scale, b, -scale * sums[0] / pixels - b * mean)
+    for layer, sources in enumerate(plan.links, start=1):
+        gradients[3 * layer - 3] = launch.weight_gradient([active[k] for k in sources], grads[layer], 3)
+    return [active[node] for node in plan.outputs], grads[0], gradients
+
+
+def bottleneck(plan, x, parameters, dy, dtype, activation, group):
+    """The same for bottleneck units, data gradients gathered over `group` readers at a time."""
+    size = x.shape[0], *x.shape[2:]
+    pixels, depth = size[0] * size[1] * size[2], plan.bottleneck_widths[0]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    vector = lambda p: p.detach().to(exact)  # noqa: E731
+    (_, raw), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(2))
+    (_, inner), (_, inner_grads) = (rows(*size, (depth,) * plan.num_layers, dtype) for _ in range(2))
+    _, (active,) = rows(*size, (depth,), dtype)
+    write(raw[0], x.detach())
+    statistics = [launch.slot_statistics(raw[0])]
+    rstd_of = lambda node: torch.rsqrt(statistics[node][1] + EPS)  # noqa: E731
+    kept = [None]
+
+    def read_affine(layer):
+        gamma, beta = (vector(p) for p in parameters[6 * layer - 6 : 6 * layer - 4])
+        means = torch.cat([statistics[k][0] for k in plan.links[layer - 1]])
+        variances = torch.cat([statistics[k][1] for k in plan.links[layer - 1]])
+        return scale_shift(means, variances, gamma, beta)[:2]
+
+    for layer, sources in enumerate(plan.links, start=1):
+        _, _, w1, gamma2, beta2, w2 = parameters[6 * layer - 6 : 6 * layer]
+        z = inner[layer - 1]
+        mean, variance = launch.conv(
+            [raw[k] for k in sources], w1, z, affine=read_affine(layer), activation=activation, statistics=True
+        )
+        scale, shift, rstd = scale_shift(mean, variance, vector(gamma2), vector(beta2))
+        launch.normalise(z, scale, shift, active, activation)
+        statistics.append(launch.conv([active], w2, raw[layer], statistics=True))
+        kept.append((scale, shift, mean, rstd))
+
+    start = 0
+    for node, width in enumerate(plan.node_widths):
+        write(grads[node], dy[:, start : start + width] if node in plan.outputs else torch.zeros(1, 1, 1, 1))
+        start += width if node in plan.outputs else 0
+    gradients = [None] * len(parameters)
+    sums_g = [torch.zeros(width, dtype=exact) for width in plan.node_widths]  # sum over readers of gamma sum g
+    sums_gx = [torch.zeros(width, dtype=exact) for width in plan.node_widths]
+    for layer in range(1, plan.num_layers + 1):
+        gradients[6 * layer - 6] = torch.zeros(plan.link_widths[layer - 1], dtype=exact)
+        gradients[6 * layer - 5] = torch.zeros(plan.link_widths[layer - 1], dtype=exact)
+
+    def contribute(readers, nodes):
+        """Gather the gradients of `readers` into `nodes`; zeros where a reader has no link."""
+        if not readers or not nodes:
+            return
+        channels = sum(plan.node_widths[node] for node in nodes)
+        place, weights, gammas, betas = [], [], [], []
+        for layer in readers:
+            gamma, beta, w1 = parameters[6 * layer - 6 : 6 * layer - 3]
+            weight, scale, shift = (
+                torch.zeros(depth, channels, 1, 1, dtype=w1.dtype),
+                torch.zeros(channels, dtype=exact),
+                torch.zeros(channels, dtype=exact),
+            )
+            theirs, first = {}, 0
+            for source in plan.links[layer - 1]:
+                theirs[source] = slice(first, first := first + plan.node_widths[source])
+            first = 0
+            for node in nodes:
+                ours = slice(first, first := first + plan.node_widths[node])
+                if node in theirs:
+                    weight[:, ours] = w1.detach()[:, theirs[node]]
+                    scale[ours], shift[ours] = vector(gamma)[theirs[node]], vector(beta)[theirs[node]]
+                    place.append((layer, node, ours, theirs[node]))
+            weights.append(weight), gammas.append(scale), betas.append(shift)
+        sums, sums_xhat = launch.gradient_of_readers(
+            [inner_grads[layer - 1] for layer in readers], weights,
+            [grads[node] for node in nodes], [raw[node] for node in nodes], gammas, betas,
+            torch.cat([statistics[node][0] for node in nodes]), torch.cat([rstd_of(node) for node in nodes]),
+            add=True, activation=activation,
+        )  # fmt: skip
+        for layer, node, ours, theirs in place:
+            index = readers.index(layer)
+            gradients[6 * layer - 5][theirs] = sums[index, ours]
+            gradients[6 * layer - 6][theirs] = sums_xhat[index, ours]
+            sums_g[node] += gammas[index][ours] * sums[index, ours]
+            sums_gx[node] += gammas[index][ours] * sums_xhat[index, ours]
+
+    def finish(node):
+        """The statistics' share of the gradient, once a channel."""
+        mean, rstd = statistics[node][0], rstd_of(node)
+        b = -rstd * rstd * sums_gx[node] / pixels
+        launch.bn_backward(grads[node], raw[node], None, b, -rstd * sums_g[node] / pixels - b * mean)
+
+    last = plan.num_layers
+    while last >= 1:
+        first = max(1, last - group + 1)
+        for layer in range(last, first - 1, -1):
+            contribute(list(range(layer + 1, last + 1)), [layer])
+            finish(layer)
+            w2 = parameters[6 * layer - 1].detach()
+            scale, shift, mean, rstd = kept[layer]
+            launch.normalise(inner[layer - 1], scale, shift, active, activation)
+            gradients[6 * layer - 1] = launch.weight_gradient([active], grads[layer], 3)
+            mask = (inner[layer - 1], *kept[layer])
+            sums = launch.gradient([grads[layer]], [w2], inner_grads[layer - 1], mask=mask, activation=activation)
+            gradients[6 * layer - 2], gradients[6 * layer - 3] = sums
+            b = -scale * rstd * sums[1] / pixels
+            c = -scale * sums[0] / pixels - b * mean
+            launch.bn_backward(inner_grads[layer - 1], inner[layer - 1], scale, b, c)
+            sources = [raw[k] for k in plan.links[layer - 1]]
+            gradients[6 * layer - 4] = launch.weight_gradient(
+                sources, inner_grads[layer - 1], 1, affine=read_affine(layer), activation=activation
+            )
+        contribute(list(range(first, last + 1)), list(range(first)))
+        last = first - 1
+    finish(0)
+    return [raw[node] for node in plan.outputs], grads[0], gradients
+
+
+# Rounding errors grow from layer to layer and where BatchNorm's backward cancels sums: 10 times a kernel's.
+CHAIN = 10
+
+
+def compare(plan, run, dtype, size, activation):
+    x, parameters, y, dy = problem(plan, dtype, size, activation)
+    outputs, dx, gradients = run(plan, x, parameters, dy.to(dtype), dtype, activation)
+    assert_near(torch.cat(outputs, 1), y, dtype, CHAIN)
+    assert not any(padding(slot).any() for slot in (*outputs, dx))
+    assert_near(dx, x.grad, dtype, CHAIN)
+    for got, parameter in zip(gradients, parameters, strict=True):
+        assert_near(got, parameter.grad, dtype, CHAIN)
+    assert whole(dx).isfinite().all()
+
+
+PLANS = {
+    "pruned": plan_block(10, ((0,), (0, 1), (2, 0)), (14, 24, 6), outputs=(1, 3)),
+    "dense": plan_block(8, ((0,), (1, 0), (2, 1, 0), (0, 1, 2, 3)), 12, outputs="all", width_rule="constant"),
+    "harmonic": plan_block(16, ((0,), (1, 0), (2,), (3, 2, 0)), (14, 22, 6, 30)),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("size", ((2, 7, 5), (2, 6, 4)), ids=str)
+@pytest.mark.parametrize("name", PLANS)
+def test_conv_bn_relu(name, size, dtype):
+    compare(PLANS[name], conv_bn_relu, dtype, size, "relu6" if name == "pruned" else "relu")
+
+
+BOTTLENECKS = {
+    "dense": plan_block(10, ((0,), (1, 0), (2, 1, 0), (3, 2, 1, 0)), 6, unit="bottleneck", width_rule="constant"),
+    "pruned": plan_block(10, ((0,), (0, 1), (2, 0)), 6, unit="bottleneck", width_rule="constant"),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("group", (1, 2, 4))
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_bottleneck(name, group, dtype):
+    run = lambda *arguments: bottleneck(*arguments, group)  # noqa: E731
+    compare(BOTTLENECKS[name], run, dtype, (2, 5, 7), "relu")

@@ -1,0 +1,68 @@
+"""BatchNorm's kernels against plain torch in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from poisoned import fill, padding, rows, whole
+from thresholdnet.kernels import launch
+from tolerances import assert_near
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES = ((1, 1, 1), (2, 1, 5), (3, 9, 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", ("relu", "relu6", None))
+def test_normalise(size, dtype, activation):
+    _, (z, other) = rows(*size, (20, 14), dtype)
+    _, (unlinked, y) = rows(*size, (9, 20), dtype)  # another buffer with other rows
+    fill(z)
+    scale, shift = torch.randn(20) * 5, torch.randn(20)
+    launch.normalise(z, scale, shift, y, activation)
+    act = {"relu": F.relu, "relu6": F.relu6, None: lambda v: v}[activation]
+    assert_near(y, act(z.double() * scale[:, None, None] + shift[:, None, None]), dtype)
+    assert not padding(y).any() and other.isnan().all() and unlinked.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("with_a", (True, False))
+def test_bn_backward(size, dtype, with_a):
+    _, (z, g, other) = rows(*size, (70, 70, 6), dtype)
+    fill(z), fill(g)
+    a, b, c = torch.randn(3, 70)
+    before = g.double().clone()
+    launch.bn_backward(g, z, a if with_a else None, b, c)
+    a = a if with_a else torch.ones(70)
+    assert_near(g, before * a[:, None, None] + z.double() * b[:, None, None] + c[:, None, None], dtype)
+    assert not padding(g).any() and other.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("channels", (1, 20, 131))
+def test_slot_statistics(size, dtype, channels):
+    _, (other, x) = rows(*size, (8, channels), dtype)
+    fill(x)
+    x.add_(30)
+    whole(x)[:, channels:] = 0
+    mean, variance = launch.slot_statistics(x)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert_near(mean, x.double().mean((0, 2, 3)), exact)
+    assert_near(variance, x.double().var((0, 2, 3), unbiased=False), exact, 10)
+    assert other.isnan().all()
+
+
+def test_nan_stays():
+    _, (z, y) = rows(1, 2, 2, (8, 8), torch.float32)
+    fill(z)[0, 3, 0, 0] = float("nan")
+    launch.normalise(z, torch.ones(8), torch.zeros(8), y, "relu6")
+    assert y[0, 3, 0, 0].isnan() and y.isnan().sum() == 1
+
+
+def test_batch_of_none():
+    _, (z, y) = rows(0, 2, 2, (8, 8), torch.float32)
+    launch.normalise(z, torch.ones(8), torch.zeros(8), y)
+    launch.bn_backward(y, z, None, torch.ones(8), torch.ones(8))
+    assert launch.slot_statistics(z)[0].isnan().all()

@@ -1,0 +1,74 @@
+"""The gathered 1x1 data gradient against its formula in fp64."""
+
+import poisoned as layouts
+import pytest
+import torch
+from poisoned import fill, padding, rows
+from thresholdnet.kernels import launch
+from thresholdnet.kernels.configs import ReadersConfig
+from tolerances import assert_near
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype):
+    """(gradient of the features, sums of g, sums of g xhat), without the statistics' share."""
+    mean, rstd = mean.double()[:, None, None], rstd.double()[:, None, None]
+    xhat = (torch.cat(list(features), 1).double() - mean) * rstd
+    total, sums, sums_xhat = 0, [], []
+    for d, weight, gamma, beta in zip(dz, weights, gammas, betas, strict=True):
+        y = gamma.double()[:, None, None] * xhat + beta.double()[:, None, None]
+        g = torch.einsum("knij,kc->ncij".replace("kn", "nk"), d.double(), weight.to(dtype).double()[:, :, 0, 0])
+        g = g * ((y > 0) & (y < 6) if activation == "relu6" else y > 0)
+        total = total + gamma.double()[:, None, None] * g
+        sums.append(g.sum((0, 2, 3)))
+        sums_xhat.append((g * xhat).sum((0, 2, 3)))
+    return total * rstd, torch.stack(sums), torch.stack(sums_xhat)
+
+
+def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None):
+    _, (*outs, unlinked) = rows(*size, (*widths, 8), dtype)
+    _, features = rows(*size, widths, dtype)
+    _, dz = layouts.arena(*size, (depth,) * readers, dtype)
+    for slot in (*features, *dz):
+        fill(slot)
+    start = [fill(out).clone() if add else out.clone() for out in outs]
+    channels = sum(widths)
+    weights = [torch.randn(depth, channels, 1, 1) / depth**0.5 for _ in range(readers)]
+    gammas, betas = [torch.rand(channels) * 3 for _ in weights], [torch.randn(channels) for _ in weights]
+    gammas[0][:3] = betas[0][:3] = 0  # channels that reader 0 lacks
+    weights[0][:, :3] = 0
+    mean, rstd = torch.randn(channels), torch.rand(channels) + 0.5
+    sums = launch.gradient_of_readers(
+        dz, weights, outs, features, gammas, betas, mean, rstd, add=add, activation=activation, config=config
+    )
+    g, *expected = formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for out, before, part in zip(outs, start, g.split(list(widths), 1), strict=True):
+        assert_near(out, part + before.double() if add else part, dtype)
+        assert not padding(out).any()
+    for got, want in zip(sums, expected, strict=True):
+        assert_near(got, want, exact)
+    assert unlinked.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", (False, True))
+@pytest.mark.parametrize("readers", (1, 2, 4))
+def test_dtypes_and_readers(dtype, add, readers):
+    run(dtype, 24, readers, (10, 14, 20), add)
+
+
+@pytest.mark.parametrize("depth", (3, 16, 128, 300))
+def test_depths(depth):
+    run(torch.float32, depth, 2, (6, 12), True)
+
+
+@pytest.mark.parametrize("size", ((1, 1, 1), (3, 1, 13), (1, 9, 1)), ids=str)
+def test_sizes(size):
+    run(torch.float32, 16, 2, (33,), False, "relu6", size)
+
+
+@pytest.mark.parametrize("config", (ReadersConfig(16, 32), ReadersConfig(64, 64, 4, 2)), ids=str)
+def test_tiles(config):
+    run(torch.float32, 16, 3, (10, 40), True, config=config)
