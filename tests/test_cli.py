@@ -27,7 +27,7 @@ def run(*arguments, code=0):
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["thresholdnet", *map(str, arguments)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "120"}),
+        mock.patch.dict(os.environ, {"COLUMNS": os.environ.get("COLUMNS", "120")}),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         pytest.raises(SystemExit) as exit_,
@@ -63,12 +63,15 @@ def test_links_prints_and_draws(tmp_path, monkeypatch):
     ElementTree.parse(tmp_path / "links-threshold_bc-16.svg")
 
 
-def test_links_compare_and_json(tmp_path):
+def test_links_compare_and_json(tmp_path, monkeypatch):
     stdout, _ = run("links", "--compare", "--layers", 8, "--threshold", 4, "--out", tmp_path / "all.svg", "--json")
     made = json.loads(stdout)
     assert [row["pattern"] for row in made["patterns"]] == list(links.PATTERNS)
     assert made["patterns"][0]["links"] == [list(row) for row in links.dense(8)]
     ElementTree.parse(tmp_path / "all.svg")
+    monkeypatch.setenv("COLUMNS", "60")
+    stdout, _ = run("links", "--compare", "--no-draw")
+    assert "…" not in stdout and "0-1-2-3-4-5-6-7-8-9-10-11-12-13-14-15" in stdout
 
 
 def test_tables_in_every_format(tmp_path):

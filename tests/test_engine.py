@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
 from tolerances import assert_close, rms_error
 from torch import nn
@@ -363,22 +364,6 @@ def test_statistics_are_updated_exactly_once_and_not_in_eval(unit, backend):
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
 
 
-def _kept(block, x):
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = block(x)
-    assert y.requires_grad
-    return sum(kept.values())
-
-
 V1 = [("bottleneck", 64, 6, 56), ("bottleneck", 128, 8, 28), ("bottleneck", 192, 12, 14)]
 
 
@@ -388,14 +373,14 @@ def test_bytes_kept_by_the_blocks_of_v1_at_224(unit, width, depth, side, backend
     rows, k = (links.dense(depth), 32) if unit == "bottleneck" else (links.harmonic(depth), 40)
     block = ThresholdBlock(width, rows, k, unit=unit)
     x = torch.randn(8, width, side, side).to(memory_format=torch.channels_last)
-    eager = _kept(block, x)
+    eager = storage_bytes(saved_tensors(block, x))
     assert eager == pytest.approx(8 * block.plan.kept_bytes(side, side, 4, fused=False), rel=0.01)
-    fused = _kept(block.fuse(True, backend), x)
+    fused = storage_bytes(saved_tensors(block.fuse(True, backend), x))
     planned = 8 * block.plan.kept_bytes(side, side, 4, fused=True)  # with slots padded to 8, which not all backends do
     assert 0.95 * planned <= fused <= 1.01 * planned
     assert fused / eager <= (0.33 if unit == "bottleneck" else 0.36)
     if unit == "bottleneck":
-        assert _kept(block.fuse(True, backend, "bottleneck"), x) / eager <= 0.16
+        assert storage_bytes(saved_tensors(block.fuse(True, backend, "bottleneck"), x)) / eager <= 0.16
 
 
 def test_linked_conv2d(backend):

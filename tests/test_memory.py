@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from saved import saved_tensors, storage_bytes
 from torch import nn
 
 import thresholdnet as tn
@@ -10,20 +11,9 @@ from thresholdnet.models import fuse_blocks
 
 
 def _really_kept(model, x):
-    """Bytes that autograd saves in a real forward pass: unique storages but for parameters, buffers and the images."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    assert y.requires_grad
-    return sum(kept.values())
+    """Bytes that autograd saves in a real forward pass: all but parameters, buffers and the images."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.buffers(), x)}
+    return storage_bytes(t for t in saved_tensors(model, x) if t.untyped_storage().data_ptr() not in own)
 
 
 def _blocks(model):

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 try:
     import typer
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table as RichTable
 except ImportError as error:
     sys.exit(f"error: the command line needs: pip install 'thresholdnet[train]' ({error})")
@@ -200,7 +201,7 @@ def eval_command(
     for row in report["classes"]:
         shown = ["-" if row[key] is None else f"{row[key]:.1%}" for key in ("precision", "recall")]
         table.add_row(row["name"], *shown, str(row["support"]))
-    Console().print(table)
+    _print_table(table)
     print(
         f"accuracy {report['accuracy']:.2%}, loss {report['loss']:.4f} on {report['images']} images, "
         f"{report['images_per_second']:.0f} images/s"
@@ -310,7 +311,7 @@ def memory_command(
         values = [getattr(account, what) for account in report.values()]
         table.add_row(f"{what} in all", *map(_mib, values), style="bold")
         table.add_row("  of eager", *(f"{value / values[0]:.2f}" for value in values))
-    Console().print(table)
+    _print_table(table)
     print(
         "MiB of activations. kept: from forward to backward; peak: of the step; moved: read and written by operations"
     )
@@ -365,7 +366,7 @@ def links_command(
     for i, row in enumerate(zip(*(pattern.rows() for pattern in made), strict=True), start=1):
         table.add_row(str(i), *(text for _, text in row))
     table.add_row("links", *(str(pattern.total) for pattern in made), style="bold")
-    Console().print(table)
+    _print_table(table)
     for file in files:
         print(f"drawn: {file}")
 
@@ -382,6 +383,14 @@ def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             pairs[key] = value
     return pairs
+
+
+def _print_table(table: RichTable) -> None:
+    """As wide as it is: a cell cut short with dots would be a wrong answer."""
+    console = Console()
+    wide = console.options.update(width=10_000)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
 
 
 def _write_or_print(text: str, out: Path | None) -> None:
