@@ -234,7 +234,10 @@ def _read(cubin: bytes, tensor_core: tuple[str, ...]) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+
+        def run(*command):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
         usage = run(tools / "cuobjdump", "--dump-resource-usage", file.name)
         code = run(tools / "nvdisasm", "-c", file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)

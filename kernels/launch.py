@@ -695,7 +695,7 @@ def _vector(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
 
 def _check_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "cuda":
-        if not INTERPRETED and _capability(tensor.device) < (8, 0):  # type: ignore[operator]
+        if not INTERPRETED and _capability(tensor.device) < (8, 0):  # type: ignore[operator]  # None in the interpreter only
             raise RuntimeError(f"{name} must be on a GPU of compute capability 8.0 or newer, got {tensor.device}")
     elif not INTERPRETED or tensor.device.type != "cpu":
         raise RuntimeError(

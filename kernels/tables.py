@@ -255,7 +255,7 @@ def column_table(
     return np.array(at[0], np.int32), np.array(at[1], np.int32), columns, np.flatnonzero(columns >= 0)
 
 
-def _frozen(table):  # type: ignore[no-untyped-def]
+def _frozen(table):  # type: ignore[no-untyped-def]  # any array in, the same out
     """Cached arrays are shared: make writing to one an error."""
     for part in table:
         if isinstance(part, np.ndarray):

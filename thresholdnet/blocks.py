@@ -192,7 +192,7 @@ class ThresholdBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
         check_images("input of the block", x, self.in_channels)
-        if self._ran != self._engine:
+        if self._ran != self._engine:  # an assignment at each call would be a side effect for the compiler to trace
             self._ran = self._engine
         return self._plain_forward(x) if self._engine == "reference" else self._fused_forward(x, self._engine)
 

@@ -111,9 +111,8 @@ def backward(
         elif found is None:  # nothing that leaves the block depends on it
             made.append(torch.zeros_like(like))
         elif found.untyped_storage().nbytes() > found.nbytes or found.data_ptr() == grad.data_ptr():
-            made.append(
-                found.to(like.dtype, copy=True)
-            )  # an operator may return neither its input nor parts of one tensor
+            # an operator may return neither its input nor parts of one tensor
+            made.append(found.to(like.dtype, copy=True))
         else:
             made.append(found.to(like.dtype))
     return made

@@ -16,12 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import engine
+from . import ops
 from .blocks import ThresholdBlock
 from .checks import one_of
 from .counting import checked_shape, meta_copy
 from .models import fuse_blocks
-from .plan import BlockPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -130,14 +129,10 @@ class _Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.thresholdnet.block.default:
             with self:
-                x, parameters, running, plan, eps, fixed, activation, backend, save, recompute = args
-                spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
-                return engine.forward(spec, x, parameters, running)
+                return ops.run_block(*args)
         if func is torch.ops.thresholdnet.block_backward.default:
             with self:
-                grad, x, parameters, statistics, saved, plan, eps, fixed, activation, backend, recompute, needs = args
-                spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute)
-                return engine.backward(spec, grad, x, parameters, statistics, saved, needs)
+                return ops.run_block_backward(*args)
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

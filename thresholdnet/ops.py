@@ -25,8 +25,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-@torch.library.custom_op("thresholdnet::block", mutates_args=())
-def block(
+def run_block(
     x: Tensor,
     parameters: list[Tensor],
     running: list[Tensor],
@@ -41,6 +40,9 @@ def block(
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
     spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
     return engine.forward(spec, x, parameters, running)
+
+
+block = torch.library.custom_op("thresholdnet::block", run_block, mutates_args=())
 
 
 @block.register_fake
@@ -69,8 +71,7 @@ def _(
     return y, statistics, load(backend).kept_like(structure, x, recompute) if save else []
 
 
-@torch.library.custom_op("thresholdnet::block_backward", mutates_args=())
-def block_backward(
+def run_block_backward(
     grad: Tensor,
     x: Tensor,
     parameters: list[Tensor],
@@ -87,6 +88,9 @@ def block_backward(
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
     spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute)
     return engine.backward(spec, grad, x, parameters, statistics, saved, needs)
+
+
+block_backward = torch.library.custom_op("thresholdnet::block_backward", run_block_backward, mutates_args=())
 
 
 @block_backward.register_fake

@@ -14,13 +14,19 @@ EPS = 1e-5
 
 def problem(plan, dtype, size, activation):
     """Input, parameters and the output's gradient, rounded to `dtype`; output and all gradients in fp64."""
-    rounded = lambda *shape: torch.randn(*shape).to(dtype).double()  # noqa: E731
+
+    def rounded(*shape):
+        return torch.randn(*shape).to(dtype).double()
+
     x = rounded(size[0], plan.in_channels, *size[1:]).requires_grad_()
     parameters = []
     for read, width, inner in zip(
         plan.link_widths, plan.widths, plan.bottleneck_widths or (0,) * plan.num_layers, strict=True
     ):
-        norm = lambda channels: [torch.rand(channels) + 0.5, torch.randn(channels) * 0.3]  # noqa: E731
+
+        def norm(channels):
+            return [torch.rand(channels) + 0.5, torch.randn(channels) * 0.3]
+
         if plan.unit == "bottleneck":
             parameters += [*norm(read), rounded(inner, read, 1, 1) / read**0.5, *norm(inner)]
             parameters += [rounded(width, inner, 3, 3) / (9 * inner) ** 0.5]
@@ -43,7 +49,10 @@ def conv_bn_relu(plan, x, parameters, dy, dtype, activation):
     size = x.shape[0], *x.shape[2:]
     pixels = size[0] * size[1] * size[2]
     (_, raw), (_, active), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(3))
-    vector = lambda p: p.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)  # noqa: E731
+
+    def vector(p):
+        return p.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
+
     write(active[0], x.detach())
     kept = [None]
     for layer, sources in enumerate(plan.links, start=1):
@@ -80,13 +89,19 @@ def bottleneck(plan, x, parameters, dy, dtype, activation, group):
     size = x.shape[0], *x.shape[2:]
     pixels, depth = size[0] * size[1] * size[2], plan.bottleneck_widths[0]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    vector = lambda p: p.detach().to(exact)  # noqa: E731
+
+    def vector(p):
+        return p.detach().to(exact)
+
     (_, raw), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(2))
     (_, inner), (_, inner_grads) = (rows(*size, (depth,) * plan.num_layers, dtype) for _ in range(2))
     _, (active,) = rows(*size, (depth,), dtype)
     write(raw[0], x.detach())
     statistics = [launch.slot_statistics(raw[0])]
-    rstd_of = lambda node: torch.rsqrt(statistics[node][1] + EPS)  # noqa: E731
+
+    def rstd_of(node):
+        return torch.rsqrt(statistics[node][1] + EPS)
+
     kept = [None]
 
     def read_affine(layer):
@@ -225,5 +240,7 @@ BOTTLENECKS = {
 @pytest.mark.parametrize("group", (1, 2, 4))
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_bottleneck(name, group, dtype):
-    run = lambda *arguments: bottleneck(*arguments, group)  # noqa: E731
+    def run(*arguments):
+        return bottleneck(*arguments, group)
+
     compare(BOTTLENECKS[name], run, dtype, (2, 5, 7), "relu")
