@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-slow lint format clean
 
 help:
 	@echo "make demo     train a small ThresholdNet on real digits (about a minute), draw what it learned"
 	@echo "make test     linters, types and the whole test suite"
+	@echo "make test-slow the rest: every engine test on the Triton backend in its interpreter (about an hour on 2 cores)"
 	@echo "make install  only make .venv and install the package with its tools"
 	@echo "make format   let ruff format the code"
 	@echo "make clean    remove .venv, caches and runs/demo"
@@ -39,6 +40,9 @@ test: lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py \
 		-k "triton and (opcheck or training_equals and (size0 or reference))"
+
+test-slow: install
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --timeout 1800 tests/test_engine.py -k triton
 
 format: install
 	$(BIN)/ruff format .

@@ -53,6 +53,14 @@ def allocate(
     return slots
 
 
+def side_by_side(slots: Sequence[Tensor]) -> Tensor:
+    """Slots of the "rows" layout without padding, all of them in order: one NHWC tensor over the same memory."""
+    first = slots[0]
+    batch, _, height, width = first.shape
+    channels = sum(slot.shape[1] for slot in slots)
+    return first.as_strided((batch, channels, height, width), first.stride(), first.storage_offset())
+
+
 def row_of(widths: Sequence[int]) -> int:
     """Elements per pixel of an allocation: all padded slots, and up to a whole 32-byte sector in bf16."""
     return -(-sum(padded(widths)) // (2 * LANES)) * 2 * LANES

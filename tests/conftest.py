@@ -3,3 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.install()

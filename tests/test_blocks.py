@@ -233,3 +233,29 @@ def test_bad_inputs(x, error, message):
     with pytest.raises(error) as caught:
         ThresholdBlock(8, links.dense(2), 4)(x)
     assert message in str(caught.value)
+
+
+def test_dropout_as_in_densenet():
+    """Plain and fused with the same masks agree; evaluation drops nothing; the share dropped is the rate."""
+    block = ThresholdBlock(
+        6, links.dense(3), 4, unit="bottleneck", drop_rate=0.4, fused=True, backend="native"
+    ).double()
+    x = torch.randn(3, 6, 9, 8, dtype=F64, requires_grad=True)
+    masks = block._masks(x)
+    kept = torch.cat([m.flatten() for m in masks]).double().mean()
+    assert 0.55 < kept < 0.65 and not torch.equal(masks[0], masks[1])
+    block._masks = lambda x: masks
+    plain = copy.deepcopy(block).fuse(False)
+    for layer, mask in zip(plain.layers, masks, strict=True):
+        layer.drop.forward = lambda y, mask=mask: y * mask / 0.6
+    for run in (torch.nn.Module.train, torch.nn.Module.eval):
+        if run is torch.nn.Module.eval:
+            del block._masks  # evaluation asks for none
+            for layer in plain.layers:
+                del layer.drop.forward
+        ours, theirs = (torch.autograd.grad(run(b)(x).square().sum(), [x, *b.parameters()]) for b in (block, plain))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert "0.4" in repr(plain.layers[0].drop)
+    with pytest.raises(ValueError, match=r"drop_rate must be 0 for unit 'conv_bn_relu', got 0\.4"):
+        ThresholdBlock(6, links.dense(3), 4, drop_rate=0.4)

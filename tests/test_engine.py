@@ -127,7 +127,8 @@ def test_gradcheck(pattern, unit, backend):
     def run(x, *values):
         return torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+    # the interpreter takes minutes for whole Jacobians: random projections of them instead
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -230,8 +231,9 @@ def test_half_formats_are_no_worse_than_plain_torch(unit, dtype, backend):
     exact.to(dtype).to(F64)
     half = copy.deepcopy(exact).to(dtype)
     errors = torch.zeros(2, 3)  # (ours, plain torch) x (output, gradient of x, gradients of parameters), squared
-    for seed in range(6):
-        x = torch.randn(4, 16, 12, 12, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    images, size = (6, (4, 16, 12, 12)) if backend == "native" else (3, (2, 16, 8, 8))
+    for seed in range(images):
+        x = torch.randn(size, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         truth, _ = _both(exact, backend, x.to(F64))
         theirs, ours = _both(half, backend, x)
         assert ours[0].dtype == dtype and ours[1].dtype == dtype
@@ -286,6 +288,136 @@ def test_two_runs_are_bit_equal_and_the_input_stays(unit, backend):
     runs = [torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert torch.equal(x, kept)
+
+
+@pytest.fixture
+def poison():
+    """Every tensor that torch allocates without filling it holds NaN (integers: the largest value)."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("recompute", [None, "bottleneck"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_nothing_is_read_before_it_is_written(unit, recompute, backend, request):
+    """NaN in every buffer and workspace before its use changes no bit; widths that need padding, a dead end, a mask."""
+    block = _block(((0,), (1, 0), (2,), (3, 1, 0)), unit, dtype=torch.float32, outputs=(0, 1, 4))
+    block.fuse(True, backend, recompute)
+    x = torch.randn(2, 7, 5, 4, requires_grad=True)
+
+    def run():
+        y = block(x)
+        grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()], allow_unused=True)
+        with torch.no_grad():
+            inferred = copy.deepcopy(block).eval()(x)
+        return [y, inferred, *(g for g in grads if g is not None)]
+
+    run()  # the second and third start from other running statistics, which training does not read
+    block.load_state_dict(state := copy.deepcopy(block.state_dict()))
+    clean = run()
+    request.getfixturevalue("poison")
+    block.load_state_dict(state)
+    for a, b in zip(run(), clean, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("outputs", ["all", (1, 3)])
+def test_backward_twice_over_one_graph(outputs, backend):
+    for unit in UNITS:
+        block = _block(links.dense(3), unit, outputs=outputs, k=8, width=8).fuse(True, backend)
+        x = torch.randn(2, 8, 4, 4, dtype=F64, requires_grad=True)
+        y = block(x)
+        first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def _call(block, x, tail=(), masks=(), drop=0.0, backend="native", recompute=False):
+    """The operator itself: what a block hands it, and more."""
+    norms = _norms(block)
+    empty = x.new_empty(0)
+    return ops.block(
+        x, [*block.parameters(), *tail], [empty] * 2 * len(norms), block.plan.to_text(), [n.eps for n in norms],
+        [False] * len(norms), "relu", backend, True, recompute, list(masks), None, drop,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_pointwise_convolution_behind_the_block(width, backend):
+    block = _block(links.harmonic(4), "conv_bn_relu")
+    tail = torch.randn(width, block.out_channels, 1, 1, dtype=F64, requires_grad=True)
+    x = torch.randn(2, 7, 5, 4, dtype=F64, requires_grad=True)
+    y, statistics, _ = _call(block, x, [tail], backend=backend)
+    expected = nn.functional.conv2d(block(x), tail)
+    assert_close(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last) and len(statistics) == 4
+    cotangent, inputs = torch.randn_like(y), [x, tail, *block.parameters()]
+    ours, theirs = (torch.autograd.grad(out, inputs, cotangent) for out in (y, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    only_tail = torch.autograd.grad(
+        _call(block.requires_grad_(False), x.detach(), [tail], backend=backend)[0].sum(), tail
+    )
+    assert only_tail[0].shape == tail.shape
+    arguments = (x.detach(), [*block.parameters(), tail], [x.new_empty(0)] * 8, block.plan.to_text(), [1e-5] * 4)
+    torch.library.opcheck(ops.block, (*arguments, [False] * 4, "relu", backend, True, False, [], None))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("pattern", ["dense", "threshold_bc"])
+def test_dropout_masks(pattern, recompute, backend):
+    block = _block(PATTERNS[pattern], "bottleneck")
+    x = torch.randn(2, 7, 5, 4, dtype=F64, requires_grad=True)
+    masks = [torch.rand(2, width, 5, 4) < 0.7 for width in block.widths]
+    y, _, _ = _call(block, x, masks=masks, drop=0.3, backend=backend, recompute=recompute)
+    nodes = [x]
+    for sources, layer, mask in zip(block.links, block.layers, masks, strict=True):
+        nodes.append(layer(torch.cat([nodes[k] for k in sources], 1)) * mask / 0.7)
+    expected = torch.cat([nodes[k] for k in block.plan.outputs], 1)
+    assert_close(y, expected)
+    cotangent, inputs = torch.randn_like(y), [x, *block.parameters()]
+    kept = cotangent.clone()
+    ours, theirs = (torch.autograd.grad(out, inputs, cotangent) for out in (y, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    assert torch.equal(cotangent, kept)
+
+
+def test_readers_are_gathered_in_groups(backend, monkeypatch):
+    """Any number of readers at once gives the same gradients, with a ragged last group and readers that lack nodes."""
+    block = _block(links.threshold_bc(7, 3), "bottleneck")
+    x = torch.randn(2, 7, 4, 3, dtype=F64)
+    from thresholdnet.backends import load
+
+    results = []
+    for at_once in (1, 3, 4):
+        verbs = load(backend).Verbs
+        original = verbs.__init__
+
+        def init(self, plan, x, original=original, at_once=at_once):
+            original(self, plan, x)
+            self.readers_at_once = at_once
+
+        with monkeypatch.context() as patch:
+            patch.setattr(verbs, "__init__", init)
+            results.append(_both(copy.deepcopy(block), backend, x)[1])
+    for other in results[1:]:
+        _assert_same(other, results[0], F64)
+
+
+def test_more_elements_than_offsets_can_hold():
+    """Native counts in 64 bits; Triton's offsets are int32: it says so before it allocates anything."""
+    block = ThresholdBlock(8, links.dense(2), 8, unit="bottleneck", dtype=torch.bfloat16, device="meta").eval()
+    x = torch.empty(2**15, 8, 64, 64, dtype=torch.bfloat16, device="meta")  # 2^30 elements, 3 nodes
+    text, parameters = block.plan.to_text(), list(block.parameters())
+    running = [t for n in _norms(block) for t in (n.running_mean, n.running_var)]
+    arguments = (x, parameters, running, text, [1e-5] * 4, [True] * 4, "relu")
+    y, _, _ = ops.run_block(*arguments, "native", False, False, [], None)
+    assert y.shape == (2**15, 24, 64, 64)
+    if "triton" in BACKENDS:
+        with pytest.raises(ValueError, match=r"fewer than 2\^31 elements for all layers together, got 4294967296"):
+            ops.run_block(*arguments, "triton", False, False, [], None)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -372,12 +504,16 @@ def test_bytes_kept_by_the_blocks_of_v1_at_224(unit, width, depth, side, backend
     """Everything saved is counted, per-channel statistics included; DESIGN: 0.36, 0.33, and 0.16 with recompute."""
     rows, k = (links.dense(depth), 32) if unit == "bottleneck" else (links.harmonic(depth), 40)
     block = ThresholdBlock(width, rows, k, unit=unit)
-    x = torch.randn(8, width, side, side).to(memory_format=torch.channels_last)
+    batch = 8 if backend == "native" else 1  # the interpreter computes every pixel
+    vectors = 16 * sum(
+        norm.num_features for norm in _norms(block)
+    )  # four float32 vectors a BatchNorm, whatever the batch
+    x = torch.randn(batch, width, side, side).to(memory_format=torch.channels_last)
     eager = storage_bytes(saved_tensors(block, x))
-    assert eager == pytest.approx(8 * block.plan.kept_bytes(side, side, 4, fused=False), rel=0.01)
+    assert eager == batch * block.plan.kept_bytes(side, side, 4, fused=False) + vectors
     fused = storage_bytes(saved_tensors(block.fuse(True, backend), x))
-    planned = 8 * block.plan.kept_bytes(side, side, 4, fused=True)  # with slots padded to 8, which not all backends do
-    assert 0.95 * planned <= fused <= 1.01 * planned
+    planned = batch * block.plan.kept_bytes(side, side, 4, fused=True)
+    assert 0.95 * planned <= fused <= planned + vectors  # slots padded to 8, which not all backends do
     assert fused / eager <= (0.33 if unit == "bottleneck" else 0.36)
     if unit == "bottleneck":
         assert storage_bytes(saved_tensors(block.fuse(True, backend, "bottleneck"), x)) / eager <= 0.16
@@ -399,7 +535,9 @@ def test_linked_conv2d(backend):
     small = [torch.randn(1, c, 3, 2, dtype=F64, requires_grad=True) for c in (2, 1)]
     weight = torch.randn(2, 3, 3, 3, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda a, b, w: tn.functional.linked_conv2d([a, b], w, None, backend), (*small, weight)
+        lambda a, b, w: tn.functional.linked_conv2d([a, b], w, None, backend),
+        (*small, weight),
+        fast_mode=backend == "triton",
     )
 
 

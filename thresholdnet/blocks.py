@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links as link_patterns
-from . import ops
+from . import ops, sync
 from .backends import CHOICES, choose
 from .checks import number, one_of
 from .links import Links
@@ -46,7 +47,7 @@ class ConvBNAct(nn.Sequential):
 
 
 class Bottleneck(nn.Sequential):
-    """BN - act - Conv1x1 - BN - act - Conv3x3, no biases: DenseNet-BC's pre-activation layer.
+    """BN - act - Conv1x1 - BN - act - Conv3x3 [- dropout], no biases: DenseNet-BC's pre-activation layer.
 
     Args as in `ConvBNAct`; `inner_channels` lie between the two convolutions.
     """
@@ -58,6 +59,7 @@ class Bottleneck(nn.Sequential):
         out_channels: int,
         activation: str = "relu",
         norm: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
         **factory: Any,
     ):
         super().__init__()
@@ -67,6 +69,8 @@ class Bottleneck(nn.Sequential):
         self.norm2 = nn.BatchNorm2d(inner_channels, **(norm or {}), **factory)
         self.act2 = ACTIVATIONS[activation](inplace=True)
         self.conv2 = nn.Conv2d(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
+        if drop_rate:
+            self.drop = nn.Dropout(drop_rate)
 
 
 class ThresholdBlock(nn.Module):
@@ -84,6 +88,7 @@ class ThresholdBlock(nn.Module):
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
         activation: "relu" or "relu6".
         norm_eps, norm_momentum: as in nn.BatchNorm2d.
+        drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; bottleneck units alone.
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             hooks on the modules inside are not called, and gradients of gradients raise.
         backend: "auto" (the best that can run here), or a name of `tn.backends()`, which works or raises.
@@ -121,6 +126,7 @@ class ThresholdBlock(nn.Module):
         activation: str = "relu",
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
+        drop_rate: float = 0.0,
         fused: bool = False,
         backend: str = "auto",
         recompute: str | None = None,
@@ -141,6 +147,9 @@ class ThresholdBlock(nn.Module):
         self.activation = one_of("activation", activation, ACTIVATIONS)
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
         norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
+        self.drop_rate = number("drop_rate", drop_rate, 0, 1)
+        if self.drop_rate and unit != "bottleneck":
+            raise ValueError(f"drop_rate must be 0 for unit {unit!r}, got {drop_rate!r}")
         self.layers = nn.ModuleList(
             self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
         )
@@ -161,7 +170,8 @@ class ThresholdBlock(nn.Module):
         plan, activation = self.plan, self.activation
         read, width = plan.link_widths[index], plan.widths[index]
         if plan.unit == "bottleneck":
-            return Bottleneck(read, plan.bottleneck_widths[index], width, activation, norm, **factory)
+            inner = plan.bottleneck_widths[index]
+            return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
         return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
 
     @property
@@ -200,7 +210,8 @@ class ThresholdBlock(nn.Module):
         norms = list(self._norms())
         convolutions = [m for m in self.layers.modules() if isinstance(m, nn.Conv2d)]
         fixed = [not norm.training and norm.running_mean is not None for norm in norms]
-        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not all(fixed):
+        group = _shared_group([norm for norm, given in zip(norms, fixed, strict=True) if not given])
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not all(fixed) and group is None:
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
@@ -216,14 +227,27 @@ class ThresholdBlock(nn.Module):
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
         eps = [norm.eps for norm in norms]
         recompute = self.recompute == "bottleneck"
+        counts = None if group is None else sync.counts(x, group)
         y, statistics, _ = ops.block(
-            x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute
-        )
-        _update_running(norms, statistics, x.shape[0] * x.shape[2] * x.shape[3])
+            x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
+            self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
+        )  # fmt: skip
+        _update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
         return y
 
-    def _norms(self) -> Iterator[nn.BatchNorm2d]:
-        return (module for module in self.layers.modules() if isinstance(module, nn.BatchNorm2d))
+    def _masks(self, x: Tensor) -> list[Tensor]:
+        """What dropout leaves of every layer's output."""
+        if not self.training or not self.drop_rate:
+            return []
+        masks = []
+        for width in self.plan.widths:
+            shape = (x.shape[0], width, x.shape[2], x.shape[3])
+            mask = torch.empty(shape, dtype=torch.bool, device=x.device, memory_format=torch.channels_last)
+            masks.append(mask.bernoulli_(1 - self.drop_rate))
+        return masks
+
+    def _norms(self) -> Iterator[_BatchNorm]:
+        return (module for module in self.layers.modules() if isinstance(module, _BatchNorm))
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         nodes = [x]
@@ -276,7 +300,7 @@ def _in_forward_order(layer: nn.Module, weights: dict[int, Tensor]) -> Iterator[
     for module in layer.children():
         if isinstance(module, nn.Conv2d):
             yield weights[id(module)]
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, _BatchNorm):
             like = next(iter(weights.values()))
             yield like.new_ones(module.num_features) if module.weight is None else module.weight
             yield like.new_zeros(module.num_features) if module.bias is None else module.bias
@@ -286,9 +310,24 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def _shared_group(norms: Sequence[_BatchNorm]) -> Any:
+    """The process group over which the BatchNorms share the batch's statistics, None where they do not."""
+    shared = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm) and norm.training]
+    group = sync.active(shared[0].process_group) if shared else None
+    if group is not None and (
+        len(shared) < len(norms) or any(n.process_group is not shared[0].process_group for n in shared)
+    ):
+        raise ValueError(
+            "a fused block's BatchNorms must all be nn.SyncBatchNorm of one process group, "
+            f"or none of them, got {len(shared)} of {len(norms)}"
+        )
+    return group
+
+
 @torch.no_grad()
-def _update_running(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor], pixels: int) -> None:
+def _update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pixels: int | Tensor) -> None:
     """What nn.BatchNorm2d does to its buffers in training, once per call."""
+    unbiased = pixels / (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else pixels / max(pixels - 1, 1)
     for norm, used in zip(norms, statistics, strict=True):
         if not norm.training or norm.running_mean is None or norm.running_var is None:
             continue
@@ -297,7 +336,7 @@ def _update_running(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor
         rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
         mean, variance = used.to(norm.running_mean.dtype)
         norm.running_mean.add_(rate * (mean - norm.running_mean))
-        norm.running_var.add_(rate * (variance * (pixels / max(pixels - 1, 1)) - norm.running_var))
+        norm.running_var.add_(rate * (variance * unbiased - norm.running_var))
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """The fused block over a plan: forward, backward, and what is kept between them. Knows verbs, no device.
 
 Kept for backward: the input, each layer's raw convolution output once, per-channel statistics. Activated values live in
-a workspace; backward makes them again. No concatenation is kept, and with `recompute` no bottleneck output either.
+a workspace; backward makes them again. No concatenation is kept, and with `recompute` no bottleneck output either. A
+bottleneck block that returns all its nodes keeps its output, which whoever reads it keeps as well: once in all.
 
 Letters: y_i = act(z_i * scale_i + shift_i) is node i of a conv_bn_relu block, z_i its raw convolution output. In a
 bottleneck block node i is the raw feature f_i; its readers r normalise it each with an affine of their own over
@@ -11,11 +12,13 @@ statistics that all of them share: a_r = act(f * s_r + t_r), z_r = W1_r a_r, f_r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import sync
 from .backends import load
 from .plan import BlockPlan
 
@@ -31,6 +34,8 @@ class Spec(NamedTuple):
         backend: a name that `backends.choose` returned.
         save: keep what backward needs.
         recompute: do not keep bottleneck outputs; backward makes them again.
+        drop: the probability behind the dropout masks, where a call has any.
+        group: name of the process group that shares batch statistics (SyncBatchNorm), "" for none.
     """
 
     plan: BlockPlan
@@ -40,6 +45,40 @@ class Spec(NamedTuple):
     backend: str
     save: bool
     recompute: bool = False
+    drop: float = 0.0
+    group: str = ""
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether backward reads the features out of the block's output instead of a copy of its own."""
+        return self.plan.returns_features and load(self.backend).output_holds_features(self.plan)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether backward needs the block's input, beyond its shape."""
+        return not self.keeps_output and load(self.backend).needs_input(self.plan)
+
+    @property
+    def kinds_kept(self) -> list[str]:
+        """Which tensors of the layers the call keeps for backward, see `native.Verbs`."""
+        if self.plan.unit == "conv_bn_relu":
+            return ["raw"]
+        return [*([] if self.keeps_output else ["node"]), *([] if self.recompute else ["inner"])]
+
+
+class Extras(NamedTuple):
+    """Tensors of a call that most calls do without.
+
+    Attributes:
+        masks: per layer a bool mask [N, C, H, W] of the features that dropout leaves (bottleneck blocks); or none.
+        counts: pixels of every rank of `Spec.group`, [ranks]; None where statistics are not shared.
+    """
+
+    masks: Sequence[Tensor] = ()
+    counts: Tensor | None = None
+
+
+NO_EXTRAS = Extras()
 
 
 class Norm(NamedTuple):
@@ -58,7 +97,7 @@ class Norm(NamedTuple):
         """scale and shift."""
         return self.scale, self.shift
 
-    def backward_terms(self, sum_g: Tensor, sum_gx: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_terms(self, sum_g: Tensor, sum_gx: Tensor, pixels: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a, b, c of dz = a g + b z + c."""
         if self.fixed:
             return self.scale, torch.zeros_like(self.scale), torch.zeros_like(self.scale)
@@ -67,22 +106,23 @@ class Norm(NamedTuple):
 
 
 def forward(
-    spec: Spec, x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor]
+    spec: Spec, x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Run a block.
 
     Args:
         spec: see `Spec`.
         x: [N, C, H, W].
-        parameters: as in `reference.block_forward`.
+        parameters: as in `reference.block_forward`. A conv_bn_relu block takes one more at the end: the weight
+            [O, out_channels, 1, 1] of a 1x1 convolution of the output, which is then returned in the output's place.
         running: mean and variance of every BatchNorm in forward order; read only where it is fixed.
+        extras: see `Extras`.
 
     Returns:
         The output (channels_last), the statistics used by each BatchNorm as [2, C] (mean, biased variance), and what
-        backward needs beyond inputs and statistics (empty unless spec.save).
+        backward needs beyond inputs, output and statistics (empty unless spec.save).
     """
-    run = _Bottleneck if spec.plan.unit == "bottleneck" else _ConvBNReLU
-    return run(spec, x, parameters).forward(running)
+    return _unit(spec)(spec, x, parameters, extras).forward(running)
 
 
 def backward(
@@ -93,29 +133,51 @@ def backward(
     statistics: Sequence[Tensor],
     saved: Sequence[Tensor],
     needs: Sequence[bool],
+    extras: Extras = NO_EXTRAS,
 ) -> list[Tensor]:
     """Gradients of x and of every parameter, in order; an empty tensor where `needs` is False.
 
     Args:
         grad: gradient of the output.
-        statistics, saved: as `forward` returned them.
+        statistics, saved: as `forward` returned them; the output itself is the first of `saved` where the call
+            `Spec.keeps_output`.
         needs: for x and each parameter.
     """
-    run = _Bottleneck if spec.plan.unit == "bottleneck" else _ConvBNReLU
-    block = run(spec, x, parameters)
+    block = _unit(spec)(spec, x, parameters, extras)
     grads = block.backward(grad.contiguous(memory_format=torch.channels_last), statistics, saved, needs)
+    return own_gradients((x, *parameters), grads, needs, grad)
+
+
+def own_gradients(
+    inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor]:
+    """Gradients as an operator may return them: none of them its input `grad` or a part of another tensor."""
     made: list[Tensor] = []
-    for like, found, needed in zip((x, *parameters), grads, needs, strict=True):
+    taken = {grad.untyped_storage()._cdata}
+    for like, found, needed in zip(inputs, grads, needs, strict=True):
         if not needed:
-            made.append(x.new_empty(0))
+            result = like.new_empty(0)
         elif found is None:  # nothing that leaves the block depends on it
-            made.append(torch.zeros_like(like))
-        elif found.untyped_storage().nbytes() > found.nbytes or found.data_ptr() == grad.data_ptr():
-            # an operator may return neither its input nor parts of one tensor
-            made.append(found.to(like.dtype, copy=True))
+            result = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            result = result.to(memory_format=torch.channels_last) if like is inputs[0] else result
         else:
-            made.append(found.to(like.dtype))
+            result = found.to(like.dtype)
+        storage = result.untyped_storage()
+        if storage._cdata in taken or storage.nbytes() > result.nbytes:
+            result = result.clone()
+            storage = result.untyped_storage()
+        taken.add(storage._cdata)
+        made.append(result)
     return made
+
+
+def parameters_a_layer(plan: BlockPlan) -> int:
+    """How many parameters each layer has."""
+    return (_Bottleneck if plan.unit == "bottleneck" else _ConvBNReLU).per_layer
+
+
+def _unit(spec: Spec) -> type[_ConvBNReLU] | type[_Bottleneck]:
+    return _Bottleneck if spec.plan.unit == "bottleneck" else _ConvBNReLU
 
 
 class _Block:
@@ -124,14 +186,22 @@ class _Block:
     per_layer: int  # parameters a layer
     norms: tuple[int, ...]  # positions of the BatchNorm weights among them
 
-    def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor]):
-        self.spec, self.plan, self.parameters = spec, spec.plan, parameters
+    def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
+        self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
         self.act = spec.activation
         self.verbs: Any = load(spec.backend).Verbs(spec.plan, x)
         self.x = x
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        self.pixels = sync.total(extras.counts, x.shape[0] * x.shape[2] * x.shape[3])
         self.used: list[Tensor] = []
+
+    def shared(self, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all ranks."""
+        return sync.merge(moments, self.extras.counts, self.spec.group)
+
+    def summed(self, norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> tuple[Tensor, Tensor]:
+        """BatchNorm's backward sums over all ranks; its parameters' gradients stay those of this rank."""
+        return (sum_g, sum_gx) if norm.fixed else sync.add(sum_g, sum_gx, self.spec.group)
 
     def weight(self, layer: int, position: int) -> Tensor:
         """A parameter of layer 1..L."""
@@ -164,11 +234,11 @@ class _Block:
         """First node whose gradient somebody asked for: backward stops there."""
         if needs[0]:
             return 0
-        return next(i for i, needed in enumerate(needs[1:]) if needed) // self.per_layer + 1
+        first = next(i for i, needed in enumerate(needs[1:]) if needed) // self.per_layer + 1
+        return min(first, self.plan.num_layers + 1)
 
     def output_gradients(self, grad: Tensor) -> dict[int, Tensor]:
-        widths = [self.plan.node_widths[node] for node in self.plan.outputs]
-        return dict(zip(self.plan.outputs, grad.split(widths, dim=1), strict=True))
+        return dict(zip(self.plan.outputs, grad.split(self.plan.output_widths, dim=1), strict=True))
 
     def release(self, nodes: list[Tensor | None], step: int) -> None:
         """Drop the nodes that no layer after `step` reads."""
@@ -199,14 +269,22 @@ class _ConvBNReLU(_Block):
                 y, _ = verbs.conv(read, folded, into=("node", i), bias=norm.shift, activation=self.act)
             else:
                 z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
-                mean, variance = self.given(running, i, 0) if fixed else moments
+                mean, variance = self.given(running, i, 0) if fixed else self.shared(moments)
                 y = verbs.normalise(z, self.norm(i, 0, mean, variance).affine, self.act, into=("node", i))
                 if self.spec.save:
                     raw.append(z)
             self.note(mean, variance)
             nodes.append(y)
             self.release(nodes, i)
-        return verbs.leave(_live(nodes, plan.outputs)), self.used, verbs.keep("raw", raw) if self.spec.save else []
+        out = _live(nodes, plan.outputs)
+        if self.tail is not None:
+            out = [verbs.conv(out, self.tail, into=("tail", self.tail.shape[0]))[0]]
+        return verbs.leave(out), self.used, verbs.keep("raw", raw) if self.spec.save else []
+
+    @property
+    def tail(self) -> Tensor | None:
+        """Weight of the 1x1 convolution behind the block, if it has one."""
+        return self.parameters[-1] if len(self.parameters) > self.per_layer * self.plan.num_layers else None
 
     def backward(
         self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
@@ -217,9 +295,18 @@ class _ConvBNReLU(_Block):
         nodes = [verbs.enter(self.x)]
         for i, (z, norm) in enumerate(zip(raw, norms, strict=True), start=1):
             nodes.append(verbs.normalise(z, norm.affine, self.act, into=("node", i)))
-        incoming = self.output_gradients(grad)
-        dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         grads: list[Tensor | None] = [None] * len(needs)
+        if self.tail is None:
+            incoming = self.output_gradients(grad)
+        else:
+            grad = verbs.arrive(grad, ("tail", grad.shape[1]))
+            incoming = {
+                node: verbs.gradient([grad], [part], None, into=("gradient", node))[0]
+                for node, part in zip(plan.outputs, self.tail.split(plan.output_widths, dim=1), strict=True)
+            }
+            if needs[-1]:
+                grads[-1] = verbs.weight_gradient(_live(nodes, plan.outputs), grad, 1)
+        dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         for node in range(plan.num_layers, self.lowest_needed(needs) - 1, -1):
             readers = [i for i in plan.readers[node] if dz[i] is not None]
             if not readers and node not in incoming:
@@ -235,7 +322,7 @@ class _ConvBNReLU(_Block):
             g, sum_g, sum_gx = verbs.gradient(
                 _live(dz, readers), weights, add, into=into, masked=masked, activation=self.act
             )
-            dz[node] = verbs.linear(g, z, *norm.backward_terms(sum_g, sum_gx, self.pixels))
+            dz[node] = verbs.linear(g, z, *norm.backward_terms(*self.summed(norm, sum_g, sum_gx), self.pixels))
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
                 grads[first] = verbs.weight_gradient(_live(nodes, plan.links[node - 1]), dz[node], 3)
@@ -257,36 +344,37 @@ class _Bottleneck(_Block):
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         plan, verbs, save = self.plan, self.verbs, self.spec.save
         nodes: list[Tensor | None] = [verbs.enter(self.x)]
-        moments = {}  # of each feature, once for all readers that use the batch's
+        statistics = _NodeStatistics(plan, self.x.device, self.wide)  # of each feature, once for all its readers
         if self._read_by_batch_norm(0):
-            moments[0] = verbs.moments(nodes[0])
+            statistics.set(0, *self.shared(verbs.moments(nodes[0])))
         features: list[Tensor] = []
         inners: list[Tensor] = []
         for i, sources in enumerate(plan.links, start=1):
             read = _live(nodes, sources)
-            if self.fixed(i, 0):
-                mean, variance = self.given(running, i, 0)
-            else:
-                mean, variance = (torch.cat([moments[node][part] for node in sources]) for part in (0, 1))
+            mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else statistics.of(sources)
             self.note(mean, variance)
             affine, batch = self.norm(i, 0, mean, variance).affine, not self.fixed(i, 1)
             inner, found = self._inner(i, read, affine, statistics=batch)
-            mean, variance = found if batch else self.given(running, i, 1)
+            mean, variance = self.shared(found) if batch else self.given(running, i, 1)
             self.note(mean, variance)
             into = ("scratch", self.plan.bottleneck_widths[i - 1])
             activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
-            wanted = self._read_by_batch_norm(i)
-            feature, found = verbs.conv([activated], self.weight(i, 5), into=("node", i), statistics=wanted)
+            wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
+            feature, found = verbs.conv(
+                [activated], self.weight(i, 5), into=("node", i), statistics=wanted and not drop
+            )
+            if drop:
+                self._drop(i, feature)
+                found = verbs.moments(feature) if wanted else None
             if wanted:
-                moments[i] = found
+                statistics.set(i, *self.shared(found))
             if save:
                 features.append(feature)
                 inners.append(inner)
             nodes.append(feature)
             self.release(nodes, i)
-        saved: list[Tensor] = []
-        if save:
-            saved = verbs.keep("node", features) + ([] if self.spec.recompute else verbs.keep("inner", inners))
+        made = {"node": features, "inner": inners}
+        saved = [t for kind in self.spec.kinds_kept for t in verbs.keep(kind, made[kind])] if save else []
         return verbs.leave(_live(nodes, plan.outputs)), self.used, saved
 
     def _inner(self, layer: int, read: list[Tensor], affine: tuple[Tensor, Tensor], statistics: bool = False) -> Any:
@@ -297,6 +385,11 @@ class _Bottleneck(_Block):
             read, self.weight(layer, 2), into=into, affine=affine, activation=self.act, statistics=statistics
         )
 
+    def _drop(self, layer: int, pixels: Tensor) -> None:
+        """Dropout of a feature, or of its gradient, in place."""
+        if self.extras.masks:
+            pixels.mul_(self.extras.masks[layer - 1]).mul_(1 / (1 - self.spec.drop) if self.spec.drop < 1 else 0.0)
+
     def _read_by_batch_norm(self, node: int) -> bool:
         return any(not self.fixed(reader, 0) for reader in self.plan.readers[node])
 
@@ -304,47 +397,184 @@ class _Bottleneck(_Block):
         self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         plan, verbs = self.plan, self.verbs
-        features, saved = verbs.kept("node", saved)
+        if self.spec.keeps_output:
+            nodes, saved = verbs.nodes_of(saved[0]), saved[1:]
+        else:
+            nodes, saved = verbs.kept_nodes(self.x, saved)
+        if self.extras.masks:
+            grad = grad.clone(memory_format=torch.channels_last)  # masks apply in place, and autograd owns `grad`
         inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
-        nodes = [verbs.enter(self.x), *features]
-        arriving = {node: verbs.arrive(g, node) for node, g in self.output_gradients(grad).items()}
-        shared = [_SharedTerms() for _ in plan.node_widths]
+        arriving = {node: verbs.arrive(g, ("gradient", node)) for node, g in self.output_gradients(grad).items()}
+        shares = _SharedTerms(plan, self.x.device, self.wide)
         grads: list[Tensor | None] = [None] * len(needs)
-        for i in range(plan.num_layers, max(self.lowest_needed(needs), 1) - 1, -1):
-            if i not in arriving:
-                continue  # a dead end
-            sources = plan.links[i - 1]
-            read = _live(nodes, sources)
-            outer, norm = self.norm_of(statistics, i, 0), self.norm_of(statistics, i, 1)
-            dfeature = shared[i].applied(verbs, arriving.pop(i), nodes[i], self.pixels)
-            inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
-            first, width = 1 + (i - 1) * self.per_layer, plan.bottleneck_widths[i - 1]
-            if needs[first + 5]:
-                activated = verbs.normalise(inner, norm.affine, self.act, into=("scratch", width))
-                grads[first + 5] = verbs.weight_gradient([activated], dfeature, 3)
-            masked = (inner, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = verbs.gradient(
-                [dfeature], [self.weight(i, 5)], None, into=("scratch", width), masked=masked, activation=self.act
-            )
-            dinner = verbs.linear(g, inner, *norm.backward_terms(sum_g, sum_gx, self.pixels))
-            grads[first + 3], grads[first + 4] = sum_gx, sum_g
-            if needs[first + 2]:
-                grads[first + 2] = verbs.weight_gradient(read, dinner, 1, affine=outer.affine, activation=self.act)
-            before = [arriving.get(node) for node in sources]
-            sent, sum_g, sum_gx = verbs.reader_gradient(
-                dinner, self.weight(i, 2), read, sources, outer, before, self.act
-            )
-            grads[first], grads[first + 1] = sum_gx, sum_g
-            start = 0
-            for node, now in zip(sources, sent, strict=True):
-                arriving[node] = now
-                end = start + plan.node_widths[node]
-                if not outer.fixed:
-                    shared[node].add(outer, sum_g, sum_gx, slice(start, end))
-                start = end
+        lowest = max(self.lowest_needed(needs), 1)
+        at_once = self._readers_at_once()
+        waiting: list[_Reader] = []  # layers of the current group whose gradient has not yet left for earlier nodes
+        for i in range(plan.num_layers, lowest - 1, -1):
+            self._send(waiting, (i,), nodes, arriving, shares, grads)
+            if i in arriving:  # else a dead end
+                waiting.append(self._layer_backward(i, nodes, inners, arriving, shares, statistics, needs, grads))
+            if (plan.num_layers - i + 1) % at_once == 0 or i == lowest:
+                self._send(waiting, tuple(range(i)), nodes, arriving, shares, grads)
+                waiting = []
         if needs[0] and 0 in arriving:
-            grads[0] = verbs.leave([shared[0].applied(verbs, arriving[0], nodes[0], self.pixels)])
+            grads[0] = verbs.leave([shares.applied(verbs, 0, arriving[0], nodes[0], self.pixels)])
         return grads
+
+    def _layer_backward(
+        self,
+        i: int,
+        nodes: Sequence[Tensor],
+        inners: Sequence[Tensor],
+        arriving: dict[int, Tensor],
+        shares: _SharedTerms,
+        statistics: Sequence[Tensor],
+        needs: Sequence[bool],
+        grads: list[Tensor | None],
+    ) -> _Reader:
+        """From the gradient of layer i's feature to that of its bottleneck output, with all weights on the way."""
+        verbs, sources = self.verbs, self.plan.links[i - 1]
+        read = _live(nodes, sources)
+        outer, norm = self.norm_of(statistics, i, 0), self.norm_of(statistics, i, 1)
+        dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i], self.pixels)
+        self._drop(i, dfeature)
+        inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
+        first, width = 1 + (i - 1) * self.per_layer, self.plan.bottleneck_widths[i - 1]
+        if needs[first + 5]:
+            activated = verbs.normalise(inner, norm.affine, self.act, into=("scratch", width))
+            grads[first + 5] = verbs.weight_gradient([activated], dfeature, 3)
+        masked = (inner, norm.affine, norm.mean, norm.rstd)
+        into = ("waiting", i % self._readers_at_once())
+        g, sum_g, sum_gx = verbs.gradient(
+            [dfeature], [self.weight(i, 5)], None, into=into, masked=masked, activation=self.act
+        )
+        dinner = verbs.linear(g, inner, *norm.backward_terms(*self.summed(norm, sum_g, sum_gx), self.pixels))
+        grads[first + 3], grads[first + 4] = sum_gx, sum_g
+        if needs[first + 2]:
+            grads[first + 2] = verbs.weight_gradient(read, dinner, 1, affine=outer.affine, activation=self.act)
+        return _Reader(i, dinner, self.weight(i, 2), outer)
+
+    def _readers_at_once(self) -> int:
+        """Readers whose gradients one launch gathers: they must agree on the statistics of what they read."""
+        fixed = any(self.fixed(i, 0) for i in range(1, self.plan.num_layers + 1))
+        alike = len(set(self.spec.eps[::2])) == 1 and len(set(self.plan.bottleneck_widths)) == 1
+        return self.verbs.readers_at_once if alike and not fixed else 1
+
+    def _send(
+        self,
+        waiting: Sequence[_Reader],
+        targets: Sequence[int],
+        nodes: Sequence[Tensor],
+        arriving: dict[int, Tensor],
+        shares: _SharedTerms,
+        grads: list[Tensor | None],
+    ) -> None:
+        """Send the readers' gradients to those of the nodes `targets` that they read, and note BatchNorm's sums."""
+        plan = self.plan
+        readers = [r for r in waiting if not set(targets).isdisjoint(plan.links[r.layer - 1])]
+        if not readers:
+            return
+        reached = set(targets).intersection(*[set().union(*(plan.links[r.layer - 1] for r in readers))])
+        # a reader alone is served in its own order, which leaves its weight as it is
+        order = plan.links[readers[0].layer - 1] if len(readers) == 1 else sorted(reached)
+        to = tuple(node for node in order if node in reached)
+        over = [_Columns(plan, r.layer, to, self.x.device) for r in readers]
+        sent, sum_g, sum_gx = self.verbs.send(
+            [r.dz for r in readers], [c.weight(r.weight) for r, c in zip(readers, over, strict=True)],
+            to, _live(nodes, to), [c.norm(r.norm) for r, c in zip(readers, over, strict=True)],
+            [arriving.get(node) for node in to], self.act,
+        )  # fmt: skip
+        arriving.update(zip(to, sent, strict=True))
+        for r, columns, g, gx in zip(readers, over, sum_g, sum_gx, strict=True):
+            first = 1 + (r.layer - 1) * self.per_layer
+            grads[first] = columns.collect(grads[first], gx)
+            grads[first + 1] = columns.collect(grads[first + 1], g)
+            if not r.norm.fixed:
+                norm = columns.norm(r.norm)
+                shares.add(to, norm, *self.summed(norm, g, gx))
+
+
+class _Reader(NamedTuple):
+    """A layer's 1x1 convolution on its way back: the gradient of its output, its weight, the BatchNorm before it."""
+
+    layer: int
+    dz: Tensor
+    weight: Tensor
+    norm: Norm
+
+
+class _Columns:
+    """The channels of some nodes, as one layer's concatenation orders them; zeros stand for nodes it does not read."""
+
+    def __init__(self, plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device):
+        self.whole = nodes == plan.links[layer - 1]
+        self.length = plan.link_widths[layer - 1]
+        self.positions = None if self.whole else _positions(plan, layer, nodes, device)
+
+    def vector(self, vector: Tensor) -> Tensor:
+        """[channels of the layer] -> [channels of the nodes]."""
+        if self.positions is None:
+            return vector
+        return torch.cat([vector, vector.new_zeros(1)])[self.positions]
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """[O, channels of the layer, 1, 1] -> [O, channels of the nodes, 1, 1]."""
+        if self.positions is None:
+            return weight
+        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1)[:, self.positions]
+
+    def norm(self, norm: Norm) -> Norm:
+        """A BatchNorm over the layer's channels -> over the nodes'."""
+        if self.whole:
+            return norm
+        gamma, beta, mean, rstd, scale, shift = (self.vector(v) for v in norm[:-1])
+        return Norm(gamma, beta, mean, rstd, scale, shift, norm.fixed)
+
+    def collect(self, so_far: Tensor | None, found: Tensor) -> Tensor:
+        """Put sums over the nodes' channels into a vector over the layer's."""
+        if self.positions is None:
+            return found
+        buffer = found.new_zeros(self.length + 1) if so_far is None else torch.cat([so_far, found.new_zeros(1)])
+        return buffer.index_copy(0, self.positions, found)[:-1]
+
+
+@lru_cache(maxsize=4096)
+def _positions(plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each channel of the nodes stands in the layer's concatenation; its length where the layer lacks it."""
+    starts, start = {}, 0
+    for source in plan.links[layer - 1]:
+        starts[source] = start
+        start += plan.node_widths[source]
+    places: list[int] = []
+    for node in nodes:
+        width = plan.node_widths[node]
+        places += range(starts[node], starts[node] + width) if node in starts else [start] * width
+    return torch.tensor(places, device=device)
+
+
+@lru_cache(maxsize=4096)
+def _channels(plan: BlockPlan, nodes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The nodes' channels among those of all nodes of the block."""
+    starts = [sum(plan.node_widths[:node]) for node in range(len(plan.node_widths))]
+    return torch.tensor([starts[node] + c for node in nodes for c in range(plan.node_widths[node])], device=device)
+
+
+class _NodeStatistics:
+    """Mean and variance of every channel of every node, filled as the nodes are made."""
+
+    def __init__(self, plan: BlockPlan, device: torch.device, dtype: torch.dtype):
+        self.plan, self.device = plan, device
+        self.values = torch.zeros(2, sum(plan.node_widths), dtype=dtype, device=device)
+
+    def set(self, node: int, mean: Tensor, variance: Tensor) -> None:
+        """Note what one node's channels have."""
+        start = sum(self.plan.node_widths[:node])
+        self.values[:, start : start + len(mean)] = torch.stack([mean, variance])
+
+    def of(self, nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of the concatenated nodes."""
+        mean, variance = self.values.index_select(1, _channels(self.plan, nodes, self.device))
+        return mean, variance
 
 
 class _SharedTerms:
@@ -354,20 +584,26 @@ class _SharedTerms:
     where G is the sum of scale_r g_r. The readers share mean, but each has its own eps and so its own rstd.
     """
 
-    def __init__(self) -> None:
-        self.linear: Tensor | None = None  # sum of scale rstd dgamma
-        self.constant: Tensor | None = None  # sum of scale dbeta
-        self.mean: Tensor | None = None
+    def __init__(self, plan: BlockPlan, device: torch.device, dtype: torch.dtype):
+        self.plan, self.device = plan, device
+        # rows: sum of scale rstd dgamma, sum of scale dbeta, mean; of every channel of every node
+        self.values = torch.zeros(3, sum(plan.node_widths), dtype=dtype, device=device)
+        self.nodes: set[int] = set()
 
-    def add(self, norm: Norm, sum_g: Tensor, sum_gx: Tensor, span: slice) -> None:
-        linear = (norm.scale * norm.rstd * sum_gx)[span]
-        constant = (norm.scale * sum_g)[span]
-        self.mean = norm.mean[span]
-        self.linear = linear if self.linear is None else self.linear + linear
-        self.constant = constant if self.constant is None else self.constant + constant
+    def add(self, nodes: tuple[int, ...], norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> None:
+        """Add one reader's share; all arguments over the concatenated channels of `nodes`."""
+        channels = _channels(self.plan, nodes, self.device)
+        terms = torch.stack([norm.scale * norm.rstd * sum_gx, norm.scale * sum_g])
+        self.values[:2].index_add_(1, channels, terms)
+        # a reader that lacks a node has zeros for its statistics
+        self.values[2].index_copy_(0, channels, torch.where(norm.rstd > 0, norm.mean, self.values[2][channels]))
+        self.nodes.update(nodes)
 
-    def applied(self, verbs: Any, arriving: Tensor, feature: Tensor, pixels: int) -> Tensor:
-        if self.linear is None or self.constant is None or self.mean is None:
+    def applied(self, verbs: Any, node: int, arriving: Tensor, feature: Tensor, pixels: int | Tensor) -> Tensor:
+        """The whole gradient of a node."""
+        if node not in self.nodes:
             return arriving
-        q = -self.linear / pixels
-        return verbs.linear(arriving, feature, None, q, -self.constant / pixels - q * self.mean)
+        start = sum(self.plan.node_widths[:node])
+        linear, constant, mean = self.values[:, start : start + self.plan.node_widths[node]]
+        q = -linear / pixels
+        return verbs.linear(arriving, feature, None, q, -constant / pixels - q * mean)

@@ -36,10 +36,14 @@ def run_block(
     backend: str,
     save: bool,
     recompute: bool,
+    masks: list[Tensor],
+    counts: Tensor | None,
+    drop: float = 0.0,
+    group: str = "",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
-    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
-    return engine.forward(spec, x, parameters, running)
+    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute, drop, group)
+    return engine.forward(spec, x, parameters, running, engine.Extras(masks, counts))
 
 
 block = torch.library.custom_op("thresholdnet::block", run_block, mutates_args=())
@@ -57,8 +61,13 @@ def _(
     backend: str,
     save: bool,
     recompute: bool,
+    masks: list[Tensor],
+    counts: Tensor | None,
+    drop: float = 0.0,
+    group: str = "",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     structure = BlockPlan.from_text(plan)
+    spec = engine.Spec(structure, eps, fixed, activation, backend, save, recompute, drop, group)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     norms: list[int] = []
@@ -66,9 +75,11 @@ def _(
         bottleneck = structure.unit == "bottleneck"
         norms += [structure.link_widths[i], structure.bottleneck_widths[i]] if bottleneck else [width]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]
-    shape = (x.shape[0], structure.out_channels, x.shape[2], x.shape[3])
+    tail = len(parameters) > engine.parameters_a_layer(structure) * structure.num_layers
+    channels = parameters[-1].shape[0] if tail else structure.out_channels
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, statistics, load(backend).kept_like(structure, x, recompute) if save else []
+    return y, statistics, load(backend).kept_like(structure, x, spec.kinds_kept) if save else []
 
 
 def run_block_backward(
@@ -83,21 +94,41 @@ def run_block_backward(
     activation: str,
     backend: str,
     recompute: bool,
+    masks: list[Tensor],
+    counts: Tensor | None,
+    drop: float,
+    group: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
-    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute)
-    return engine.backward(spec, grad, x, parameters, statistics, saved, needs)
+    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute, drop, group)
+    return engine.backward(spec, grad, x, parameters, statistics, saved, needs, engine.Extras(masks, counts))
 
 
 block_backward = torch.library.custom_op("thresholdnet::block_backward", run_block_backward, mutates_args=())
 
 
 @block_backward.register_fake
-def _(grad: Tensor, x: Tensor, parameters: list[Tensor], *unused: Any, needs: list[bool] | None = None) -> list[Tensor]:
-    needed_each = unused[-1] if needs is None else needs
+def _(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    statistics: list[Tensor],
+    saved: list[Tensor],
+    plan: str,
+    eps: list[float],
+    fixed: list[bool],
+    activation: str,
+    backend: str,
+    recompute: bool,
+    masks: list[Tensor],
+    counts: Tensor | None,
+    drop: float,
+    group: str,
+    needs: list[bool],
+) -> list[Tensor]:
     made = []
-    for position, (like, needed) in enumerate(zip((x, *parameters), needed_each, strict=True)):
+    for position, (like, needed) in enumerate(zip((x, *parameters), needs, strict=True)):
         if not needed:
             made.append(x.new_empty(0))
         elif position == 0:
@@ -108,24 +139,35 @@ def _(grad: Tensor, x: Tensor, parameters: list[Tensor], *unused: Any, needs: li
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, parameters, running, *call = inputs
-    _, statistics, saved = output
-    *ctx.call, _save, ctx.recompute = call
-    ctx.counts = (len(parameters), len(statistics), len(running))
-    ctx.save_for_backward(x, *parameters, *statistics, *saved)
+    x, parameters, running, *call, save, recompute, masks, counts, drop, group = inputs
+    y, statistics, saved = output
+    ctx.call, ctx.end = (*call, recompute), (drop, group)
     ctx.set_materialize_grads(False)
+    if not save:
+        return
+    plan, eps, fixed, activation, backend = call
+    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
+    if not spec.keeps_input:
+        x = x.new_empty(()).expand(x.shape)  # backward asks it for its shape alone
+    if spec.keeps_output:
+        saved = [y, *saved]
+    ctx.counts = (len(parameters), len(statistics), len(saved), len(masks), len(running))
+    ctx.save_for_backward(x, counts, *parameters, *statistics, *saved, *masks)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_statistics: Any, grad_saved: Any) -> tuple[Any, ...]:
-    needs_x, needs_parameters = ctx.needs_input_grad[:2]
-    needs = [needs_x, *needs_parameters]
-    count, norms, buffers = ctx.counts
-    nothing = [None] * 7
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    *_, masked, buffers = ctx.counts
+    nothing = (*[None] * 7, [None] * masked, None, None, None)
     if grad is None:
-        return None, [None] * count, [None] * buffers, *nothing
-    x, *rest = ctx.saved_tensors
-    parameters, statistics, saved = rest[:count], rest[count : count + norms], rest[count + norms :]
-    grads = block_backward(grad, x, parameters, statistics, saved, *ctx.call, ctx.recompute, needs)
+        return None, [None] * (len(needs) - 1), [None] * buffers, *nothing
+    x, counts, *tensors = ctx.saved_tensors
+    parts, start = [], 0
+    for length in ctx.counts[:4]:
+        parts.append(tensors[start : start + length])
+        start += length
+    parameters, statistics, saved, masks = parts
+    grads = block_backward(grad, x, parameters, statistics, saved, *ctx.call, masks, counts, *ctx.end, needs)
     found = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
     return found[0], found[1:], [None] * buffers, *nothing
 

@@ -76,7 +76,17 @@ class BlockPlan:
     @cached_property
     def out_channels(self) -> int:
         """Channels of the block's output."""
-        return sum(self.node_widths[node] for node in self.outputs)
+        return sum(self.output_widths)
+
+    @cached_property
+    def output_widths(self) -> tuple[int, ...]:
+        """Channels of each node that the block returns."""
+        return tuple(self.node_widths[node] for node in self.outputs)
+
+    @property
+    def returns_features(self) -> bool:
+        """Whether the output is all raw features, side by side: what backward of a bottleneck block reads."""
+        return self.unit == "bottleneck" and self.outputs == tuple(range(self.num_layers + 1))
 
     @cached_property
     def link_widths(self) -> tuple[int, ...]:

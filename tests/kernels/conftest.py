@@ -4,7 +4,6 @@ Triton reads TRITON_INTERPRET where a kernel is decorated; without it nothing he
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     ROOT = Path(thresholdnet.__file__).resolve().parent.parent
     if not any((Path(place) / "kernels").is_dir() for place in thresholdnet.__path__):
         thresholdnet.__path__.append(str(ROOT))
-    sys.path.insert(0, str(Path(__file__).parent))
-    import interpreter
-
-    interpreter.install()
 else:
     collect_ignore_glob = ["test_*.py"]
 

@@ -47,9 +47,12 @@ class Verbs:
     backward needs), "gradient", "scratch".
     """
 
+    readers_at_once = 1
+    """Readers that `send` is best given together."""
+
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
-        self.layers = plan.num_layers if plan is not None else 0
+        self.plan = plan
 
     def enter(self, x: Tensor) -> Tensor:
         """Node 0 from the block's input."""
@@ -122,40 +125,42 @@ class Verbs:
         g *= _open(_affine(z, affine), activation)
         return g, *_sums(g, z, mean, rstd)
 
-    def arrive(self, grad: Tensor, node: int) -> Tensor:
-        """Take up the gradient that reaches a raw feature from the block's output."""
+    def arrive(self, grad: Tensor, place: Place) -> Tensor:
+        """Take up a gradient that comes from outside the block."""
         return grad
 
-    def reader_gradient(
+    def send(
         self,
-        dz: Tensor,
-        weight: Tensor,
-        sources: Sequence[Tensor],
+        dz: Sequence[Tensor],
+        weights: Sequence[Tensor],
         nodes: Sequence[int],
-        norm: ReaderNorm,
+        features: Sequence[Tensor],
+        norms: Sequence[ReaderNorm],
         arriving: Sequence[Tensor | None],
         activation: str,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """What one pre-activation reader (BN - act - 1x1 convolution) sends to its sources, added to what arrived.
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What pre-activation readers (BN - act - 1x1 convolution) send to raw features, added to what arrived.
 
         Args:
-            dz: gradient of the reader's convolution output.
-            weight: [O, C, 1, 1].
-            sources, nodes: the raw features that it reads, and their numbers.
-            norm: its BatchNorm.
-            arriving: per source what other readers and the output sent so far, or None.
+            dz: per reader, the gradient of its convolution's output.
+            weights: per reader, over the concatenated features, [O, C, 1, 1]; zeros for those that it does not read.
+            nodes, features: the numbers of the raw features, and themselves.
+            norms: per reader, its BatchNorm over the same channels, with the same zeros.
+            arriving: per feature, what other readers and the output sent so far, or None.
 
         Returns:
-            Per source the new sum of scale * g, the part that does not pass through the batch statistics; sum(g) and
-            sum(g * xhat) per concatenated channel.
+            Per feature the new sum of scale * g, the part that does not pass through the batch statistics; per reader
+            sum(g) and sum(g * xhat) over the concatenated channels.
         """
-        joined = _join(sources)
-        g = F.conv2d(dz, weight.transpose(0, 1))
-        g *= _open(_affine(joined, (norm.scale, norm.shift)), activation)
-        sum_g, sum_gx = _sums(g, joined, norm.mean, norm.rstd)
-        parts = (g * _per_channel(norm.scale)).to(g.dtype).split([s.shape[1] for s in sources], dim=1)
-        sent = [part if before is None else before + part for part, before in zip(parts, arriving, strict=True)]
-        return sent, sum_g, sum_gx
+        joined, sent = _join(features), list(arriving)
+        sums = []
+        for d, weight, norm in zip(dz, weights, norms, strict=True):
+            g = F.conv2d(d, weight.transpose(0, 1))
+            g *= _open(_affine(joined, (norm.scale, norm.shift)), activation)
+            sums.append(_sums(g, joined, norm.mean, norm.rstd))
+            parts = (g * _per_channel(norm.scale)).to(g.dtype).split([f.shape[1] for f in features], dim=1)
+            sent = [part if before is None else before + part for part, before in zip(parts, sent, strict=True)]
+        return [s for s in sent if s is not None], [g for g, _ in sums], [gx for _, gx in sums]
 
     def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
         """a * g + b * z + c per channel (a = 1 where None): the affine part of BatchNorm's backward; may reuse g."""
@@ -180,25 +185,46 @@ class Verbs:
         """Nodes side by side, in channels_last memory of their own."""
         return _join(nodes) if len(nodes) > 1 else nodes[0].clone(memory_format=torch.channels_last)
 
+    def kept_nodes(self, x: Tensor, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """All nodes of a bottleneck block that kept its features, from the front of `saved`; and the rest of it."""
+        features, rest = self.kept("node", saved)
+        return [self.enter(x), *features], rest
+
+    def nodes_of(self, output: Tensor) -> list[Tensor]:
+        """The raw features in the output of a block that returns all of them."""
+        assert self.plan is not None
+        return list(output.split(self.plan.node_widths, dim=1))
+
     def keep(self, kind: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What an operator returns of layers 1..L's tensors of one kind, for backward."""
         return list(tensors)
 
     def kept(self, kind: str, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Those tensors again, from the front of `saved`; and the rest of it."""
-        count = self.layers
+        assert self.plan is not None
+        count = self.plan.num_layers
         return list(saved[:count]), saved[count:]
 
 
-def kept_like(plan: BlockPlan, x: Tensor, recompute: bool) -> list[Tensor]:
-    """Empty tensors of the shapes that `Verbs.keep` returns for a block, for fake tensors."""
+def output_holds_features(plan: BlockPlan) -> bool:
+    """Whether backward can read the features out of the output of a block that returns all of them."""
+    return True
+
+
+def needs_input(plan: BlockPlan) -> bool:
+    """Whether backward needs the block's input beside what was kept."""
+    return True
+
+
+def kept_like(plan: BlockPlan, x: Tensor, kinds: Sequence[str]) -> list[Tensor]:
+    """Empty tensors of the shapes that `Verbs.keep` returns for tensors of these kinds, for fake tensors."""
 
     def pixels(channels: int) -> Tensor:
         shape = (x.shape[0], channels, x.shape[2], x.shape[3])
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    inner = () if recompute else plan.bottleneck_widths
-    return [pixels(width) for width in (*plan.widths, *inner)]
+    widths = {"node": plan.widths, "raw": plan.widths, "inner": plan.bottleneck_widths}
+    return [pixels(width) for kind in kinds for width in widths[kind]]
 
 
 def _gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch, slots
+from ..kernels.tables import MAX_DELTA
 from ..plan import BlockPlan
 from .native import Affine, Moments, Place, ReaderNorm
 
@@ -22,6 +23,9 @@ class Verbs:
 
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         self.plan, self.like = plan, x
+        # One read-modify-write of the gradient serves so many readers. Predicted, not measured: 4 from a dozen layers
+        # on, 2 for the shallow blocks, whose time does not fall beyond.
+        self.readers_at_once = 4 if plan is not None and plan.num_layers >= 12 else 2
         self.arenas: dict[str, list[Tensor]] = {}
         self.memory: dict[str, Tensor] = {}  # the allocation behind each kind's slots
 
@@ -67,35 +71,39 @@ class Verbs:
     ) -> tuple[Tensor, Tensor, Tensor]:
         channels = weights[0].shape[1] if weights else add.shape[1]  # type: ignore[union-attr]  # one of both is given
         out = self._slot(into, channels)
-        if add is not None:
+        if add is not None and add is not out:
             slots.write(out, add)
         mask = None if masked is None else launch.Mask(masked[0], *masked[1], masked[2], masked[3])
         sums = launch.gradient(readers, weights, out, add=add is not None, mask=mask, activation=activation)
         return (out, *sums) if sums is not None else (out, out.new_empty(0), out.new_empty(0))
 
-    def arrive(self, grad: Tensor, node: int) -> Tensor:
-        return slots.write(self._slot(("gradient", node), grad.shape[1]), grad)
+    def arrive(self, grad: Tensor, place: Place) -> Tensor:
+        return slots.write(self._slot(place, grad.shape[1]), grad)
 
-    def reader_gradient(
+    def send(
         self,
-        dz: Tensor,
-        weight: Tensor,
-        sources: Sequence[Tensor],
+        dz: Sequence[Tensor],
+        weights: Sequence[Tensor],
         nodes: Sequence[int],
-        norm: ReaderNorm,
+        features: Sequence[Tensor],
+        norms: Sequence[ReaderNorm],
         arriving: Sequence[Tensor | None],
         activation: str,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        outs = [self._slot(("gradient", node), s.shape[1]) for node, s in zip(nodes, sources, strict=True)]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        outs = [self._slot(("gradient", node), f.shape[1]) for node, f in zip(nodes, features, strict=True)]
         add = any(before is not None for before in arriving)
         for out, before in zip(outs, arriving, strict=True):
             if add and before is None:
                 slots.whole(out).zero_()
+        # Readers that come together share their features' statistics; one that lacks a feature has zeros there.
+        mean, rstd = norms[0].mean, norms[0].rstd
+        for norm in norms[1:]:
+            mean, rstd = torch.where(rstd > 0, mean, norm.mean), torch.where(rstd > 0, rstd, norm.rstd)
         sum_g, sum_gx = launch.gradient_of_readers(
-            [dz], [weight], outs, sources, [norm.gamma], [norm.beta], norm.mean, norm.rstd, add=add,
-            activation=activation,
+            dz, weights, outs, features, [norm.gamma for norm in norms], [norm.beta for norm in norms], mean, rstd,
+            add=add, activation=activation,
         )  # fmt: skip
-        return outs, sum_g[0], sum_gx[0]
+        return outs, list(sum_g), list(sum_gx)
 
     def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
         launch.bn_backward(g, z, a, b, c)
@@ -115,6 +123,8 @@ class Verbs:
         return launch.weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
+        if self.plan is not None and len(nodes) == len(self.plan.node_widths) and output_holds_features(self.plan):
+            return slots.side_by_side(nodes)  # the rows of all nodes are the output
         batch, _, height, width = nodes[0].shape
         out = torch.empty(
             (batch, sum(node.shape[1] for node in nodes), height, width),
@@ -124,16 +134,28 @@ class Verbs:
             part.copy_(node)
         return out
 
+    def nodes_of(self, output: Tensor) -> list[Tensor]:
+        self.arenas["node"] = list(output.split(self._widths("node"), dim=1))
+        return self.arenas["node"]
+
     def keep(self, kind: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [self.memory[kind]]
 
     def kept(self, kind: str, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         self.arenas[kind] = self._views(self._widths(kind), saved[0])
-        return self.arenas[kind][1 if kind == "node" else 0 :], saved[1:]
+        return self.arenas[kind], saved[1:]
+
+    def kept_nodes(self, x: Tensor, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        return self.kept("node", saved)
 
     def _slot(self, place: Place, channels: int) -> Tensor:
         kind, index = place
-        if self.plan is None or kind.startswith("scratch"):
+        if kind == "waiting":  # gradients of readers that are sent together lie in one allocation
+            name = f"{kind} {channels}"
+            if name not in self.arenas:
+                self.arenas[name] = self._views([channels] * self.readers_at_once, layout="arena")
+            return self.arenas[name][index]
+        if self.plan is None or kind in ("scratch", "scratch inner", "tail"):
             name = f"{kind} {index} {channels}"
             if name not in self.arenas:
                 self.arenas[name] = self._views([channels])
@@ -156,21 +178,35 @@ class Verbs:
         packed = self._views([source.shape[1] for source in sources])
         return [slots.write(slot, source) for slot, source in zip(packed, sources, strict=True)]
 
-    def _views(self, widths: Sequence[int], memory: Tensor | None = None) -> list[Tensor]:
-        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.unit == "bottleneck")
+    def _views(self, widths: Sequence[int], memory: Tensor | None = None, layout: str = "") -> list[Tensor]:
         batch, _, height, width = self.like.shape
+        elements = _elements(self.like, widths)
+        if elements >= launch.MAX_ELEMENTS:
+            raise ValueError(
+                f"input of the block must give fewer than 2^31 elements for all layers together, got {elements} from "
+                f"shape {tuple(self.like.shape)}: use a smaller batch or backend='native'"
+            )
+        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.unit == "bottleneck")
+        rows = dense or elements >= MAX_DELTA  # entries of a K table reach across one allocation
         return slots.allocate(
             batch, widths, height, width, dtype=self.like.dtype, device=self.like.device,
-            layout="rows" if dense else "arena", memory=memory,
+            layout=layout or ("rows" if rows else "arena"), memory=memory,
         )  # fmt: skip
 
 
-def kept_like(plan: BlockPlan, x: Tensor, recompute: bool) -> list[Tensor]:
-    """Empty tensors of the shapes that `Verbs.keep` returns for a block, for fake tensors."""
+def output_holds_features(plan: BlockPlan) -> bool:
+    """Whether the rows of all nodes are the output itself: no slot is padded, and no row."""
+    return plan.returns_features and slots.row_of(plan.node_widths) == plan.out_channels
+
+
+def needs_input(plan: BlockPlan) -> bool:
+    """Whether backward needs the block's input; a bottleneck block has it in the rows of its nodes."""
+    return plan.unit == "conv_bn_relu"
+
+
+def kept_like(plan: BlockPlan, x: Tensor, kinds: Sequence[str]) -> list[Tensor]:
+    """Empty tensors of the shapes that `Verbs.keep` returns for tensors of these kinds, for fake tensors."""
     verbs = Verbs(plan, x)
-    kinds = ["node"] if plan.unit == "bottleneck" else ["raw"]
-    if plan.unit == "bottleneck" and not recompute:
-        kinds.append("inner")
     return [x.new_empty(_elements(x, verbs._widths(kind))) for kind in kinds]
 
 
