@@ -11,9 +11,9 @@ PACKAGE = Path(tn.__file__).parent
 HEAVY = {"lightning", "torchvision", "sklearn", "matplotlib", "rich", "typer", "huggingface_hub", "PIL", "tensorboard"}
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "links", "plan", "reference", "backends", "sync", "engine", "ops", "functional", "blocks", "models",
-    "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint", "figures", "inference",
-    "train", "cli", "__main__",
+    "checks", "links", "plan", "reference", "backends", "sync", "engine", "transition", "ops", "functional", "blocks",
+    "chain", "models", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
+    "figures", "inference", "train", "cli", "__main__",
 ]  # fmt: skip
 
 

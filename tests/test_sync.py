@@ -11,11 +11,23 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from thresholdnet import ThresholdBlock, links
+from thresholdnet import ThresholdBlock, chain, links
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 F64 = torch.float64
 UNITS = ["conv_bn_relu", "bottleneck"]
+
+
+class Chained(nn.Sequential):
+    """Two blocks, and a transition as `thresholdnet.chain` runs it."""
+
+    def __init__(self, *blocks):
+        width = blocks[-1].out_channels
+        transition = [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 3, 1, bias=False), nn.AvgPool2d(2)]
+        super().__init__(*blocks, *(module.to(F64) for module in transition))
+
+    def forward(self, x):
+        return chain.run(self, x)
 
 
 def _network(unit, momentum=0.1):
@@ -23,13 +35,13 @@ def _network(unit, momentum=0.1):
     shape = {"unit": unit, "norm_momentum": momentum, "fused": True, "backend": "native", "dtype": F64}
     first = ThresholdBlock(5, links.harmonic(4), 6, **shape)
     second = ThresholdBlock(first.out_channels, links.threshold_ab(5, 3), 4, **shape)
-    return nn.Sequential(first, second)
+    return Chained(first, second)
 
 
-def _data(batch, network):
+def _data(batch):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 5, 4, 3, dtype=F64, generator=generator)
-    return x, torch.randn(batch, network[-1].out_channels, 4, 3, dtype=F64, generator=generator)
+    return x, torch.randn(batch, 3, 2, 1, dtype=F64, generator=generator)
 
 
 def _step(model, x, weights):
@@ -65,7 +77,7 @@ def _equals_the_joined_batch(rank, shares, unit, momentum, freeze):
     for model in (network, joined):
         if freeze:  # one BatchNorm keeps the statistics it has, on every rank
             next(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)).eval()
-    x, weights = _data(sum(shares), joined)
+    x, weights = _data(sum(shares))
     y, dx = _step(joined, x, weights)
     mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     own_y, own_dx = _step(parallel, x[mine], weights[mine])
@@ -98,7 +110,7 @@ def test_shared_statistics_equal_one_process_on_the_joined_batch(cases, tmp_path
 def _without_sharing(rank, shares, unit):
     network = _network(unit)
     alone = copy.deepcopy(network)
-    x, weights = _data(sum(shares), alone)
+    x, weights = _data(sum(shares))
     grads = []
     start = 0
     for share in shares:
@@ -121,7 +133,7 @@ def test_plain_batch_norm_stays_with_its_process(unit, tmp_path):
 def _compiled(rank, shares, unit):
     parallel = DistributedDataParallel(_network(unit))
     nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
-    x, weights = _data(sum(shares), parallel.module)
+    x, weights = _data(sum(shares))
     expected = _step(copy.deepcopy(parallel.module), x, weights)
     found = _step(torch.compile(parallel, backend="aot_eager"), x, weights)
     for a, b in zip(found, expected, strict=True):
@@ -148,6 +160,6 @@ def test_one_process_needs_no_group():
     for unit in UNITS:
         plain = _network(unit)
         shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
-        x, weights = _data(3, plain)
+        x, weights = _data(3)
         for a, b in zip(_step(shared, x, weights), _step(plain, x, weights), strict=True):
             assert torch.equal(a, b)

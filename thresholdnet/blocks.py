@@ -199,14 +199,25 @@ class ThresholdBlock(nn.Module):
         """The backend that ran last: "triton", "native" or "reference" (plain torch, or not run yet)."""
         return self._ran
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
+    def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W].
+
+        `tail` is the weight [O, out_channels, 1, 1] of a convolution behind a Conv-BN-ReLU block: its result
+        [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
+        """
         check_images("input of the block", x, self.in_channels)
+        if tail is not None and self.plan.unit != "conv_bn_relu":
+            raise ValueError(
+                f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
+            )
         if self._ran != self._engine:  # an assignment at each call would be a side effect for the compiler to trace
             self._ran = self._engine
-        return self._plain_forward(x) if self._engine == "reference" else self._fused_forward(x, self._engine)
+        if self._engine != "reference":
+            return self._fused_forward(x, self._engine, tail)
+        y = self._plain_forward(x)
+        return y if tail is None else nn.functional.conv2d(y, tail)
 
-    def _fused_forward(self, x: Tensor, backend: str) -> Tensor:
+    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
         norms = list(self._norms())
         convolutions = [m for m in self.layers.modules() if isinstance(m, nn.Conv2d)]
         fixed = [not norm.training and norm.running_mean is not None for norm in norms]
@@ -223,6 +234,8 @@ class ThresholdBlock(nn.Module):
             raise TypeError(f"input of the block must have the weights' dtype {own}, got {x.dtype}")
         weights = {id(conv): conv.weight.to(x.dtype) for conv in convolutions}
         parameters = [tensor for layer in self.layers for tensor in _in_forward_order(layer, weights)]
+        if tail is not None:
+            parameters.append(tail.to(x.dtype))
         running = [_or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
         eps = [norm.eps for norm in norms]

@@ -105,6 +105,13 @@ class Norm(NamedTuple):
         return self.scale, b, -self.scale * sum_g / pixels - b * self.mean
 
 
+def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, fixed: bool) -> Norm:
+    """A BatchNorm with these statistics."""
+    rstd = torch.rsqrt(variance + eps)
+    scale = gamma * rstd
+    return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, fixed)
+
+
 def forward(
     spec: Spec, x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -211,9 +218,7 @@ class _Block:
         """BatchNorm number `which` of a layer with these statistics."""
         position, index = self.norms[which], (layer - 1) * len(self.norms) + which
         gamma, beta = (self.weight(layer, position + i).to(self.wide) for i in (0, 1))
-        rstd = torch.rsqrt(variance + self.spec.eps[index])
-        scale = gamma * rstd
-        return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, self.spec.fixed[index])
+        return batch_norm(gamma, beta, mean, variance, self.spec.eps[index], self.spec.fixed[index])
 
     def norm_of(self, statistics: Sequence[Tensor], layer: int, which: int) -> Norm:
         """The same from the statistics that forward returned."""

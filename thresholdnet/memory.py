@@ -6,7 +6,7 @@ makes is followed until nothing holds it any more. Fused blocks run their engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,9 +96,8 @@ def _step(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Accou
         return tensor
 
     names = {module: name or "block" for name, module in model.named_modules() if isinstance(module, ThresholdBlock)}
-    for module in names:
-        module.register_forward_pre_hook(lambda m, _: inside.append(names[m]))
-        module.register_forward_hook(lambda m, _, y: inside.pop() and None)
+    for module, name in names.items():
+        _announce(module, name, inside)
     tracker = _Tracker(own)
     with tracker:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -110,6 +109,20 @@ def _step(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Accou
         tracker.ignore_new(p for p in model.parameters())
         out.sum().backward()
     return Account(total, tracker.peak, tracker.moved, by_block)
+
+
+def _announce(module: nn.Module, name: str, inside: list[str]) -> None:
+    """Note the name while the module runs. Not by hooks: they would part a block from its transition."""
+    forward = module.forward
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        inside.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    module.forward = announced
 
 
 class _Tracker(TorchDispatchMode):
@@ -127,12 +140,9 @@ class _Tracker(TorchDispatchMode):
         self.parameter_shapes = {p.shape for p in parameters}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.thresholdnet.block.default:
+        if func in _ENGINE:
             with self:
-                return ops.run_block(*args)
-        if func is torch.ops.thresholdnet.block_backward.default:
-            with self:
-                return ops.run_block_backward(*args)
+                return _ENGINE[func](*args)
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -150,6 +160,14 @@ class _Tracker(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.live[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+
+
+_ENGINE: dict[Any, Callable[..., Any]] = {
+    torch.ops.thresholdnet.block.default: ops.run_block,
+    torch.ops.thresholdnet.block_backward.default: ops.run_block_backward,
+    torch.ops.thresholdnet.transition.default: ops.run_transition,
+    torch.ops.thresholdnet.transition_backward.default: ops.run_transition_backward,
+}
 
 
 def _key(tensor: Tensor) -> int:

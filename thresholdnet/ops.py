@@ -1,4 +1,4 @@
-"""The fused block as torch.library operators: functional from outside, opaque to the compiler, differentiable once.
+"""Fused blocks and transitions as torch.library operators: functional, opaque to the compiler, differentiable once.
 
 The block owns its buffers inside one operator, because writing slices of a tensor that an earlier layer saved would
 trip autograd's version counter. Running statistics stay with the module: the operator returns what the batch had.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import engine
+from . import transition as between
 from .backends import load
 from .plan import BlockPlan
 
@@ -127,10 +128,15 @@ def _(
     group: str,
     needs: list[bool],
 ) -> list[Tensor]:
+    return _gradients_like([x, *parameters], needs)
+
+
+def _gradients_like(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Fake gradients as `engine.own_gradients` makes them: pixels, the first of `inputs`, in channels_last order."""
     made = []
-    for position, (like, needed) in enumerate(zip((x, *parameters), needs, strict=True)):
+    for position, (like, needed) in enumerate(zip(inputs, needs, strict=True)):
         if not needed:
-            made.append(x.new_empty(0))
+            made.append(like.new_empty(0))
         elif position == 0:
             made.append(torch.empty_like(like, memory_format=torch.channels_last))
         else:
@@ -173,6 +179,129 @@ def _backward(ctx: Any, grad: Tensor | None, grad_statistics: Any, grad_saved: A
 
 
 block.register_autograd(_backward, setup_context=_setup)
+
+
+def _transition_spec(
+    eps: float, fixed: bool, activation: str, conv: list[int], pool: str, window: list[int], group: str
+) -> between.Spec:
+    *sides, ceil_mode, count_include_pad = window
+    pooling = between.Pool(pool, sides, bool(ceil_mode), bool(count_include_pad)) if pool else None
+    return between.Spec(eps, fixed, activation, conv, pooling, group)
+
+
+def run_transition(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    running: list[Tensor],
+    counts: Tensor | None,
+    eps: float,
+    fixed: bool,
+    activation: str,
+    conv: list[int],
+    pool: str,
+    window: list[int],
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """`transition.forward`; `window` is the pooling's kernel, stride and padding, ceil_mode and count_include_pad."""
+    spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
+    return between.forward(spec, z, gamma, beta, weight, running, counts)
+
+
+transition = torch.library.custom_op("thresholdnet::transition", run_transition, mutates_args=())
+
+
+@transition.register_fake
+def _(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    running: list[Tensor],
+    counts: Tensor | None,
+    eps: float,
+    fixed: bool,
+    activation: str,
+    conv: list[int],
+    pool: str,
+    window: list[int],
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
+    y = between.behind(spec, z.new_empty(z.shape), weight)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    return out, z.new_empty((2, z.shape[1]), dtype=wide)
+
+
+def run_transition_backward(
+    grad: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    counts: Tensor | None,
+    eps: float,
+    fixed: bool,
+    activation: str,
+    conv: list[int],
+    pool: str,
+    window: list[int],
+    group: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`transition.backward`: gradients of z, gamma, beta, weight; empty tensors where `needs` is False."""
+    spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
+    grads = between.backward(spec, grad, z, gamma, beta, weight, statistics, counts, needs)
+    inputs = [z, gamma, beta, z.new_empty(0) if weight is None else weight]
+    return engine.own_gradients(inputs, grads, needs, grad)
+
+
+transition_backward = torch.library.custom_op(
+    "thresholdnet::transition_backward", run_transition_backward, mutates_args=()
+)
+
+
+@transition_backward.register_fake
+def _(
+    grad: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    counts: Tensor | None,
+    eps: float,
+    fixed: bool,
+    activation: str,
+    conv: list[int],
+    pool: str,
+    window: list[int],
+    group: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _gradients_like([z, gamma, beta, z if weight is None else weight], needs)
+
+
+def _setup_transition(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, gamma, beta, weight, running, counts, *ctx.call = inputs
+    ctx.buffers = len(running)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, gamma, beta, weight, output[1], counts)
+
+
+def _backward_transition(ctx: Any, grad: Tensor | None, grad_statistics: Any) -> tuple[Any, ...]:
+    nothing = ([None] * ctx.buffers, None, *[None] * 7)
+    if grad is None:
+        return (*[None] * 4, *nothing)
+    needs = list(ctx.needs_input_grad[:4])
+    grads = transition_backward(grad, *ctx.saved_tensors, *ctx.call, needs)
+    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing)
+
+
+transition.register_autograd(_backward_transition, setup_context=_setup_transition)
 
 
 @torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
@@ -245,5 +374,5 @@ def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) 
     pass
 
 
-for _operator in (block_backward, linked_conv2d_backward):
+for _operator in (block_backward, linked_conv2d_backward, transition_backward):
     _operator.register_autograd(_once_only, setup_context=_setup_nothing)

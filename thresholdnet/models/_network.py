@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import chain
 from ..blocks import check_images
 from ..checks import integer, number
 
@@ -43,7 +44,11 @@ class Network(nn.Module):
         device, dtype: of the head's parameters (the stages bring theirs).
 
     Shapes: images [N, in_chans, H, W] with H, W >= `min_size` -> logits [N, num_classes].
+
+    With `fused` set, stem and transitions run in `thresholdnet.chain`, which keeps less for backward.
     """
+
+    fused = False
 
     def __init__(
         self,
@@ -69,10 +74,7 @@ class Network(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] -> the last stage's map [N, num_features, h, w]."""
         check_input(x, self.in_chans, self.min_size)
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        return _run([self.stem, *self.stages], x, self.fused)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [N, num_features, h, w] -> logits [N, num_classes], or pooled features where `pre_logits` is set."""
@@ -100,10 +102,13 @@ class FeaturePyramid(nn.Module):
         out_indices: which levels to return, by index in `feature_info` of all levels; None returns all.
     """
 
+    fused = False
+
     def __init__(self, network: Network, out_indices: Sequence[int] | None = None):
         super().__init__()
         self.stem = network.stem
         self.stages = network.stages
+        self.fused = network.fused
         self.in_chans = network.in_chans
         self.min_size = network.min_size
         levels = list(_levels(network))
@@ -119,12 +124,21 @@ class FeaturePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [N, in_chans, H, W] -> maps [N, channels, ~H / reduction, ~W / reduction] as `feature_info` lists."""
         check_input(x, self.in_chans, self.min_size)
-        levels = []
-        for done, stage in enumerate([self.stem, *self.stages]):
-            x = stage(x)
-            if done in self._emit:
-                levels.append(x)
+        chained = [self.stem, *self.stages]
+        levels, start = [], 0
+        for last in self._emit:
+            x = _run(chained[start : last + 1], x, self.fused)
+            levels.append(x)
+            start = last + 1
         return levels
+
+
+def _run(stages: Iterable[nn.Module], x: Tensor, fused: bool) -> Tensor:
+    if fused:
+        return chain.run(stages, x)
+    for stage in stages:
+        x = stage(x)
+    return x
 
 
 def check_input(x: Tensor, channels: int, min_size: int) -> None:

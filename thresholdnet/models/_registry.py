@@ -99,14 +99,20 @@ def create_model(
 
 
 def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> int:
-    """Switch the engine on or off in every block of a model, in place; returns the number of blocks that now run in it.
+    """Switch the engine on or off in every block of a model, and in the transitions of our own networks, in place.
+
+    Returns the number of blocks that now run in it.
 
     Raises:
         ValueError: unknown backend or recompute.
         RuntimeError: a backend asked for by name that cannot run here.
     """
     blocks = [module for module in model.modules() if isinstance(module, ThresholdBlock)]
-    return sum(block.fuse(fused, backend, recompute).fused for block in blocks)
+    running = sum(block.fuse(fused, backend, recompute).fused for block in blocks)
+    for module in model.modules():
+        if isinstance(module, Network | FeaturePyramid):
+            module.fused = running > 0
+    return running
 
 
 def _as_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:

@@ -1,0 +1,137 @@
+"""Modules run one after the other, with what stands between fused blocks fused as well: the transitions.
+
+Recognised by structure, at every call: a fused Conv-BN-ReLU block with a 1x1 convolution behind it; and BatchNorm -
+activation [- convolution without bias [- average pooling behind a 1x1 one]], or BatchNorm - activation - pooling. Each
+becomes one operator that keeps its input alone. A module with hooks runs as itself, and so does all that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops, sync
+from .blocks import ThresholdBlock, _or_empty, _shared_group, _update_running
+
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Run the modules in order on x [N, C, H, W]; containers of class nn.Sequential are taken apart.
+
+    Results, gradients and running statistics are those of the modules themselves, to rounding.
+    """
+    waiting = list(_leaves(modules))
+    while waiting:
+        taken, x = _step(waiting, x)
+        del waiting[:taken]
+    return x
+
+
+def _leaves(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for module in modules:
+        if type(module).forward is nn.Sequential.forward and not _hooked(module):
+            yield from _leaves(module.children())
+        else:
+            yield module
+
+
+def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
+    """How many of the modules in front ran, and what they gave."""
+    first, behind = waiting[0], waiting[1:]
+    if isinstance(first, ThresholdBlock):
+        pointwise = behind[0] if behind else None
+        if first.fused and first.plan.unit == "conv_bn_relu" and _free(first) and _pointwise(pointwise):
+            return 2, first(x, tail=pointwise.weight)
+        return 1, first(x)
+    if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and behind and _fits(first, x)):
+        return 1, first(x)
+    activation = _ACTIVATIONS.get(type(behind[0]))
+    if activation is None or not _free(first, behind[0]):
+        return 1, first(x)
+    conv = behind[1] if len(behind) > 1 and _plain_convolution(behind[1], x) else None
+    position = 1 if conv is None else 2
+    pool = _pooling(behind[position]) if len(behind) > position else None
+    if conv is not None and pool is not None and (pool[0] != "avg" or not _pointwise(conv)):
+        pool = None
+    taken = 1 + position + (pool is not None)
+    return taken, _transition(first, activation, conv, pool, x)
+
+
+def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int]] | None, x: Tensor) -> Tensor:
+    fixed = not norm.training and norm.running_mean is not None
+    group = None if fixed else _shared_group([norm])
+    counts = None if group is None else sync.counts(x, group)
+    weight = None if conv is None else conv.weight
+    dtype = ops.autocast_dtype(x.device)
+    if weight is not None and dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    like = norm.weight if norm.weight is not None else x.new_ones(x.shape[1])
+    y, statistics = ops.transition(
+        x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,
+        [_or_empty(norm.running_mean, x), _or_empty(norm.running_var, x)], counts, norm.eps, fixed, activation,
+        [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation], *(pool or ("", [0] * 8)),
+        "" if group is None else group.group_name,
+    )  # fmt: skip
+    _update_running([norm], [statistics], sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+    return y
+
+
+def _fits(norm: _BatchNorm, x: Tensor) -> bool:
+    """Whether the operator takes this input: what torch refuses, and an empty batch of its own, are left to torch."""
+    shared = isinstance(norm, nn.SyncBatchNorm) and sync.active(norm.process_group) is not None
+    several = shared or x.numel() > norm.num_features
+    return x.dim() == 4 and x.is_floating_point() and x.shape[1] == norm.num_features and several
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _free(*modules: nn.Module) -> bool:
+    return not any(_hooked(module) for module in modules)
+
+
+def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and module.bias is None
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and (module.weight.dtype == x.dtype or ops.autocast_dtype(x.device) is not None)
+        and _free(module)
+    )
+
+
+def _pointwise(module: Any) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a 1x1 convolution of all channels and pixels, without bias or hooks."""
+    return (
+        type(module) is nn.Conv2d
+        and (module.bias, module.groups) == (None, 1)
+        and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+        and _free(module)
+    )
+
+
+def _pooling(module: nn.Module) -> tuple[str, list[int]] | None:
+    """Kind, and kernel, stride, padding, ceil_mode, count_include_pad."""
+    if not _free(module):
+        return None
+    if type(module) is nn.MaxPool2d and not module.return_indices and _pair(module.dilation) == [1, 1]:
+        include = True
+    elif type(module) is nn.AvgPool2d and module.divisor_override is None:
+        include = module.count_include_pad
+    else:
+        return None
+    window = [*_pair(module.kernel_size), *_pair(module.stride), *_pair(module.padding)]
+    return "max" if type(module) is nn.MaxPool2d else "avg", [*window, int(module.ceil_mode), int(include)]
+
+
+def _pair(value: Any) -> list[int]:
+    return list(value) if isinstance(value, tuple | list) else [value, value]

@@ -1,0 +1,154 @@
+"""What stands between blocks, fused: BatchNorm - activation [- convolution] [- pooling], keeping its raw input alone.
+
+Eager autograd keeps z, y, whatever the convolution and the pooling read, and max-pooling's 8-byte indices. Here y, the
+pooled values and the maxima are made again in backward. z is mostly kept anyway, by or for what made it.
+
+Letters: y = act(z * scale + shift); out = pool(y), or pool(conv(y)). Average pooling and a 1x1 convolution commute, so
+the convolution runs on the pooled, fewer pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import sync
+from .backends.native import Verbs
+from .engine import batch_norm
+
+aten = torch.ops.aten
+
+
+class Pool(NamedTuple):
+    """A pooling, as nn.MaxPool2d (dilation 1) or nn.AvgPool2d has it.
+
+    Attributes:
+        kind: "max" or "avg".
+        window: kernel, stride and padding, each (height, width), in pixels.
+        ceil_mode, count_include_pad: as in nn.AvgPool2d.
+    """
+
+    kind: str
+    window: Sequence[int]
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kind == "max":
+            return aten.max_pool2d_with_indices(x, *_pairs(self.window), [1, 1], self.ceil_mode)[0]
+        return aten.avg_pool2d(x, *_pairs(self.window), self.ceil_mode, self.count_include_pad)
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Gradient of x; average pooling reads only its shape."""
+        window = _pairs(self.window)
+        if self.kind == "max":
+            _, indices = aten.max_pool2d_with_indices(x, *window, [1, 1], self.ceil_mode)
+            return aten.max_pool2d_with_indices_backward(grad, x, *window, [1, 1], self.ceil_mode, indices)
+        return aten.avg_pool2d_backward(grad, x, *window, self.ceil_mode, self.count_include_pad, None)
+
+
+class Spec(NamedTuple):
+    """Everything about a call but its tensors.
+
+    Attributes:
+        eps: of the BatchNorm.
+        fixed: True where it normalises with given statistics.
+        activation: "relu" or "relu6".
+        conv: stride, padding and dilation of the convolution, each (height, width); its groups are in its weight.
+        pool: behind the activation, or behind a 1x1 convolution and then an average; None for none.
+        group: name of the process group that shares batch statistics, "" for none.
+    """
+
+    eps: float
+    fixed: bool
+    activation: str
+    conv: Sequence[int]
+    pool: Pool | None
+    group: str = ""
+
+
+def forward(
+    spec: Spec, z: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor | None, running: Sequence[Tensor],
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run a transition.
+
+    Args:
+        spec: see `Spec`.
+        z: [N, C, H, W].
+        gamma, beta: [C].
+        weight: [O, C / groups, k, k], or None without a convolution.
+        running: mean and variance [C], read only where they are fixed.
+        counts: pixels of every rank of `Spec.group`, or None.
+
+    Returns:
+        The output (channels_last) and the statistics used, [2, C] (mean, biased variance).
+    """
+    verbs = Verbs(None, z)
+    wide = _wide(z)
+    z = verbs.enter(z)
+    if spec.fixed:
+        moments = running[0].to(wide), running[1].to(wide)
+    else:
+        moments = sync.merge(verbs.moments(z), counts, spec.group)
+    norm = batch_norm(gamma.to(wide), beta.to(wide), *moments, spec.eps, spec.fixed)
+    out = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
+    out = behind(spec, out, weight)
+    return out.contiguous(memory_format=torch.channels_last), torch.stack(moments)
+
+
+def backward(
+    spec: Spec, grad: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor | None, statistics: Tensor,
+    counts: Tensor | None, needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of z, gamma, beta and weight; None for z and weight where `needs` is False."""
+    verbs = Verbs(None, z)
+    wide = _wide(z)
+    z, grad = verbs.enter(z), grad.contiguous(memory_format=torch.channels_last)
+    mean, variance = statistics.to(wide)
+    norm = batch_norm(gamma.to(wide), beta.to(wide), mean, variance, spec.eps, spec.fixed)
+    needs_z, dweight = any(needs[:3]), None
+    if weight is not None or spec.pool is not None:
+        y = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
+    if weight is not None:
+        read = y if spec.pool is None else spec.pool(y)
+        grad, dweight, _ = aten.convolution_backward(
+            grad, read, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(z, weight), [needs_z, needs[3], False]
+        )
+        dweight = dweight.contiguous() if needs[3] else None
+    if not needs_z:
+        return [None, None, None, dweight]
+    if spec.pool is not None:
+        grad = spec.pool.backward(grad, y)
+    masked = (z, norm.affine, norm.mean, norm.rstd)
+    g, sum_g, sum_gx = verbs.gradient([], [], grad, into=("gradient", 0), masked=masked, activation=spec.activation)
+    dz = None
+    if needs[0]:
+        sums = (sum_g, sum_gx) if spec.fixed else sync.add(sum_g, sum_gx, spec.group)
+        pixels = sync.total(counts, z.shape[0] * z.shape[2] * z.shape[3])
+        dz = verbs.linear(g, z, *norm.backward_terms(*sums, pixels))
+    return [dz, sum_gx, sum_g, dweight]
+
+
+def behind(spec: Spec, y: Tensor, weight: Tensor | None) -> Tensor:
+    """Pooling and convolution of the activated values [N, C, H, W]."""
+    if spec.pool is not None:
+        y = spec.pool(y)
+    if weight is not None:
+        y = aten.convolution(y, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(y, weight))
+    return y
+
+
+def _groups(x: Tensor, weight: Tensor) -> int:
+    return x.shape[1] // weight.shape[1]
+
+
+def _pairs(window: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    return list(window[0:2]), list(window[2:4]), list(window[4:6])
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
