@@ -16,13 +16,10 @@ for a device that cannot run the kernels.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -32,8 +29,6 @@ from . import norm as device_norm
 from . import readers as device_readers
 from . import weight_gradient as device_weight_gradient
 from .configs import (
-    DTYPES,
-    Capability,
     ConvolutionConfig,
     ReadersConfig,
     WeightGradientConfig,
@@ -42,12 +37,28 @@ from .configs import (
     weight_gradient_config,
     weight_gradient_splits,
 )
-from .tables import LANES, Group, Source, column_table, k_table, pixel_table
+from .device_tables import DeviceTable, device_columns, device_offsets, device_pixels, device_table
+from .operands import (
+    INTERPRETED,
+    MAX_ELEMENTS,
+    Layout,
+    accumulator_of,
+    activation_code,
+    capability_of,
+    check_same_images,
+    check_slots,
+    check_weight,
+    copy_elements,
+    dtype_name,
+    lay_out,
+    on_device_of,
+    padded_width,
+    per_channel,
+    uses_tf32,
+)
+from .tables import LANES, Group
 
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 PLAIN, STATISTICS, BIAS, MASK = 0, 1, 2, 3
-MAX_ELEMENTS = 1 << 31  # offsets are int32
-INTERPRETED = not isinstance(device_conv.convolution, triton.JITFunction)
 
 
 class Mask(NamedTuple):
@@ -88,22 +99,22 @@ def conv(
     """
     if bias is not None and statistics:
         raise ValueError("statistics must be False with a bias, got True: they are the raw convolution's")
-    layout = _layout("sources", sources, out)
+    layout = lay_out("sources", sources, out)
     channels = sum(source.width for source in layout.sources)
-    kernel_size = _check_weight("weight", weight, out.shape[1], channels)
+    kernel_size = check_weight("weight", weight, out.shape[1], channels)
     if not sources:
         raise ValueError("sources must hold at least one slot, got none")
-    accumulator = _accumulator(out)
+    accumulator = accumulator_of(out)
     if layout.pixels == 0:
         return (_nan(out.shape[1], accumulator, out),) * 2 if statistics else None
     scale_shift = None
     if affine is not None:
-        scale_shift = tuple(_vector(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
-    vectors = () if bias is None else (_vector("bias", bias, out.shape[1], out),)
+        scale_shift = tuple(per_channel(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
+    vectors = () if bias is None else (per_channel("bias", bias, out.shape[1], out),)
     partial, config, tiles = _convolve(
         layout, weight, kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
-        activation=_activation(activation), affine=scale_shift, vectors=vectors, config=config,
+        activation=activation_code(activation), affine=scale_shift, vectors=vectors, config=config,
     )  # fmt: skip
     if not statistics:
         return None
@@ -139,22 +150,22 @@ def gradient(
         TypeError, ValueError, RuntimeError: see the module.
     """
     others = [] if mask is None else [mask[0]]
-    layout = _layout("dz", dz, out, *others)
+    layout = lay_out("dz", dz, out, *others)
     if len(weights) != len(dz):
         raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
-    channels, accumulator = out.shape[1], _accumulator(out)
+    channels, accumulator = out.shape[1], accumulator_of(out)
     kernel_size = 1
     for i, (d, weight) in enumerate(zip(dz, weights, strict=True)):
-        size = _check_weight(f"weights[{i}]", weight, d.shape[1], channels)
+        size = check_weight(f"weights[{i}]", weight, d.shape[1], channels)
         if i and size != kernel_size:
             raise ValueError(f"weights must have one kernel size, got {kernel_size} and {size}")
         kernel_size = size
     vectors: tuple[Tensor, ...] = ()
     if mask is not None:
-        if _activation(activation) == 0:
+        if activation_code(activation) == 0:
             raise ValueError("activation must be 'relu' or 'relu6' with a mask, got None")
-        _check_same_images("mask.z", mask[0], out)
-        vectors = tuple(_vector(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
+        check_same_images("mask.z", mask[0], out)
+        vectors = tuple(per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
     if layout.pixels == 0:
         return (torch.zeros(channels, dtype=accumulator, device=out.device),) * 2 if mask is not None else None
     if weights:
@@ -164,7 +175,7 @@ def gradient(
     partial, config, tiles = _convolve(
         layout, joined, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
-        activation=_activation(activation) if mask is not None else 0,
+        activation=activation_code(activation) if mask is not None else 0,
         raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, config=config,
     )  # fmt: skip
     if mask is None:
@@ -174,31 +185,31 @@ def gradient(
 
 def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:
     """Write act(z * scale + shift) into a slot; z and out are slots [N, C, H, W], scale and shift [C]."""
-    (z_slot, out_slot), pixels = _slots([("z", z), ("out", out)])
-    _check_same_images("z", z, out)
+    (z_slot, out_slot), pixels = check_slots([("z", z), ("out", out)])
+    check_same_images("z", z, out)
     channels = out.shape[1]
-    scale, shift = _vector("scale", scale, channels, out), _vector("shift", shift, channels, out)
+    scale, shift = per_channel("scale", scale, channels, out), per_channel("shift", shift, channels, out)
     if pixels == 0:
         return
     rows, block = _elementwise_tile(channels)
-    with _device(out):
+    with on_device_of(out):
         device_norm.normalise[triton.cdiv(pixels, rows), triton.cdiv(channels, block)](
             z, scale, shift, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
-            ACTIVATION=_activation(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
+            ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
 def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> None:
     """g = a * g + b * z + c in place; g and z are slots [N, C, H, W], a, b, c are [C] (a None: 1)."""
-    (g_slot, z_slot), pixels = _slots([("g", g), ("z", z)])
-    _check_same_images("z", z, g)
+    (g_slot, z_slot), pixels = check_slots([("g", g), ("z", z)])
+    check_same_images("z", z, g)
     channels = g.shape[1]
-    b, c = _vector("b", b, channels, g), _vector("c", c, channels, g)
-    factor = b if a is None else _vector("a", a, channels, g)
+    b, c = per_channel("b", b, channels, g), per_channel("c", c, channels, g)
+    factor = b if a is None else per_channel("a", a, channels, g)
     if pixels == 0:
         return
     rows, block = _elementwise_tile(channels)
-    with _device(g):
+    with on_device_of(g):
         device_norm.bn_backward[triton.cdiv(pixels, rows), triton.cdiv(channels, block)](
             g, z, factor, b, c, pixels, g_slot.row // LANES, z_slot.row // LANES, channels,
             HAS_A=a is not None, TILE_ROWS=rows, BLOCK=block, num_warps=4,
@@ -207,18 +218,18 @@ def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) ->
 
 def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) of a slot [N, C, H, W], each [C], fp32 (fp64 for fp64)."""
-    (slot,), pixels = _slots([("x", x)])
-    channels, accumulator = x.shape[1], _accumulator(x)
+    (slot,), pixels = check_slots([("x", x)])
+    channels, accumulator = x.shape[1], accumulator_of(x)
     if pixels == 0:
         return (_nan(channels, accumulator, x),) * 2
     rows, block = _elementwise_tile(channels)
     tiles, blocks = triton.cdiv(pixels, rows), triton.cdiv(channels, block)
     partial = torch.empty(tiles, 2, blocks * block, dtype=accumulator, device=x.device)
-    with _device(x):
+    with on_device_of(x):
         device_norm.slot_statistics[blocks, tiles](
             x, partial, pixels, slot.row // LANES, channels, TILE_ROWS=rows, BLOCK=block, num_warps=4
         )
-    return _merge_statistics(partial, tiles, rows, (1, 1), _Layout(x, (), 0, False, 0, 0, 0, pixels), channels)
+    return _merge_statistics(partial, tiles, rows, (1, 1), Layout(x, (), 0, False, 0, 0, 0, pixels), channels)
 
 
 def weight_gradient(
@@ -244,22 +255,22 @@ def weight_gradient(
     Raises:
         TypeError, ValueError, RuntimeError: see the module.
     """
-    layout = _layout("sources", sources, dz, out_name="dz")
+    layout = lay_out("sources", sources, dz, out_name="dz")
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")
     if not sources:
         raise ValueError("sources must hold at least one slot, got none")
-    channels, out_channels, accumulator = sum(s.width for s in layout.sources), dz.shape[1], _accumulator(dz)
+    channels, out_channels, accumulator = sum(s.width for s in layout.sources), dz.shape[1], accumulator_of(dz)
     shape = (out_channels, channels, kernel_size, kernel_size)
     result = torch.empty(shape, dtype=dtype or accumulator, device=dz.device)
     if layout.pixels == 0:
         return result.zero_()
     if affine is not None:
-        affine = (_vector("affine[0]", affine[0], channels, dz), _vector("affine[1]", affine[1], channels, dz))
-    capability, weights = _capability(dz.device), channels * kernel_size**2
+        affine = (per_channel("affine[0]", affine[0], channels, dz), per_channel("affine[1]", affine[1], channels, dz))
+    capability, weights = capability_of(dz.device), channels * kernel_size**2
     if config is None:
-        config = weight_gradient_config(capability, _name(dz), out_channels, weights, affine is not None)
-    table = _device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
+        config = weight_gradient_config(capability, dtype_name(dz), out_channels, weights, affine is not None)
+    table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
     columns = triton.cdiv(out_channels, config.columns) * config.columns
     all_k = table.chunks * config.chunk
     splits = weight_gradient_splits(capability, config, table.chunks * columns // config.columns, layout.pixels)
@@ -268,15 +279,15 @@ def weight_gradient(
     splits = triton.cdiv(layout.pixels, split_rows)
     partial = torch.empty(splits, all_k, columns, dtype=accumulator, device=dz.device)
     packed = _packed_affine(affine, table, config.chunk, accumulator, partial)
-    inside = _device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
-    with _device(dz):
+    inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
+    with on_device_of(dz):
         device_weight_gradient.weight_gradient[table.chunks, columns // config.columns, splits](
             layout.base, dz, partial, table.entries, table.row8, packed, inside,
             layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows, all_k + config.chunk,
             TILE_ROWS=config.rows, TILE_K=config.chunk, TILE_COLUMNS=config.columns, TAPS=kernel_size == 3,
             SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
-            ACTIVATION=_activation(activation) if affine is not None else 0,
-            SWAPPED=config.swapped, TF32=_tf32(dz), VECTOR=_vector_length(dz),
+            ACTIVATION=activation_code(activation) if affine is not None else 0,
+            SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         device_weight_gradient.reduce_splits[(triton.cdiv(result.numel(), 256),)](
@@ -324,7 +335,7 @@ def gradient_of_readers(
     readers = len(dz)
     if not readers or not outs:
         raise ValueError(f"dz and outs must hold at least one slot each, got {readers} and {len(outs)}")
-    if _activation(activation) == 0:
+    if activation_code(activation) == 0:
         raise ValueError("activation must be 'relu' or 'relu6', got None")
     for name, items in (("weights", weights), ("gammas", gammas), ("betas", betas)):
         if len(items) != readers:
@@ -333,45 +344,46 @@ def gradient_of_readers(
         raise ValueError(f"features must have the {len(outs)} shapes of outs, got {[tuple(f.shape) for f in features]}")
     first = outs[0]
     read, written, raw = (
-        _layout("dz", dz, first, out_name="outs[0]"),
-        _layout("outs", outs, first, out_name="outs[0]"),
-        _layout("features", features, first, out_name="outs[0]"),
+        lay_out("dz", dz, first, out_name="outs[0]"),
+        lay_out("outs", outs, first, out_name="outs[0]"),
+        lay_out("features", features, first, out_name="outs[0]"),
     )
-    depth, channels, accumulator = dz[0].shape[1], sum(out.shape[1] for out in outs), _accumulator(first)
+    depth, channels, accumulator = dz[0].shape[1], sum(out.shape[1] for out in outs), accumulator_of(first)
     for name, layout in (("dz", read), ("outs", written), ("features", raw)):
         if layout.slot_rows or (name == "dz" and any(d.shape[1] != depth for d in dz)):
             raise ValueError(
                 f"{name} must be slots of one row{' and width' if name == 'dz' else ''}, got different ones"
             )
     for i, weight in enumerate(weights):
-        if _check_weight(f"weights[{i}]", weight, depth, channels) != 1:
+        if check_weight(f"weights[{i}]", weight, depth, channels) != 1:
             raise ValueError(f"weights[{i}] must be a 1x1 weight, got {tuple(weight.shape)}")
-    scales = torch.stack([_vector(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas)])
-    shifts = torch.stack([_vector(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas)])
-    mean, rstd = _vector("mean", mean, channels, first), _vector("rstd", rstd, channels, first)
+    scales = torch.stack([per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas)])
+    shifts = torch.stack([per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas)])
+    mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
     if read.pixels == 0:
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
     if config is None:
-        config = readers_config(_capability(first.device), _name(first), read.pixels)
-    part = min(256, max(16, triton.next_power_of_2(_padded(depth))))
-    parts = triton.cdiv(_padded(depth), part)
-    out_at8, feature_at8, column_channel, column_of = _device_columns(
+        config = readers_config(capability_of(first.device), dtype_name(first), read.pixels)
+    part = min(256, max(16, triton.next_power_of_2(padded_width(depth))))
+    parts = triton.cdiv(padded_width(depth), part)
+    out_at8, feature_at8, column_channel, column_of = device_columns(
         written.sources, raw.sources, config.columns, first.device
     )
-    dz_at8 = _device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
+    dz_at8 = device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
     columns = len(column_channel)
     tiles = triton.cdiv(read.pixels, config.rows)
     packed = torch.zeros(readers, columns, parts * part, dtype=first.dtype, device=first.device)
     stacked = torch.stack([weight.detach().flatten(1).t() for weight in weights]).to(first.dtype)
     packed[:, :, :depth].index_copy_(1, column_of, stacked)
     partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
-    with _device(first):
+    with on_device_of(first):
         device_readers.gather_readers[columns // config.columns, tiles](
             read.base, packed, written.base, raw.base, scales, shifts, mean, rstd,
             dz_at8, out_at8, feature_at8, column_channel, partial,
-            read.pixels, readers, len(out_at8), channels, _padded(depth) // LANES, read.row8, written.row8, raw.row8,
+            read.pixels, readers, len(out_at8), channels, padded_width(depth) // LANES,
+            read.row8, written.row8, raw.row8,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts,
-            ACTIVATION=_activation(activation), ADD=add, TF32=_tf32(first),
+            ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
             STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
         )  # fmt: skip
     sums = partial.sum(0).index_select(2, column_of)
@@ -379,7 +391,7 @@ def gradient_of_readers(
 
 
 def _convolve(
-    layout: _Layout,
+    layout: Layout,
     weight: Tensor,
     kernel_size: int,
     out: Tensor,
@@ -395,33 +407,40 @@ def _convolve(
 ) -> tuple[Tensor, ConvolutionConfig, int]:
     """Pack the weight and launch; returns the partials [tiles, 2, columns], the tile, and the number of row tiles."""
     batch, height, width = layout.images
-    channels, accumulator, device = out.shape[1], _accumulator(out), out.device
+    channels, accumulator, device = out.shape[1], accumulator_of(out), out.device
     if config is None:
         config = convolution_config(
-            _capability(device), _name(out), channels, kernel_size, layout.pixels, height, width, affine is not None
+            capability_of(device),
+            dtype_name(out),
+            channels,
+            kernel_size,
+            layout.pixels,
+            height,
+            width,
+            affine is not None,
         )
     group = config.group
     positions = group[0] * group[1]
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
         raise ValueError(f"config.group {group} needs a 3x3 kernel and an image it divides, got {height} x {width}")
-    padded = triton.cdiv(channels, LANES) * LANES
+    padded = padded_width(channels)
     column_tiles = triton.cdiv(padded * positions, config.all_columns)
     columns = column_tiles * config.all_columns
     rows = layout.pixels // positions
     tiles = triton.cdiv(rows, config.rows)
-    table = _device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
+    table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
     all_k = table.chunks * config.chunk
     packed = torch.empty(columns, all_k, dtype=out.dtype, device=device)
     sums = epilogue in (STATISTICS, MASK)
     partial = torch.empty((tiles, 2, columns) if sums else 1, dtype=accumulator, device=device)
     packed_affine = _packed_affine(affine, table, config.chunk, accumulator, partial)
     if kernel_size == 3:
-        taps_inside, first_pixel = _device_pixels(batch, height, width, group, device)
+        taps_inside, first_pixel = device_pixels(batch, height, width, group, device)
     else:
         taps_inside = first_pixel = table.entries
     four = (*vectors, *(partial,) * 4)[:4]
     weight = weight.detach().contiguous()
-    with _device(out):
+    with on_device_of(out):
         if all_k:
             block = math.gcd(columns, 64)
             device_conv.pack_weight[columns // block, table.chunks](
@@ -435,18 +454,18 @@ def _convolve(
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, TILE_COLUMNS2=config.columns2, TILE_K=config.chunk,
             GROUP_H=group[0], GROUP_W=group[1], GROUP_CHANNELS=padded if positions > 1 else 0,
             TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None, ACTIVATION=activation,
-            EPILOGUE=epilogue, ADD=add, TF32=_tf32(out), VECTOR=_vector_length(out),
+            EPILOGUE=epilogue, ADD=add, TF32=uses_tf32(out), VECTOR=copy_elements(out),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial, config, tiles
 
 
 def _merge_statistics(
-    partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: _Layout, channels: int
+    partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: Layout, channels: int
 ) -> tuple[Tensor, Tensor]:
     mean, variance = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
     positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
-    with _device(partial):
+    with on_device_of(partial):
         device_norm.merge_statistics[(triton.cdiv(channels, block),)](
             partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2],
             TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
@@ -458,7 +477,7 @@ def _merge_statistics(
 def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tuple[Tensor, Tensor]:
     first, second = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
     positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
-    with _device(partial):
+    with on_device_of(partial):
         device_norm.merge_sums[(triton.cdiv(channels, block),)](
             partial, first, second, tiles, channels, partial.shape[2],
             POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
@@ -481,262 +500,17 @@ def _elementwise_tile(channels: int) -> tuple[int, int]:
 
 
 def _packed_affine(
-    affine: tuple[Tensor, ...] | None, table: _DeviceTable, chunk: int, dtype: torch.dtype, unused: Tensor
+    affine: tuple[Tensor, ...] | None, table: DeviceTable, chunk: int, dtype: torch.dtype, unused: Tensor
 ) -> Tensor:
     if affine is None:
         return unused
     length = (table.chunks + 1) * chunk
     packed = torch.empty(2, length, dtype=dtype, device=unused.device)
-    with _device(packed):
+    with on_device_of(packed):
         device_conv.pack_affine[(triton.cdiv(length, 256),)](
             affine[0], affine[1], table.channel, packed, length, BLOCK=256, num_warps=4
         )
     return packed
-
-
-class _DeviceTable(NamedTuple):
-    entries: Tensor
-    row8: Tensor
-    weight_index: Tensor
-    channel: Tensor
-    k_of_weight: Tensor
-    chunks: int
-
-
-@lru_cache(maxsize=4096)
-def _device_table(
-    sources: tuple[Source, ...],
-    width: int,
-    kernel_size: int,
-    chunk: int,
-    group: Group,
-    transposed: bool,
-    device: torch.device,
-) -> _DeviceTable:
-    table = k_table(sources, width, kernel_size, chunk, group, transposed)
-    return _DeviceTable(
-        _upload(table.entries, device),
-        _upload(table.row8, device),
-        _upload(table.weight_index, device),
-        _upload(table.channel, device),
-        _upload(table.k_of_weight, device),
-        table.chunks,
-    )
-
-
-@lru_cache(maxsize=256)
-def _device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
-    table = pixel_table(batch, height, width, group)
-    return _upload(table.taps_inside, device), _upload(table.first_pixel, device)
-
-
-@lru_cache(maxsize=4096)
-def _device_columns(
-    outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out_at8, feature_at8, column_channel, column_of = column_table(outs, features, multiple)
-    return (
-        _upload(out_at8, device),
-        _upload(feature_at8, device),
-        _upload(column_channel, device),
-        _upload(column_of, device),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    return _upload(np.array(offsets, np.int32), device)
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array.copy()).to(device)
-
-
-class _Layout(NamedTuple):
-    """Checked slots: the base pointer, what the K table needs, and the rows of the written slots."""
-
-    base: Tensor
-    sources: tuple[Source, ...]
-    row8: int
-    slot_rows: bool
-    out_row8: int
-    raw_row8: int
-    width: int
-    pixels: int
-    images: tuple[int, int, int] = (0, 0, 0)
-
-
-def _layout(name: str, sources: Sequence[Tensor], out: Tensor, *others: Tensor, out_name: str = "out") -> _Layout:
-    named = [(f"{name}[{i}]", source) for i, source in enumerate(sources)]
-    slots, pixels = _slots([(out_name, out), *named, *(("mask.z", other) for other in others)])
-    batch, _, height, width = out.shape
-    for key, source in named:
-        if source.shape[0] != batch or source.shape[2:] != out.shape[2:]:
-            raise ValueError(
-                f"{key} must have the batch and image size of {out_name}, {batch} x {height} x {width}, "
-                f"got {tuple(source.shape)}"
-            )
-    out_row8 = slots[0].row // LANES
-    raw_row8 = slots[-1].row // LANES if others else out_row8
-    images = (batch, height, width)
-    if not sources or not pixels:
-        empty = tuple(Source(0, source.shape[1], _padded(source.shape[1])) for source in sources)
-        return _Layout(out, empty, out_row8, False, out_row8, raw_row8, width, pixels, images)
-    base = min(sources, key=lambda source: source.data_ptr())
-    storage, size = base.untyped_storage().data_ptr(), base.element_size()
-    placed = []
-    for (key, source), slot in zip(named, slots[1:], strict=False):
-        if source.untyped_storage().data_ptr() != storage:
-            raise ValueError(f"{name} must lie in one allocation, got {key} in another one than {name}[0]")
-        placed.append(Source((source.data_ptr() - base.data_ptr()) // size, source.shape[1], slot.row))
-    end = max(source.offset + (pixels - 1) * source.row + source.padded for source in placed)
-    if end >= MAX_ELEMENTS:
-        raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
-    rows = {source.row for source in placed}
-    return _Layout(
-        base, tuple(placed), placed[0].row // LANES, len(rows) > 1, out_row8, raw_row8, width, pixels, images
-    )
-
-
-class _Slot(NamedTuple):
-    row: int
-
-
-def _slots(tensors: Sequence[tuple[str, Tensor]]) -> tuple[list[_Slot], int]:
-    """Check that every tensor is a slot of one dtype and device; returns their rows and the first one's pixels."""
-    first_name, first = tensors[0]
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{first_name} must be a torch.Tensor, got {type(first).__name__}")
-    _check_device(first_name, first)
-    if _name(first) not in DTYPES:
-        raise TypeError(f"{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}")
-    slots = []
-    for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise TypeError(
-                f"{name} must have the dtype and device of {first_name}, {first.dtype} on {first.device}, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-        slots.append(_Slot(_row(name, tensor)))
-    return slots, first.shape[0] * first.shape[2] * first.shape[3]
-
-
-def _row(name: str, tensor: Tensor) -> int:
-    """Elements between two pixels of a slot, or ValueError where the tensor is none."""
-    if tensor.dim() != 4 or tensor.shape[1] < 1:
-        raise ValueError(f"{name} must have the shape [N, C, H, W] with C at least 1, got {tuple(tensor.shape)}")
-    batch, channels, height, width = tensor.shape
-    padded = _padded(channels)
-    pixels = batch * height * width
-    if pixels == 0:
-        return padded
-    strides = tensor.stride()
-    if width > 1:
-        row = strides[3]
-    elif height > 1:
-        row = strides[2]
-    elif batch > 1:
-        row = strides[0]
-    else:
-        row = padded
-    lined_up = (
-        (channels == 1 or strides[1] == 1)
-        and (height == 1 or strides[2] == width * row)
-        and (batch == 1 or strides[0] == height * width * row)
-    )
-    if not lined_up or row % LANES or row < padded:
-        raise ValueError(
-            f"{name} must be a slot: channels side by side, pixels a multiple of {LANES} elements and at least "
-            f"{padded} apart, got shape {tuple(tensor.shape)} with strides {strides}"
-        )
-    if tensor.data_ptr() % 16:
-        raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
-    end = (pixels - 1) * row + padded
-    if end >= MAX_ELEMENTS:
-        raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
-    room = tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
-    if end > room:
-        raise ValueError(f"{name} must have room for {padded} channels a pixel, got {channels} at its buffer's end")
-    return row
-
-
-def _padded(channels: int) -> int:
-    return -(-channels // LANES) * LANES
-
-
-def _check_weight(name: str, weight: Tensor, out_channels: int, channels: int) -> int:
-    """The kernel size of a weight of the right shape."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
-    shape = tuple(weight.shape)
-    if shape not in ((out_channels, channels, 1, 1), (out_channels, channels, 3, 3)):
-        raise ValueError(f"{name} must have the shape ({out_channels}, {channels}, k, k), k 1 or 3, got {shape}")
-    return shape[2]
-
-
-def _check_same_images(name: str, tensor: Tensor, out: Tensor) -> None:
-    if tensor.shape != out.shape:
-        raise ValueError(f"{name} must have the shape {tuple(out.shape)}, got {tuple(tensor.shape)}")
-
-
-def _vector(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
-    """A per-channel vector in the accumulator's dtype."""
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(vector).__name__}")
-    if vector.shape != (length,):
-        raise ValueError(f"{name} must have the shape ({length},), got {tuple(vector.shape)}")
-    if vector.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {vector.device}")
-    return vector.detach().to(_accumulator(like)).contiguous()
-
-
-def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        if not INTERPRETED and _capability(tensor.device) < (8, 0):  # type: ignore[operator]  # None in the interpreter only
-            raise RuntimeError(f"{name} must be on a GPU of compute capability 8.0 or newer, got {tensor.device}")
-    elif not INTERPRETED or tensor.device.type != "cpu":
-        raise RuntimeError(
-            f"{name} must be on a CUDA device, or on the CPU with TRITON_INTERPRET=1 in the environment, "
-            f"got {tensor.device}"
-        )
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> Capability:
-    return None if INTERPRETED else torch.cuda.get_device_capability(device)
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _activation(name: str | None) -> int:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be 'relu', 'relu6' or None, got {name!r}")
-    return ACTIVATIONS[name]
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _vector_length(tensor: Tensor) -> int:
-    """Elements of one 16-byte copy."""
-    return 16 // max(2, tensor.element_size())
-
-
-def _tf32(tensor: Tensor) -> bool:
-    """TF32 where torch's own convolutions may use it."""
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch hides it from mypy
-    return tensor.dtype == torch.float32 and bool(precision == "tf32")
 
 
 def _nan(length: int, dtype: torch.dtype, like: Tensor) -> Tensor:

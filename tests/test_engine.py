@@ -585,6 +585,8 @@ def test_bad_arguments_of_a_fused_block(backend):
         block(torch.zeros(1, 4, 1, 1))
     with pytest.raises(TypeError, match=r"weights' dtype torch.float32, got torch.float64"):
         block(torch.zeros(2, 4, 2, 2, dtype=F64))
+    with pytest.raises(ValueError, match="input of the block must lie on the weights' device cpu, got meta"):
+        block(torch.zeros(2, 4, 2, 2, device="meta"))
 
 
 def test_state_dicts_copies_and_pickles(backend):

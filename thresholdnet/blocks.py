@@ -226,12 +226,14 @@ class ThresholdBlock(nn.Module):
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
+        first = convolutions[0].weight
+        if first.device != x.device:
+            raise ValueError(f"input of the block must lie on the weights' device {first.device}, got {x.device}")
         dtype = ops.autocast_dtype(x.device)
         if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
             x = x.to(dtype)
-        elif convolutions[0].weight.dtype != x.dtype:
-            own = convolutions[0].weight.dtype
-            raise TypeError(f"input of the block must have the weights' dtype {own}, got {x.dtype}")
+        elif first.dtype != x.dtype:
+            raise TypeError(f"input of the block must have the weights' dtype {first.dtype}, got {x.dtype}")
         weights = {id(conv): conv.weight.to(x.dtype) for conv in convolutions}
         parameters = [tensor for layer in self.layers for tensor in _in_forward_order(layer, weights)]
         if tail is not None:

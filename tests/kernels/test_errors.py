@@ -3,7 +3,7 @@
 import pytest
 import torch
 from poisoned import fill, rows
-from thresholdnet.kernels import launch
+from thresholdnet.kernels import launch, operands
 from thresholdnet.kernels.configs import ConvolutionConfig
 
 WEIGHT = torch.ones(8, 8, 3, 3)
@@ -67,9 +67,9 @@ def test_no_room_for_the_padding():
 
 
 def test_too_large(slots, monkeypatch):
-    monkeypatch.setattr(launch, "MAX_ELEMENTS", 2 * 4 * 4 * 32)
+    monkeypatch.setattr(operands, "MAX_ELEMENTS", 2 * 4 * 4 * 32)
     launch.slot_statistics(slots[0])
-    monkeypatch.setattr(launch, "MAX_ELEMENTS", 2 * 4 * 4 * 32 - 24)
+    monkeypatch.setattr(operands, "MAX_ELEMENTS", 2 * 4 * 4 * 32 - 24)
     with pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
         launch.slot_statistics(slots[0])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch, slots
+from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
 from ..plan import BlockPlan
 from .native import Affine, Moments, Place, ReaderNorm
@@ -181,7 +182,7 @@ class Verbs:
     def _views(self, widths: Sequence[int], memory: Tensor | None = None, layout: str = "") -> list[Tensor]:
         batch, _, height, width = self.like.shape
         elements = _elements(self.like, widths)
-        if elements >= launch.MAX_ELEMENTS:
+        if elements >= MAX_ELEMENTS:
             raise ValueError(
                 f"input of the block must give fewer than 2^31 elements for all layers together, got {elements} from "
                 f"shape {tuple(self.like.shape)}: use a smaller batch or backend='native'"

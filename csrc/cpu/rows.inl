@@ -1,0 +1,321 @@
+// The loops of rows.h. Included once per instruction set with TABLE and NAME defined; everything else is local to the
+// file and no function of the standard library is instantiated, so that no object lends another its instructions.
+//
+// Channels are walked 64 bytes of arithmetic at a time in GCC's vector types, then 32, 16, 8, 4. Where sums are kept,
+// SUB rows are walked per group of channels, so that sums stay in registers; elsewhere a row is finished before the
+// next, because stores that jump defeat write combining.
+#include <cstring>
+
+#include "rows.h"
+
+namespace thresholdnet {
+namespace {
+
+constexpr int64_t SUB = 32;
+
+template <class T, int W>
+struct VecOf {
+  typedef T type __attribute__((vector_size(W * sizeof(T))));
+};
+template <class T, int W>
+using Vec = typename VecOf<T, W>::type;
+
+template <int W>
+struct Width {
+  static constexpr int value = W;
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class A, class F>
+INLINE void lanes(int64_t channels, const F& f) {
+  constexpr int full = 64 / sizeof(A);
+  int64_t c = 0;
+  for (; c + full <= channels; c += full) f(c, Width<full>());
+  if (c + full / 2 <= channels) f(c, Width<full / 2>()), c += full / 2;
+  if (c + full / 4 <= channels) f(c, Width<full / 4>()), c += full / 4;
+  if (c + full / 8 <= channels) f(c, Width<full / 8>()), c += full / 8;
+  if (full == 16 && c < channels) f(c, Width<1>());
+}
+
+template <int W>
+INLINE Vec<float, W> load(const float* p) {
+  Vec<float, W> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int W>
+INLINE Vec<double, W> load(const double* p) {
+  Vec<double, W> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int W>
+INLINE Vec<float, W> load(const bfloat16* p) {
+  Vec<uint16_t, W> half;
+  std::memcpy(&half, p, sizeof(half));
+  const auto bits = __builtin_convertvector(half, Vec<uint32_t, W>) << 16;
+  return (Vec<float, W>)bits;
+}
+
+template <int W>
+INLINE void store(float* p, Vec<float, W> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <int W>
+INLINE void store(double* p, Vec<double, W> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <int W>
+INLINE void store(bfloat16* p, Vec<float, W> v) {
+  const auto bits = (Vec<uint32_t, W>)v;
+  const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  const auto kept = (Vec<uint32_t, W>)(v == v ? (Vec<int32_t, W>)rounded : (Vec<int32_t, W>)(bits | 0x400000u));
+  const auto half = __builtin_convertvector(kept >> 16, Vec<uint16_t, W>);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+template <class V, class A>
+INLINE V clamp(V v, Range<A> act) {  // NaN stays NaN
+  const V low = V{} + act.low, high = V{} + act.high;
+  const V raised = v < low ? low : v;
+  return raised > high ? high : raised;
+}
+
+template <class V, class A>
+INLINE V masked(V g, V v, Range<A> act) {
+  return ((v > act.low) & (v < act.high)) ? g : V{};
+}
+
+template <class E>
+void gather(
+    const Part<E>* parts, int64_t count, Range<typename Wide<E>::type> act, Rows<E> out, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  for (int64_t r = first; r < last; ++r) {
+    E* to = out.data + r * out.stride;
+    for (int64_t j = 0; j < count; ++j) {
+      const Part<E>& part = parts[j];
+      const E* from = part.in.data + r * part.in.stride;
+      if (part.scale) {
+        lanes<A>(part.channels, [&](int64_t c, auto width) {
+          constexpr int W = decltype(width)::value;
+          store<W>(to + c, clamp(load<W>(from + c) * load<W>(part.scale + c) + load<W>(part.shift + c), act));
+        });
+      } else {
+        lanes<A>(part.channels, [&](int64_t c, auto width) {
+          constexpr int W = decltype(width)::value;
+          store<W>(to + c, load<W>(from + c));
+        });
+      }
+      to += part.channels;
+    }
+  }
+}
+
+template <class E>
+void moments(Rows<const E> z, int64_t channels, typename Wide<E>::type* found, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  lanes<A>(channels, [&](int64_t c, auto width) {
+    constexpr int W = decltype(width)::value;
+    const E* from = z.data + c;
+    Vec<A, W> sum{}, square{};
+    for (int64_t r = first; r < last; ++r) sum += load<W>(from + r * z.stride);
+    const Vec<A, W> mean = sum / (A)(last - first);
+    for (int64_t r = first; r < last; ++r) {
+      const Vec<A, W> d = load<W>(from + r * z.stride) - mean;
+      square += d * d;
+    }
+    store<W>(found + c, mean);
+    store<W>(found + channels + c, square);
+  });
+}
+
+template <class E>
+void mask_sums(
+    Rows<const E> g, Rows<const E> add, Rows<const E> z, int64_t channels, Norm<typename Wide<E>::type> norm,
+    Range<typename Wide<E>::type> act, Rows<E> out, typename Wide<E>::type* sums, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  std::memset(sums, 0, 2 * channels * sizeof(A));
+  for (int64_t from = first; from < last; from += SUB) {
+    const int64_t to = from + SUB < last ? from + SUB : last;
+    lanes<A>(channels, [&](int64_t c, auto width) {
+      constexpr int W = decltype(width)::value;
+      const auto scale = load<W>(norm.scale + c), shift = load<W>(norm.shift + c);
+      const auto mean = load<W>(norm.mean + c), rstd = load<W>(norm.rstd + c);
+      auto sum = load<W>(sums + c), product = load<W>(sums + channels + c);
+      for (int64_t r = from; r < to; ++r) {
+        const auto x = load<W>(z.data + r * z.stride + c);
+        auto v = load<W>(g.data + r * g.stride + c);
+        if (add.data) v += load<W>(add.data + r * add.stride + c);
+        v = masked(v, x * scale + shift, act);
+        sum += v;
+        product += v * ((x - mean) * rstd);
+        store<W>(out.data + r * out.stride + c, v);
+      }
+      store<W>(sums + c, sum);
+      store<W>(sums + channels + c, product);
+    });
+  }
+}
+
+template <class E>
+void send(
+    Rows<const E> g, const Part<E>* parts, int64_t count, Norm<typename Wide<E>::type> norm,
+    Range<typename Wide<E>::type> act, typename Wide<E>::type* sums, int64_t total, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  std::memset(sums, 0, 2 * total * sizeof(A));
+  for (int64_t from = first; from < last; from += SUB) {
+    const int64_t to = from + SUB < last ? from + SUB : last;
+    int64_t start = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const Part<E>& part = parts[j];
+      lanes<A>(part.channels, [&](int64_t c, auto width) {
+        constexpr int W = decltype(width)::value;
+        const int64_t k = start + c;
+        const auto scale = load<W>(norm.scale + k), shift = load<W>(norm.shift + k);
+        const auto mean = load<W>(norm.mean + k), rstd = load<W>(norm.rstd + k);
+        auto sum = load<W>(sums + k), product = load<W>(sums + total + k);
+        for (int64_t r = from; r < to; ++r) {
+          const auto x = load<W>(part.in.data + r * part.in.stride + c);
+          const auto v = masked(load<W>(g.data + r * g.stride + k), x * scale + shift, act);
+          sum += v;
+          product += v * ((x - mean) * rstd);
+          auto sent = scale * v;
+          if (part.before.data) sent += load<W>(part.before.data + r * part.before.stride + c);
+          store<W>(part.out.data + r * part.out.stride + c, sent);
+        }
+        store<W>(sums + k, sum);
+        store<W>(sums + total + k, product);
+      });
+      start += part.channels;
+    }
+  }
+}
+
+template <class E>
+void scatter(Rows<const E> g, const Part<E>* parts, int64_t count, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  for (int64_t r = first; r < last; ++r) {
+    const E* from = g.data + r * g.stride;
+    for (int64_t j = 0; j < count; ++j) {
+      const Part<E>& part = parts[j];
+      const E* before = part.before.data ? part.before.data + r * part.before.stride : nullptr;
+      E* to = part.out.data + r * part.out.stride;
+      lanes<A>(part.channels, [&](int64_t c, auto width) {
+        constexpr int W = decltype(width)::value;
+        auto v = load<W>(from + c);
+        if (before) v += load<W>(before + c);
+        store<W>(to + c, v);
+      });
+      from += part.channels;
+    }
+  }
+}
+
+template <class E>
+void linear(
+    Rows<const E> g, Rows<const E> z, int64_t channels, const typename Wide<E>::type* a,
+    const typename Wide<E>::type* b, const typename Wide<E>::type* c, Rows<E> out, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  for (int64_t r = first; r < last; ++r) {
+    lanes<A>(channels, [&](int64_t k, auto width) {
+      constexpr int W = decltype(width)::value;
+      const auto rest = load<W>(z.data + r * z.stride + k) * load<W>(b + k) + load<W>(c + k);
+      const auto v = load<W>(g.data + r * g.stride + k);
+      store<W>(out.data + r * out.stride + k, a ? v * load<W>(a + k) + rest : v + rest);
+    });
+  }
+}
+
+struct Span {  // a window clipped to the image, on one axis
+  int64_t first, last;
+};
+
+INLINE Span window(int64_t at, int64_t size, const Pool& pool) {
+  const int64_t start = at * pool.stride - pool.padding, end = start + pool.kernel;
+  return {start < 0 ? 0 : start, end < size ? end : size};
+}
+
+// The maximum of a window and its position in row-major order: the first of equals, the last NaN, as torch has it.
+template <int W, class E>
+INLINE void maximum(
+    const E* x, const Pool& pool, Span rows, Span columns, Vec<typename Wide<E>::type, W>& best,
+    Vec<typename Wide<E>::type, W>& place) {
+  using A = typename Wide<E>::type;
+  best = load<W>(x + (rows.first * pool.width + columns.first) * pool.channels);
+  place = Vec<A, W>{};
+  A position = 0;
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    for (int64_t at = columns.first; at < columns.last; ++at, position += 1) {
+      const auto v = load<W>(x + (y * pool.width + at) * pool.channels);
+      const auto better = (v > best) | (v != v);
+      best = better ? v : best;
+      place = better ? Vec<A, W>{} + position : place;
+    }
+  }
+}
+
+template <class E>
+void max_pool(const E* x, E* out, Pool pool, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  for (int64_t y = first; y < last; ++y) {
+    const Span rows = window(y, pool.height, pool);
+    for (int64_t at = 0; at < pool.out_width; ++at) {
+      const Span columns = window(at, pool.width, pool);
+      E* to = out + (y * pool.out_width + at) * pool.channels;
+      lanes<A>(pool.channels, [&](int64_t c, auto width) {
+        constexpr int W = decltype(width)::value;
+        Vec<A, W> best, place;
+        maximum<W>(x + c, pool, rows, columns, best, place);
+        store<W>(to + c, best);
+      });
+    }
+  }
+}
+
+template <class E>
+void max_pool_backward(const E* grad, const E* x, E* out, Pool pool, int64_t first, int64_t last) {
+  using A = typename Wide<E>::type;
+  std::memset((void*)(out + first * pool.width * pool.channels), 0, (last - first) * pool.width * pool.channels * sizeof(E));
+  // the windows that touch these rows: y * stride - padding + kernel > first and y * stride - padding < last
+  const int64_t reach = first + pool.padding - pool.kernel + 1;
+  const int64_t from = reach <= 0 ? 0 : (reach + pool.stride - 1) / pool.stride;
+  const int64_t beyond = (last - 1 + pool.padding) / pool.stride + 1;
+  const int64_t to = beyond < pool.out_height ? beyond : pool.out_height;
+  for (int64_t y = from; y < to; ++y) {
+    const Span rows = window(y, pool.height, pool);
+    for (int64_t at = 0; at < pool.out_width; ++at) {
+      const Span columns = window(at, pool.width, pool);
+      const E* arriving = grad + (y * pool.out_width + at) * pool.channels;
+      lanes<A>(pool.channels, [&](int64_t c, auto width) {
+        constexpr int W = decltype(width)::value;
+        Vec<A, W> best, place;
+        maximum<W>(x + c, pool, rows, columns, best, place);
+        const auto g = load<W>(arriving + c);
+        A position = 0;
+        for (int64_t row = rows.first; row < rows.last; ++row) {
+          for (int64_t column = columns.first; column < columns.last; ++column, position += 1) {
+            if (row < first || row >= last) continue;
+            E* target = out + (row * pool.width + column) * pool.channels + c;
+            store<W>(target, load<W>(target) + (place == position ? g : Vec<A, W>{}));
+          }
+        }
+      });
+    }
+  }
+}
+
+template <class E>
+constexpr Kernels<E> kernels() {
+  return {gather<E>, moments<E>, mask_sums<E>, send<E>, scatter<E>, linear<E>, max_pool<E>, max_pool_backward<E>};
+}
+
+}  // namespace
+
+extern const Table TABLE = {NAME, kernels<float>(), kernels<double>(), kernels<bfloat16>()};
+
+}  // namespace thresholdnet

@@ -1,0 +1,14 @@
+// The loops for x86-64-v3. The pragma holds to the end of the file, where templates are instantiated.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define TABLE avx2_table
+#define NAME "avx2"
+#include "rows.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,14 @@
+// The loops for x86-64-v4. The pragma holds to the end of the file, where templates are instantiated.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#define TABLE avx512_table
+#define NAME "avx512"
+#include "rows.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

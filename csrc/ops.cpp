@@ -1,0 +1,43 @@
+// The operators of the library `thresholdnet_csrc`: one schema each, implemented per device (cpu/binding.cpp; CUDA
+// registers the same names). Tensors of pixels are [N, C, H, W] in channels_last order: a pixel's channels lie side by
+// side, pixels follow each other at one stride, which exceeds C for a channel slice of a larger tensor. Vectors per
+// channel are float32, float64 for float64 pixels. A tensor of no elements in a list stands for "none".
+//
+// Letters: z raw value, x value, y = act(z * scale + shift); g gradient of y; xhat = (z - mean) * rstd; K the summed
+// channels of a list. activation: 0 none, 1 ReLU, 2 ReLU6.
+#define TORCH_TARGET_VERSION 0x020a000000000000  // torch 2.10: the oldest stable ABI that has all that is used here
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
+  // out [N, K, H, W] = the sources side by side; each act(source * scale + shift), or a copy where scale is none.
+  m.def("gather(Tensor[] sources, Tensor[] scales, Tensor[] shifts, int activation, Tensor(a!) out) -> ()");
+
+  // [2, C]: mean and biased variance over all pixels.
+  m.def("moments(Tensor z) -> Tensor");
+
+  // out = (g [+ add]) where the activation of z * scale + shift passes a gradient on, else 0; returns sum(out) and
+  // sum(out * xhat), [2, C]. out may be g or add.
+  m.def(
+      "mask_sums(Tensor g, Tensor? add, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, "
+      "int activation, Tensor(a!) out) -> Tensor");
+
+  // A pre-activation reader's gradient on its way to its sources: m = g masked by the reader's activation of
+  // source * scale + shift (vectors over all K channels), out_j = [before_j +] scale * m_j; returns sum(m) and
+  // sum(m * xhat), [2, K]. out_j may be before_j.
+  m.def(
+      "send(Tensor g, Tensor[] sources, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor[] before, "
+      "int activation, Tensor(a!)[] out) -> Tensor");
+
+  // out_j = [before_j +] the channels of g that belong to j: the gradient of a concatenation, given back to its parts.
+  m.def("scatter(Tensor g, Tensor[] before, Tensor(a!)[] out) -> ()");
+
+  // out = a * g + b * z + c per channel (a = 1 where none). out may be g.
+  m.def("linear(Tensor g, Tensor z, Tensor? a, Tensor b, Tensor c, Tensor(a!) out) -> ()");
+
+  // Max-pooling as torch.nn.functional.max_pool2d, NaN and ties included; backward finds the maxima again in x.
+  m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");
+  m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");
+
+  // How the library was built and which instructions it uses here: lines of a name and a value.
+  m.def("build_info() -> str");
+}

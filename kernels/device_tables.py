@@ -1,0 +1,70 @@
+"""The tables of `tables.py` on the device: built and copied at their first use, then kept."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tables import Group, Source, column_table, k_table, pixel_table
+
+
+class DeviceTable(NamedTuple):
+    entries: Tensor
+    row8: Tensor
+    weight_index: Tensor
+    channel: Tensor
+    k_of_weight: Tensor
+    chunks: int
+
+
+@lru_cache(maxsize=4096)
+def device_table(
+    sources: tuple[Source, ...],
+    width: int,
+    kernel_size: int,
+    chunk: int,
+    group: Group,
+    transposed: bool,
+    device: torch.device,
+) -> DeviceTable:
+    table = k_table(sources, width, kernel_size, chunk, group, transposed)
+    return DeviceTable(
+        _upload(table.entries, device),
+        _upload(table.row8, device),
+        _upload(table.weight_index, device),
+        _upload(table.channel, device),
+        _upload(table.k_of_weight, device),
+        table.chunks,
+    )
+
+
+@lru_cache(maxsize=256)
+def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
+    table = pixel_table(batch, height, width, group)
+    return _upload(table.taps_inside, device), _upload(table.first_pixel, device)
+
+
+@lru_cache(maxsize=4096)
+def device_columns(
+    outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out_at8, feature_at8, column_channel, column_of = column_table(outs, features, multiple)
+    return (
+        _upload(out_at8, device),
+        _upload(feature_at8, device),
+        _upload(column_channel, device),
+        _upload(column_of, device),
+    )
+
+
+@lru_cache(maxsize=4096)
+def device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return _upload(np.array(offsets, np.int32), device)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array.copy()).to(device)

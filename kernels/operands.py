@@ -1,0 +1,205 @@
+"""Operands of the launchers: what a slot is, checked, and what the kernels need to know about it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import conv as device_conv
+from .configs import DTYPES, Capability
+from .tables import LANES, Source
+
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
+MAX_ELEMENTS = 1 << 31  # offsets are int32
+INTERPRETED = not isinstance(device_conv.convolution, triton.JITFunction)
+
+
+class Layout(NamedTuple):
+    """Checked slots: the base pointer, what the K table needs, and the rows of the written slots."""
+
+    base: Tensor
+    sources: tuple[Source, ...]
+    row8: int
+    slot_rows: bool
+    out_row8: int
+    raw_row8: int
+    width: int
+    pixels: int
+    images: tuple[int, int, int] = (0, 0, 0)
+
+
+def lay_out(name: str, sources: Sequence[Tensor], out: Tensor, *others: Tensor, out_name: str = "out") -> Layout:
+    named = [(f"{name}[{i}]", source) for i, source in enumerate(sources)]
+    slots, pixels = check_slots([(out_name, out), *named, *(("mask.z", other) for other in others)])
+    batch, _, height, width = out.shape
+    for key, source in named:
+        if source.shape[0] != batch or source.shape[2:] != out.shape[2:]:
+            raise ValueError(
+                f"{key} must have the batch and image size of {out_name}, {batch} x {height} x {width}, "
+                f"got {tuple(source.shape)}"
+            )
+    out_row8 = slots[0].row // LANES
+    raw_row8 = slots[-1].row // LANES if others else out_row8
+    images = (batch, height, width)
+    if not sources or not pixels:
+        empty = tuple(Source(0, source.shape[1], padded_width(source.shape[1])) for source in sources)
+        return Layout(out, empty, out_row8, False, out_row8, raw_row8, width, pixels, images)
+    base = min(sources, key=lambda source: source.data_ptr())
+    storage, size = base.untyped_storage().data_ptr(), base.element_size()
+    placed = []
+    for (key, source), slot in zip(named, slots[1:], strict=False):
+        if source.untyped_storage().data_ptr() != storage:
+            raise ValueError(f"{name} must lie in one allocation, got {key} in another one than {name}[0]")
+        placed.append(Source((source.data_ptr() - base.data_ptr()) // size, source.shape[1], slot.row))
+    end = max(source.offset + (pixels - 1) * source.row + source.padded for source in placed)
+    if end >= MAX_ELEMENTS:
+        raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
+    rows = {source.row for source in placed}
+    return Layout(base, tuple(placed), placed[0].row // LANES, len(rows) > 1, out_row8, raw_row8, width, pixels, images)
+
+
+class _Slot(NamedTuple):
+    row: int
+
+
+def check_slots(tensors: Sequence[tuple[str, Tensor]]) -> tuple[list[_Slot], int]:
+    """Check that every tensor is a slot of one dtype and device; returns their rows and the first one's pixels."""
+    first_name, first = tensors[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{first_name} must be a torch.Tensor, got {type(first).__name__}")
+    _check_device(first_name, first)
+    if dtype_name(first) not in DTYPES:
+        raise TypeError(f"{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}")
+    slots = []
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise TypeError(
+                f"{name} must have the dtype and device of {first_name}, {first.dtype} on {first.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        slots.append(_Slot(_row(name, tensor)))
+    return slots, first.shape[0] * first.shape[2] * first.shape[3]
+
+
+def _row(name: str, tensor: Tensor) -> int:
+    """Elements between two pixels of a slot, or ValueError where the tensor is none."""
+    if tensor.dim() != 4 or tensor.shape[1] < 1:
+        raise ValueError(f"{name} must have the shape [N, C, H, W] with C at least 1, got {tuple(tensor.shape)}")
+    batch, channels, height, width = tensor.shape
+    padded = padded_width(channels)
+    pixels = batch * height * width
+    if pixels == 0:
+        return padded
+    strides = tensor.stride()
+    if width > 1:
+        row = strides[3]
+    elif height > 1:
+        row = strides[2]
+    elif batch > 1:
+        row = strides[0]
+    else:
+        row = padded
+    lined_up = (
+        (channels == 1 or strides[1] == 1)
+        and (height == 1 or strides[2] == width * row)
+        and (batch == 1 or strides[0] == height * width * row)
+    )
+    if not lined_up or row % LANES or row < padded:
+        raise ValueError(
+            f"{name} must be a slot: channels side by side, pixels a multiple of {LANES} elements and at least "
+            f"{padded} apart, got shape {tuple(tensor.shape)} with strides {strides}"
+        )
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    end = (pixels - 1) * row + padded
+    if end >= MAX_ELEMENTS:
+        raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
+    room = tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
+    if end > room:
+        raise ValueError(f"{name} must have room for {padded} channels a pixel, got {channels} at its buffer's end")
+    return row
+
+
+def padded_width(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+def check_weight(name: str, weight: Tensor, out_channels: int, channels: int) -> int:
+    """The kernel size of a weight of the right shape."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
+    shape = tuple(weight.shape)
+    if shape not in ((out_channels, channels, 1, 1), (out_channels, channels, 3, 3)):
+        raise ValueError(f"{name} must have the shape ({out_channels}, {channels}, k, k), k 1 or 3, got {shape}")
+    return shape[2]
+
+
+def check_same_images(name: str, tensor: Tensor, out: Tensor) -> None:
+    if tensor.shape != out.shape:
+        raise ValueError(f"{name} must have the shape {tuple(out.shape)}, got {tuple(tensor.shape)}")
+
+
+def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
+    """A per-channel vector in the accumulator's dtype."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(vector).__name__}")
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must have the shape ({length},), got {tuple(vector.shape)}")
+    if vector.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {vector.device}")
+    return vector.detach().to(accumulator_of(like)).contiguous()
+
+
+def _check_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        if not INTERPRETED and capability_of(tensor.device) < (8, 0):  # type: ignore[operator]  # None in the interpreter only
+            raise RuntimeError(f"{name} must be on a GPU of compute capability 8.0 or newer, got {tensor.device}")
+    elif not INTERPRETED or tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"{name} must be on a CUDA device, or on the CPU with TRITON_INTERPRET=1 in the environment, "
+            f"got {tensor.device}"
+        )
+
+
+@lru_cache(maxsize=64)
+def capability_of(device: torch.device) -> Capability:
+    return None if INTERPRETED else torch.cuda.get_device_capability(device)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def activation_code(name: str | None) -> int:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'relu', 'relu6' or None, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def accumulator_of(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def copy_elements(tensor: Tensor) -> int:
+    """Elements of one 16-byte copy."""
+    return 16 // max(2, tensor.element_size())
+
+
+def uses_tf32(tensor: Tensor) -> bool:
+    """TF32 where torch's own convolutions may use it."""
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch hides it from mypy
+    return tensor.dtype == torch.float32 and bool(precision == "tf32")
