@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 STAMP := $(VENV)/.installed
+LIBRARY := $(VENV)/.built
 
 .PHONY: help install demo test test-slow lint format clean
 
@@ -15,7 +16,7 @@ help:
 	@echo "make format   let ruff format the code"
 	@echo "make clean    remove .venv, caches and runs/demo"
 
-install: $(STAMP)
+install: $(LIBRARY)
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, got " \
@@ -23,6 +24,11 @@ $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# The C++ library is compiled against the installed torch, so it is built once torch is there.
+$(LIBRARY): $(STAMP) $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 demo: install
@@ -49,4 +55,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(DEMO) thresholdnet/_csrc* .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

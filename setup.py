@@ -53,7 +53,9 @@ def flags(kind: str) -> list[str]:
             return ["/std:c++17", "/O2", "/EHsc"]
         return ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     if kind == "link":
-        return [] if WINDOWS else ["-Wl,--no-undefined"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+        return (
+            [] if WINDOWS else ["-Wl,--no-undefined"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+        )
     host = ["-Xcompiler", "/EHsc"] if WINDOWS else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     return ["-std=c++17", "-O3", "-lineinfo", *host, *architecture_flags()]
 
@@ -74,7 +76,11 @@ def architecture_flags() -> list[str]:
 def nvcc() -> str | None:
     """The CUDA compiler, if there is one."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + ["/usr/local/cuda"]
-    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{h}/bin" for h in homes))
+    return (
+        os.environ.get("NVCC")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path=os.pathsep.join(f"{h}/bin" for h in homes))
+    )
 
 
 def extensions() -> list[Extension]:

@@ -9,8 +9,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
-  // out [N, K, H, W] = the sources side by side; each act(source * scale + shift), or a copy where scale is none.
-  m.def("gather(Tensor[] sources, Tensor[] scales, Tensor[] shifts, int activation, Tensor(a!) out) -> ()");
+  // out [N, K, H, W] = act(the sources side by side * scale + shift), or a copy of them where there is no scale.
+  m.def("gather(Tensor[] sources, Tensor? scale, Tensor? shift, int activation, Tensor(a!) out) -> ()");
 
   // [2, C]: mean and biased variance over all pixels.
   m.def("moments(Tensor z) -> Tensor");
@@ -27,9 +27,6 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def(
       "send(Tensor g, Tensor[] sources, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor[] before, "
       "int activation, Tensor(a!)[] out) -> Tensor");
-
-  // out_j = [before_j +] the channels of g that belong to j: the gradient of a concatenation, given back to its parts.
-  m.def("scatter(Tensor g, Tensor[] before, Tensor(a!)[] out) -> ()");
 
   // out = a * g + b * z + c per channel (a = 1 where none). out may be g.
   m.def("linear(Tensor g, Tensor z, Tensor? a, Tensor b, Tensor c, Tensor(a!) out) -> ()");

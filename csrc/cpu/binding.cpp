@@ -140,25 +140,28 @@ void add_up(const A* partial, int64_t chunks, int64_t channels, A* sums) {
   }
 }
 
-void gather(Tensors sources, Tensors scales, Tensors shifts, int64_t activation, Tensor out) {
+void gather(
+    Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, Tensor out) {
   const char* op = "gather";
   const Pixels p = pixels_of(op, "out", out);
-  same_count(op, "scales", scales.size(), sources.size());
-  same_count(op, "shifts", shifts.size(), sources.size());
   channels_must(op, "out", out, channels_of(op, sources, out, p));
+  if (scale.has_value() != shift.has_value()) refuse(op, ": scale and shift must come together");
   by_type(op, out, [&](auto element) {
     using E = decltype(element);
     using A = typename Wide<E>::type;
     const auto act = range_of<A>(op, activation);
     const auto to = writing<E>(op, "out", out, out, p);
+    const A* factor = scale ? vector<A>(op, "scale", *scale, out.size(1), out) : nullptr;
+    const A* constant = shift ? vector<A>(op, "shift", *shift, out.size(1), out) : nullptr;
     std::vector<Part<E>> parts(sources.size());
+    int64_t start = 0;
     for (size_t j = 0; j < parts.size(); ++j) {
       Part<E>& part = parts[j];
       part.channels = sources[j].size(1);
       part.in = reading<E>(op, numbered("source", j), sources[j], out, p);
-      const bool plain = scales[j].numel() == 0 && shifts[j].numel() == 0;
-      part.scale = plain ? nullptr : vector<A>(op, numbered("scale", j), scales[j], part.channels, out);
-      part.shift = plain ? nullptr : vector<A>(op, numbered("shift", j), shifts[j], part.channels, out);
+      part.scale = factor ? factor + start : nullptr;
+      part.shift = constant ? constant + start : nullptr;
+      start += part.channels;
     }
     for_chunks(p.rows(), out.size(1), [&](int64_t, int64_t first, int64_t last) {
       kernels<E>().gather(parts.data(), parts.size(), act, to, first, last);
@@ -275,20 +278,6 @@ Tensor send(
   return sums;
 }
 
-void scatter(Tensor g, Tensors before, Tensors out) {
-  const char* op = "scatter";
-  const Pixels p = pixels_of(op, "g", g);
-  channels_must(op, "g", g, channels_of(op, out, g, p));
-  by_type(op, g, [&](auto element) {
-    using E = decltype(element);
-    const auto from = reading<E>(op, "g", g, g, p);
-    const auto parts = parts_of<E>(op, before, out, g, p);
-    for_chunks(p.rows(), g.size(1), [&](int64_t, int64_t first, int64_t last) {
-      kernels<E>().scatter(from, parts.data(), parts.size(), first, last);
-    });
-  });
-}
-
 void linear(Tensor g, Tensor z, std::optional<Tensor> a, Tensor b, Tensor c, Tensor out) {
   const char* op = "linear";
   const Pixels p = pixels_of(op, "g", g);
@@ -401,7 +390,6 @@ STABLE_TORCH_LIBRARY_IMPL(thresholdnet_csrc, CPU, m) {
   m.impl("moments", TORCH_BOX(&thresholdnet::moments));
   m.impl("mask_sums", TORCH_BOX(&thresholdnet::mask_sums));
   m.impl("send", TORCH_BOX(&thresholdnet::send));
-  m.impl("scatter", TORCH_BOX(&thresholdnet::scatter));
   m.impl("linear", TORCH_BOX(&thresholdnet::linear));
   m.impl("max_pool2d", TORCH_BOX(&thresholdnet::max_pool2d));
   m.impl("max_pool2d_backward", TORCH_BOX(&thresholdnet::max_pool2d_backward));

@@ -63,7 +63,6 @@ struct Kernels {
   void (*send)(
       Rows<const E> g, const Part<E>* parts, int64_t count, Norm<A> norm, Range<A> act, A* sums, int64_t total,
       int64_t first, int64_t last);
-  void (*scatter)(Rows<const E> g, const Part<E>* parts, int64_t count, int64_t first, int64_t last);
   void (*linear)(
       Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, Rows<E> out,
       int64_t first, int64_t last);

@@ -197,26 +197,6 @@ void send(
 }
 
 template <class E>
-void scatter(Rows<const E> g, const Part<E>* parts, int64_t count, int64_t first, int64_t last) {
-  using A = typename Wide<E>::type;
-  for (int64_t r = first; r < last; ++r) {
-    const E* from = g.data + r * g.stride;
-    for (int64_t j = 0; j < count; ++j) {
-      const Part<E>& part = parts[j];
-      const E* before = part.before.data ? part.before.data + r * part.before.stride : nullptr;
-      E* to = part.out.data + r * part.out.stride;
-      lanes<A>(part.channels, [&](int64_t c, auto width) {
-        constexpr int W = decltype(width)::value;
-        auto v = load<W>(from + c);
-        if (before) v += load<W>(before + c);
-        store<W>(to + c, v);
-      });
-      from += part.channels;
-    }
-  }
-}
-
-template <class E>
 void linear(
     Rows<const E> g, Rows<const E> z, int64_t channels, const typename Wide<E>::type* a,
     const typename Wide<E>::type* b, const typename Wide<E>::type* c, Rows<E> out, int64_t first, int64_t last) {
@@ -311,7 +291,7 @@ void max_pool_backward(const E* grad, const E* x, E* out, Pool pool, int64_t fir
 
 template <class E>
 constexpr Kernels<E> kernels() {
-  return {gather<E>, moments<E>, mask_sums<E>, send<E>, scatter<E>, linear<E>, max_pool<E>, max_pool_backward<E>};
+  return {gather<E>, moments<E>, mask_sums<E>, send<E>, linear<E>, max_pool<E>, max_pool_backward<E>};
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-"""The engine's verbs in torch's own operations, for every device: gather the links into a scratch, call the library.
+"""The engine's verbs on the library's convolution, for every device: gather the links into a scratch, call the library.
+
+The passes over pixels are torch's own operations (`elementwise.py`), or C++ on a CPU (`csrc.py`).
 
 Letters: N batch, C channels, H x W pixels; M = N H W; z raw convolution output, y = act(z * scale + shift), g gradient
 of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last order. Per-channel vectors are float32
@@ -8,6 +10,7 @@ of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last orde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -16,16 +19,14 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..plan import BlockPlan
+from . import csrc, elementwise
+from .elementwise import Affine
 
-Affine = tuple[Tensor, Tensor]
-"""scale and shift per channel."""
 Moments = tuple[Tensor, Tensor]
 """mean and biased variance per channel."""
 
 Place = tuple[str, int]
 """Kind and index of a result."""
-
-_PIXELS = (0, 2, 3)
 
 
 class ReaderNorm(Protocol):
@@ -53,6 +54,8 @@ class Verbs:
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
         self.plan = plan
+        self.passes: ModuleType = csrc if csrc.takes(x) else elementwise
+        self.foreign: set[int] = set()  # storages that came from outside: never written into
 
     def enter(self, x: Tensor) -> Tensor:
         """Node 0 from the block's input."""
@@ -74,20 +77,22 @@ class Verbs:
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
         it (BatchNorm folded into the weight, inference).
         """
-        read = _gather(sources, affine, activation)
+        read = self.passes.gather(sources, affine, activation)
+        weight = weight.contiguous(memory_format=torch.channels_last)
         z = F.conv2d(read, weight, None if bias is None else bias.to(weight.dtype), padding=weight.shape[2] // 2)
         if bias is not None:
-            z = _activate_(z, activation)
+            z = z.clamp_(0, 6) if activation == "relu6" else z.relu_()
         return z, self.moments(z) if statistics else None
 
     def moments(self, z: Tensor) -> Moments:
         """Mean and biased variance over all pixels."""
-        variance, mean = torch.var_mean(_wide(z), _PIXELS, correction=0)
+        mean, variance = self.passes.moments(z)
         return mean, variance
 
     def normalise(self, z: Tensor, affine: Affine, activation: str, *, into: Place) -> Tensor:
         """act(z * scale + shift), rounded once."""
-        return _normalise(z, affine, activation)
+        y: Tensor = self.passes.gather([z], affine, activation)
+        return y
 
     def gradient(
         self,
@@ -113,7 +118,9 @@ class Verbs:
         """
         if readers:
             transposed = torch.cat([w.flip(2, 3).transpose(0, 1) for w in weights], dim=1)
-            g = F.conv2d(_join(readers), transposed, padding=transposed.shape[2] // 2)
+            transposed = transposed.contiguous(memory_format=torch.channels_last)
+            joined = self.passes.gather(readers, None, activation)
+            g = F.conv2d(joined, transposed, padding=transposed.shape[2] // 2)
             if add is not None:
                 g += add
         else:
@@ -122,12 +129,16 @@ class Verbs:
         if masked is None:
             return g, g.new_empty(0), g.new_empty(0)
         z, affine, mean, rstd = masked
-        g *= _open(_affine(z, affine), activation)
-        return g, *_sums(g, z, mean, rstd)
+        g, sum_g, sum_gx = self.passes.mask_sums(g, z, affine, mean, rstd, activation)
+        return g, sum_g, sum_gx
 
     def arrive(self, grad: Tensor, place: Place) -> Tensor:
         """Take up a gradient that comes from outside the block."""
+        self.foreign.add(grad.untyped_storage()._cdata)
         return grad
+
+    def _owns(self, tensor: Tensor | None) -> bool:
+        return tensor is not None and tensor.untyped_storage()._cdata not in self.foreign
 
     def send(
         self,
@@ -152,20 +163,18 @@ class Verbs:
             Per feature the new sum of scale * g, the part that does not pass through the batch statistics; per reader
             sum(g) and sum(g * xhat) over the concatenated channels.
         """
-        joined, sent = _join(features), list(arriving)
-        sums = []
+        sums, sent = [], list(arriving)
         for d, weight, norm in zip(dz, weights, norms, strict=True):
-            g = F.conv2d(d, weight.transpose(0, 1))
-            g *= _open(_affine(joined, (norm.scale, norm.shift)), activation)
-            sums.append(_sums(g, joined, norm.mean, norm.rstd))
-            parts = (g * _per_channel(norm.scale)).to(g.dtype).split([f.shape[1] for f in features], dim=1)
-            sent = [part if before is None else before + part for part, before in zip(parts, sent, strict=True)]
+            g = F.conv2d(d, weight.transpose(0, 1).contiguous(memory_format=torch.channels_last))
+            affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
+            sent, *found = self.passes.send(g, features, affine, norm.mean, norm.rstd, sent, owned, activation)
+            sums.append(found)
         return [s for s in sent if s is not None], [g for g, _ in sums], [gx for _, gx in sums]
 
     def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
         """a * g + b * z + c per channel (a = 1 where None): the affine part of BatchNorm's backward; may reuse g."""
-        first = _wide(g) if a is None else _wide(g) * _per_channel(a)
-        return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
+        made: Tensor = self.passes.linear(g, z, a, b, c, self._owns(g))
+        return made
 
     def weight_gradient(
         self,
@@ -177,13 +186,16 @@ class Verbs:
         activation: str = "relu",
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
-        read = _gather(sources, affine, activation)
+        read = self.passes.gather(sources, affine, activation)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
         return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         """Nodes side by side, in channels_last memory of their own."""
-        return _join(nodes) if len(nodes) > 1 else nodes[0].clone(memory_format=torch.channels_last)
+        if len(nodes) == 1:
+            return nodes[0].clone(memory_format=torch.channels_last)
+        joined: Tensor = self.passes.gather(nodes, None, "relu")
+        return joined
 
     def kept_nodes(self, x: Tensor, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """All nodes of a bottleneck block that kept its features, from the front of `saved`; and the rest of it."""
@@ -225,46 +237,3 @@ def kept_like(plan: BlockPlan, x: Tensor, kinds: Sequence[str]) -> list[Tensor]:
 
     widths = {"node": plan.widths, "raw": plan.widths, "inner": plan.bottleneck_widths}
     return [pixels(width) for kind in kinds for width in widths[kind]]
-
-
-def _gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
-    read = _join(sources)
-    return read if affine is None else _normalise(read, affine, activation)
-
-
-def _normalise(z: Tensor, affine: Affine, activation: str) -> Tensor:
-    return _activate_(_affine(z, affine), activation).to(z.dtype)
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    joined = torch.cat(list(tensors), dim=1) if len(tensors) > 1 else tensors[0]
-    return joined.contiguous(memory_format=torch.channels_last)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: half formats carry pixels, never sums."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _per_channel(vector: Tensor) -> Tensor:
-    return vector.view(1, -1, 1, 1)
-
-
-def _affine(z: Tensor, affine: Affine) -> Tensor:
-    scale, shift = affine
-    return torch.addcmul(_per_channel(shift), _wide(z), _per_channel(scale))
-
-
-def _activate_(x: Tensor, activation: str) -> Tensor:
-    return x.clamp_(0, 6) if activation == "relu6" else x.relu_()
-
-
-def _open(x: Tensor, activation: str) -> Tensor:
-    """Where the activation passes a gradient on."""
-    return (x > 0) & (x < 6) if activation == "relu6" else x > 0
-
-
-def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    wide = _wide(g)
-    normal = (_wide(z) - _per_channel(mean)) * _per_channel(rstd)
-    return wide.sum(_PIXELS), (wide * normal).sum(_PIXELS)

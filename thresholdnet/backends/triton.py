@@ -16,7 +16,8 @@ from ..kernels import launch, slots
 from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
 from ..plan import BlockPlan
-from .native import Affine, Moments, Place, ReaderNorm
+from .elementwise import Affine
+from .native import Moments, Place, ReaderNorm
 
 
 class Verbs:

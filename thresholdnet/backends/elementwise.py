@@ -1,0 +1,92 @@
+"""The native backend's passes over pixels, in torch's own operations: for every device and dtype.
+
+`csrc.py` has the same functions in C++ for CPUs. Letters as in `native.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Affine = tuple[Tensor, Tensor]
+"""scale and shift per channel."""
+
+_PIXELS = (0, 2, 3)
+
+
+def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
+    """The sources side by side, or act(sources * scale + shift); a single source may come back itself."""
+    joined = torch.cat(list(sources), dim=1) if len(sources) > 1 else sources[0]
+    joined = joined.contiguous(memory_format=torch.channels_last)
+    if affine is None:
+        return joined
+    y = _normal(joined, affine)
+    return (y.clamp_(0, 6) if activation == "relu6" else y.relu_()).to(joined.dtype)
+
+
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all pixels."""
+    variance, mean = torch.var_mean(_wide(z), _PIXELS, correction=0)
+    return mean, variance
+
+
+def mask_sums(
+    g: Tensor, z: Tensor, affine: Affine, mean: Tensor, rstd: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g where the activation of z * scale + shift passes it on, written into g; its sum and that of g * xhat."""
+    g *= _open(_normal(z, affine), activation)
+    return g, *_sums(g, z, mean, rstd)
+
+
+def send(
+    g: Tensor,
+    features: Sequence[Tensor],
+    affine: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    before: Sequence[Tensor | None],
+    owned: Sequence[bool],
+    activation: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """A pre-activation reader's gradient on its way to its features: mask, sums, and before + scale * g.
+
+    `owned`: which of `before` may be written into.
+    """
+    joined = gather(features, None, activation)
+    g, sum_g, sum_gx = mask_sums(g, joined, affine, mean, rstd, activation)
+    parts = (g * _per_channel(affine[0])).to(g.dtype).split([f.shape[1] for f in features], dim=1)
+    sent = [part if so_far is None else so_far + part for part, so_far in zip(parts, before, strict=True)]
+    return sent, sum_g, sum_gx
+
+
+def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: bool) -> Tensor:
+    """a * g + b * z + c per channel (a = 1 where None); `owned`: g may be written into."""
+    first = _wide(g) if a is None else _wide(g) * _per_channel(a)
+    return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half formats carry pixels, never sums."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _normal(z: Tensor, affine: Affine) -> Tensor:
+    scale, shift = affine
+    return torch.addcmul(_per_channel(shift), _wide(z), _per_channel(scale))
+
+
+def _open(x: Tensor, activation: str) -> Tensor:
+    """Where the activation passes a gradient on."""
+    return (x > 0) & (x < 6) if activation == "relu6" else x > 0
+
+
+def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _wide(g)
+    normal = (_wide(z) - _per_channel(mean)) * _per_channel(rstd)
+    return wide.sum(_PIXELS), (wide * normal).sum(_PIXELS)
