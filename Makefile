@@ -6,13 +6,15 @@ DEMO := runs/demo
 STAMP := $(VENV)/.installed
 LIBRARY := $(VENV)/.built
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow lint format wheel abi clean
 
 help:
 	@echo "make demo     train a small ThresholdNet on real digits (about a minute), draw what it learned"
 	@echo "make test     linters, types and the whole test suite"
 	@echo "make test-slow the rest: every engine test on the Triton backend in its interpreter (about an hour on 2 cores)"
 	@echo "make install  only make .venv and install the package with its tools"
+	@echo "make wheel    build sdist and wheel into dist/; install each in a new environment and test it there"
+	@echo "make abi      run the wheel's C++ library in another torch, without a rebuild: make abi TORCH=2.13.0"
 	@echo "make format   let ruff format the code"
 	@echo "make clean    remove .venv, caches and runs/demo"
 
@@ -49,6 +51,20 @@ test: lint
 
 test-slow: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --timeout 1800 tests/test_engine.py -k triton
+
+# The wheel is built from the sdist, so that a file missing there is noticed.
+wheel: install
+	rm -rf dist
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz
+	tests/installed.sh $(BIN)/python dist/*.tar.gz
+	tests/installed.sh $(BIN)/python dist/*.whl
+
+TORCH ?= 2.13.0
+abi: install
+	rm -rf dist/abi
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist/abi .
+	tests/abi.sh dist/abi/*.whl $(TORCH)
 
 format: install
 	$(BIN)/ruff format .

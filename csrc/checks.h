@@ -36,12 +36,23 @@ inline Pixels pixels_of(const char* op, const char* name, const Tensor& t) {
   return {t.size(0), t.size(2), t.size(3)};
 }
 
+inline std::string place_of(const Tensor& t) {
+  if (t.is_cpu()) return "the CPU";
+  return (t.is_cuda() ? "GPU " : "device ") + std::to_string(t.get_device_index());
+}
+
+inline void same_device(const char* op, const std::string& name, const Tensor& t, const Tensor& like) {
+  if (t.device() != like.device()) {
+    refuse(op, ": ", name, " must lie on ", place_of(like), " as the other tensors do, got one on ", place_of(t));
+  }
+}
+
 // Elements from one pixel to the next. Refuses another shape, type, device, or an order that is not channels_last.
 inline int64_t row_stride(const char* op, const std::string& name, const Tensor& t, const Tensor& like, Pixels p) {
   if (t.dim() != 4 || t.size(0) != p.n || t.size(2) != p.h || t.size(3) != p.w)
     refuse(op, ": ", name, " must have shape [", p.n, ", C, ", p.h, ", ", p.w, "], got ", listed(t.sizes()));
   if (t.scalar_type() != like.scalar_type()) refuse(op, ": ", name, " must have the dtype of the other tensors");
-  if (!t.is_cpu()) refuse(op, ": ", name, " must lie on the CPU as the other tensors do");
+  same_device(op, name, t, like);
   const int64_t c = t.size(1);
   if (p.rows() == 0 || c == 0) return c;
   const int64_t stride = p.w > 1 ? t.stride(3) : p.h > 1 ? t.stride(2) : p.n > 1 ? t.stride(0) : c;
@@ -57,11 +68,15 @@ inline int64_t row_stride(const char* op, const std::string& name, const Tensor&
 
 inline void vector_of(
     const char* op, const std::string& name, const Tensor& t, int64_t length, torch::headeronly::ScalarType wide) {
-  if (t.dim() != 1 || t.size(0) != length || !t.is_contiguous() || t.scalar_type() != wide || !t.is_cpu()) {
+  if (t.dim() != 1 || t.size(0) != length || !t.is_contiguous() || t.scalar_type() != wide) {
     refuse(
-        op, ": ", name, " must be a contiguous CPU vector of ", length,
+        op, ": ", name, " must be a contiguous vector of ", length,
         " elements, float32 (float64 for float64 pixels), got shape ", listed(t.sizes()));
   }
+}
+
+inline void channels_must(const char* op, const char* name, const Tensor& t, int64_t channels) {
+  if (t.size(1) != channels) refuse(op, ": ", name, " must have ", channels, " channels, got ", t.size(1));
 }
 
 inline void same_count(const char* op, const char* name, size_t got, size_t wanted) {

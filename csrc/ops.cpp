@@ -35,6 +35,6 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");
 
-  // How the library was built and which instructions it uses here: lines of a name and a value.
-  m.def("build_info() -> str");
+  // The CPU's instructions in use: avx512, avx2 or baseline.
+  m.def("instructions() -> str");
 }

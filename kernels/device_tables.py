@@ -42,6 +42,29 @@ def device_table(
     )
 
 
+@lru_cache(maxsize=4096)
+def device_halo_table(
+    sources: tuple[Source, ...], width: int, chunk: int, transposed: bool, device: torch.device
+) -> DeviceTable:
+    """The table of a 3x3 kernel that keeps a tile's border in shared memory: entries as of a 1x1 kernel, without taps.
+
+    K runs over (chunk of channels, tap, channel of the chunk), so `weight_index` has 9 rows for each row of `channel`,
+    and `chunks` counts chunks of channels; there is no `k_of_weight`.
+    """
+    table = k_table(sources, width, 1, chunk)
+    channel = table.channel[: table.chunks * chunk].reshape(-1, 1, chunk)
+    tap = np.arange(9)[::-1, None] if transposed else np.arange(9)[:, None]
+    weight_index = np.where(channel >= 0, channel * 9 + tap, -1).astype(np.int32)
+    return DeviceTable(
+        _upload(table.entries, device),
+        _upload(table.row8, device),
+        _upload(weight_index.reshape(1, -1), device),
+        _upload(table.channel, device),
+        torch.empty(0, dtype=torch.int32, device=device),
+        table.chunks,
+    )
+
+
 @lru_cache(maxsize=256)
 def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
     table = pixel_table(batch, height, width, group)

@@ -37,21 +37,19 @@ from .configs import (
     weight_gradient_config,
     weight_gradient_splits,
 )
+from .device import INTERPRETED, capability_of, check_device, on_device_of
 from .device_tables import DeviceTable, device_columns, device_offsets, device_pixels, device_table
 from .operands import (
-    INTERPRETED,
     MAX_ELEMENTS,
     Layout,
     accumulator_of,
     activation_code,
-    capability_of,
     check_same_images,
     check_slots,
     check_weight,
     copy_elements,
     dtype_name,
     lay_out,
-    on_device_of,
     padded_width,
     per_channel,
     uses_tf32,
@@ -99,6 +97,7 @@ def conv(
     """
     if bias is not None and statistics:
         raise ValueError("statistics must be False with a bias, got True: they are the raw convolution's")
+    check_device("out", out)
     layout = lay_out("sources", sources, out)
     channels = sum(source.width for source in layout.sources)
     kernel_size = check_weight("weight", weight, out.shape[1], channels)
@@ -150,6 +149,7 @@ def gradient(
         TypeError, ValueError, RuntimeError: see the module.
     """
     others = [] if mask is None else [mask[0]]
+    check_device("out", out)
     layout = lay_out("dz", dz, out, *others)
     if len(weights) != len(dz):
         raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
@@ -185,6 +185,7 @@ def gradient(
 
 def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:
     """Write act(z * scale + shift) into a slot; z and out are slots [N, C, H, W], scale and shift [C]."""
+    check_device("z", z)
     (z_slot, out_slot), pixels = check_slots([("z", z), ("out", out)])
     check_same_images("z", z, out)
     channels = out.shape[1]
@@ -201,6 +202,7 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
 
 def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> None:
     """g = a * g + b * z + c in place; g and z are slots [N, C, H, W], a, b, c are [C] (a None: 1)."""
+    check_device("g", g)
     (g_slot, z_slot), pixels = check_slots([("g", g), ("z", z)])
     check_same_images("z", z, g)
     channels = g.shape[1]
@@ -218,6 +220,7 @@ def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) ->
 
 def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) of a slot [N, C, H, W], each [C], fp32 (fp64 for fp64)."""
+    check_device("x", x)
     (slot,), pixels = check_slots([("x", x)])
     channels, accumulator = x.shape[1], accumulator_of(x)
     if pixels == 0:
@@ -255,6 +258,7 @@ def weight_gradient(
     Raises:
         TypeError, ValueError, RuntimeError: see the module.
     """
+    check_device("dz", dz)
     layout = lay_out("sources", sources, dz, out_name="dz")
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")
@@ -343,6 +347,7 @@ def gradient_of_readers(
     if [out.shape for out in outs] != [feature.shape for feature in features]:
         raise ValueError(f"features must have the {len(outs)} shapes of outs, got {[tuple(f.shape) for f in features]}")
     first = outs[0]
+    check_device("outs[0]", first)
     read, written, raw = (
         lay_out("dz", dz, first, out_name="outs[0]"),
         lay_out("outs", outs, first, out_name="outs[0]"),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from . import conv as device_conv
-from .configs import DTYPES, Capability
+from .configs import DTYPES
 from .tables import LANES, Source
 
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 MAX_ELEMENTS = 1 << 31  # offsets are int32
-INTERPRETED = not isinstance(device_conv.convolution, triton.JITFunction)
 
 
 class Layout(NamedTuple):
@@ -73,7 +68,6 @@ def check_slots(tensors: Sequence[tuple[str, Tensor]]) -> tuple[list[_Slot], int
     first_name, first = tensors[0]
     if not isinstance(first, Tensor):
         raise TypeError(f"{first_name} must be a torch.Tensor, got {type(first).__name__}")
-    _check_device(first_name, first)
     if dtype_name(first) not in DTYPES:
         raise TypeError(f"{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}")
     slots = []
@@ -157,27 +151,6 @@ def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
     if vector.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {vector.device}")
     return vector.detach().to(accumulator_of(like)).contiguous()
-
-
-def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        if not INTERPRETED and capability_of(tensor.device) < (8, 0):  # type: ignore[operator]  # None in the interpreter only
-            raise RuntimeError(f"{name} must be on a GPU of compute capability 8.0 or newer, got {tensor.device}")
-    elif not INTERPRETED or tensor.device.type != "cpu":
-        raise RuntimeError(
-            f"{name} must be on a CUDA device, or on the CPU with TRITON_INTERPRET=1 in the environment, "
-            f"got {tensor.device}"
-        )
-
-
-@lru_cache(maxsize=64)
-def capability_of(device: torch.device) -> Capability:
-    return None if INTERPRETED else torch.cuda.get_device_capability(device)
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def activation_code(name: str | None) -> int:

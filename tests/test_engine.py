@@ -339,7 +339,7 @@ def _call(block, x, tail=(), masks=(), drop=0.0, backend="native", recompute=Fal
     empty = x.new_empty(0)
     return ops.block(
         x, [*block.parameters(), *tail], [empty] * 2 * len(norms), block.plan.to_text(), [n.eps for n in norms],
-        [False] * len(norms), "relu", backend, True, recompute, list(masks), None, drop,
+        [False] * len(norms), "relu", backend, True, recompute, list(masks), None, drop, "",
     )  # fmt: skip
 
 
@@ -361,7 +361,7 @@ def test_a_pointwise_convolution_behind_the_block(width, backend):
     )
     assert only_tail[0].shape == tail.shape
     arguments = (x.detach(), [*block.parameters(), tail], [x.new_empty(0)] * 8, block.plan.to_text(), [1e-5] * 4)
-    torch.library.opcheck(ops.block, (*arguments, [False] * 4, "relu", backend, True, False, [], None))
+    torch.library.opcheck(ops.block, (*arguments, [False] * 4, "relu", backend, True, False, [], None, 0.0, ""))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -413,11 +413,11 @@ def test_more_elements_than_offsets_can_hold():
     text, parameters = block.plan.to_text(), list(block.parameters())
     running = [t for n in _norms(block) for t in (n.running_mean, n.running_var)]
     arguments = (x, parameters, running, text, [1e-5] * 4, [True] * 4, "relu")
-    y, _, _ = ops.run_block(*arguments, "native", False, False, [], None)
+    y, _, _ = ops.run_block(*arguments, "native", False, False, [], None, 0.0, "")
     assert y.shape == (2**15, 24, 64, 64)
     if "triton" in BACKENDS:
         with pytest.raises(ValueError, match=r"fewer than 2\^31 elements for all layers together, got 4294967296"):
-            ops.run_block(*arguments, "triton", False, False, [], None)
+            ops.run_block(*arguments, "triton", False, False, [], None, 0.0, "")
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -13,7 +13,7 @@ HEAVY = {"lightning", "torchvision", "sklearn", "matplotlib", "rich", "typer", "
 ORDER = [
     "checks", "links", "plan", "reference", "backends", "sync", "engine", "transition", "ops", "functional", "blocks",
     "chain", "models", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
-    "figures", "inference", "train", "cli", "__main__",
+    "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

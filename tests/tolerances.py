@@ -24,6 +24,28 @@ def assert_close(actual, expected, dtype=None, what=""):
     assert error <= RELATIVE[dtype], f"{what}: {error:.2e} > {RELATIVE[dtype]:.0e}"
 
 
+# One pass over pixels, against the same in fp64 on the same rounded operands: an element is rounded once to its dtype,
+# half a unit in the last place, which bf16 and fp16 alone feel; fp32 may cancel inside, so its error is of the largest.
+PASS_RELATIVE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+PASS_ABSOLUTE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 2**-25}
+
+
+def assert_one_pass(actual, expected, dtype):
+    """Per element, within the rounding of one pass in `dtype`; `expected` in fp64."""
+    assert actual.shape == expected.shape
+    largest = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=PASS_RELATIVE[dtype], atol=PASS_ABSOLUTE[dtype] * largest, equal_nan=True
+    )
+
+
+# Winograd's F(4x4, 3x3) in fp32 against fp64. Its transforms multiply by up to 8 and cancel, which costs one to two of
+# fp32's digits: one convolution is held relative to its largest element (up to 1e-5 was seen), and whole blocks, some
+# layers deep and with statistics between, by their rms_error.
+WINOGRAD = 3e-5
+WINOGRAD_BLOCK = 3e-5
+
+
 def rms_error(actual, expected):
     """Root mean square of the difference over that of `expected`."""
     difference = actual.double() - expected.double()

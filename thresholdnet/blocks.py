@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links as link_patterns
 from . import ops, sync
-from .backends import CHOICES, choose
+from .backends import CHOICES, candidates, pick
 from .checks import number, one_of
 from .links import Links
 from .plan import BlockPlan, plan_block
@@ -91,7 +91,8 @@ class ThresholdBlock(nn.Module):
         drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; bottleneck units alone.
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             hooks on the modules inside are not called, and gradients of gradients raise.
-        backend: "auto" (the best that can run here), or a name of `tn.backends()`, which works or raises.
+        backend: "auto" (the best that can run here and takes the input; where none does, plain torch, with one warning
+            that says why), or a name of `tn.backends()`, which works or raises.
         recompute: None, or "bottleneck": backward makes the bottleneck outputs again instead of keeping them.
         device, dtype: of the parameters.
 
@@ -103,7 +104,7 @@ class ThresholdBlock(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; an input of wrong rank, width or dtype.
-        RuntimeError: a backend asked for by name that cannot run here.
+        RuntimeError: a backend asked for by name that cannot run here, or does not take the input.
     """
 
     can_fuse = True  # a subclass with other units has no fused form
@@ -161,7 +162,8 @@ class ThresholdBlock(nn.Module):
         if recompute is not None:
             one_of("recompute", recompute, ("bottleneck",))
         self.fused, self.recompute = bool(fused) and self.can_fuse, recompute
-        self._engine = choose(backend) if self.fused else "reference"
+        self._choice = backend if self.fused else "reference"
+        self._candidates = candidates(self._choice)
         self._plan_text = self.plan.to_text()
         self._ran = "reference"
         return self
@@ -210,10 +212,11 @@ class ThresholdBlock(nn.Module):
             raise ValueError(
                 f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
             )
-        if self._ran != self._engine:  # an assignment at each call would be a side effect for the compiler to trace
-            self._ran = self._engine
-        if self._engine != "reference":
-            return self._fused_forward(x, self._engine, tail)
+        backend = pick(self._candidates, self._choice, x)
+        if self._ran != backend:  # an assignment at each call would be a side effect for the compiler to trace
+            self._ran = backend
+        if backend != "reference":
+            return self._fused_forward(x, backend, tail)
         y = self._plain_forward(x)
         return y if tail is None else nn.functional.conv2d(y, tail)
 
@@ -349,9 +352,9 @@ def _update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], p
         assert norm.num_batches_tracked is not None  # kept together with the running statistics
         norm.num_batches_tracked.add_(1)
         rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        mean, variance = used.to(norm.running_mean.dtype)
-        norm.running_mean.add_(rate * (mean - norm.running_mean))
-        norm.running_var.add_(rate * (variance * unbiased - norm.running_var))
+        mean, variance = used  # float32 at least: half buffers are rounded once
+        norm.running_mean.copy_((1 - rate) * norm.running_mean.to(mean.dtype) + rate * mean)
+        norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ class Spec(NamedTuple):
         eps: one a BatchNorm, in forward order.
         fixed: per BatchNorm, True where it normalises with given statistics (eval mode) and not with the batch's.
         activation: "relu" or "relu6".
-        backend: a name that `backends.choose` returned.
+        backend: a name that `backends.engine_for` returned.
         save: keep what backward needs.
         recompute: do not keep bottleneck outputs; backward makes them again.
         drop: the probability behind the dropout masks, where a call has any.
@@ -110,6 +110,11 @@ def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps:
     rstd = torch.rsqrt(variance + eps)
     scale = gamma * rstd
     return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, fixed)
+
+
+def folded(weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the BatchNorm behind it."""
+    return (weight * norm.scale.view(-1, 1, 1, 1)).to(weight.dtype), norm.shift
 
 
 def forward(
@@ -228,6 +233,10 @@ class _Block:
     def fixed(self, layer: int, which: int) -> bool:
         return self.spec.fixed[(layer - 1) * len(self.norms) + which]
 
+    def folds(self, weight: Tensor) -> bool:
+        """Whether scaling a convolution's weight touches fewer elements than scaling its result."""
+        return weight[0].numel() <= self.x.shape[0] * self.x.shape[2] * self.x.shape[3]
+
     def given(self, running: Sequence[Tensor], layer: int, which: int) -> tuple[Tensor, Tensor]:
         index = 2 * ((layer - 1) * len(self.norms) + which)
         return running[index].to(self.wide), running[index + 1].to(self.wide)
@@ -267,11 +276,10 @@ class _ConvBNReLU(_Block):
         raw: list[Tensor] = []
         for i, sources in enumerate(plan.links, start=1):
             read, weight, fixed = _live(nodes, sources), self.weight(i, 0), self.fixed(i, 0)
-            if fixed and not self.spec.save:  # inference: BatchNorm folded into the weight
+            if fixed and not self.spec.save and self.folds(weight):  # inference: BatchNorm folded into the weight
                 mean, variance = self.given(running, i, 0)
-                norm = self.norm(i, 0, mean, variance)
-                folded = (weight * norm.scale.view(-1, 1, 1, 1)).to(weight.dtype)
-                y, _ = verbs.conv(read, folded, into=("node", i), bias=norm.shift, activation=self.act)
+                weight, bias = folded(weight, self.norm(i, 0, mean, variance))
+                y, _ = verbs.conv(read, weight, into=("node", i), bias=bias, activation=self.act)
             else:
                 z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
                 mean, variance = self.given(running, i, 0) if fixed else self.shared(moments)
@@ -359,11 +367,16 @@ class _Bottleneck(_Block):
             mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else statistics.of(sources)
             self.note(mean, variance)
             affine, batch = self.norm(i, 0, mean, variance).affine, not self.fixed(i, 1)
-            inner, found = self._inner(i, read, affine, statistics=batch)
-            mean, variance = self.shared(found) if batch else self.given(running, i, 1)
-            self.note(mean, variance)
             into = ("scratch", self.plan.bottleneck_widths[i - 1])
-            activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
+            if batch or save or not self.folds(self.weight(i, 2)):
+                inner, found = self._inner(i, read, affine, statistics=batch)
+                mean, variance = self.shared(found) if batch else self.given(running, i, 1)
+                activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
+            else:  # inference: the second BatchNorm folded into the first weight
+                inner, (mean, variance) = None, self.given(running, i, 1)
+                weight, bias = folded(self.weight(i, 2), self.norm(i, 1, mean, variance))
+                activated, _ = verbs.conv(read, weight, into=into, affine=affine, bias=bias, activation=self.act)
+            self.note(mean, variance)
             wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
             feature, found = verbs.conv(
                 [activated], self.weight(i, 5), into=("node", i), statistics=wanted and not drop

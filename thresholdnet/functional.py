@@ -37,7 +37,7 @@ def linked_conv2d(
     dtype = ops.autocast_dtype(weight.device)
     if dtype is not None:
         tensors, weight = [t.to(dtype) for t in tensors], weight.to(dtype)
-    name = choose(backend)
+    name = choose(backend, tensors[0])
     if name == "reference":
         z = F.conv2d(torch.cat(tensors, 1), weight, padding=weight.shape[2] // 2)
     else:

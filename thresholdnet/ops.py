@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import engine
 from . import transition as between
-from .backends import load
+from .backends import engine_for, load
 from .plan import BlockPlan
 
 
@@ -39,11 +39,13 @@ def run_block(
     recompute: bool,
     masks: list[Tensor],
     counts: Tensor | None,
-    drop: float = 0.0,
-    group: str = "",
+    drop: float,
+    group: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
-    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute, drop, group)
+    structure = BlockPlan.from_text(plan)
+    backend = engine_for(backend, structure, x)
+    spec = engine.Spec(structure, eps, fixed, activation, backend, save, recompute, drop, group)
     return engine.forward(spec, x, parameters, running, engine.Extras(masks, counts))
 
 
@@ -64,10 +66,11 @@ def _(
     recompute: bool,
     masks: list[Tensor],
     counts: Tensor | None,
-    drop: float = 0.0,
-    group: str = "",
+    drop: float,
+    group: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     structure = BlockPlan.from_text(plan)
+    backend = engine_for(backend, structure, x)
     spec = engine.Spec(structure, eps, fixed, activation, backend, save, recompute, drop, group)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -102,7 +105,9 @@ def run_block_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
-    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, True, recompute, drop, group)
+    structure = BlockPlan.from_text(plan)
+    backend = engine_for(backend, structure, x)
+    spec = engine.Spec(structure, eps, fixed, activation, backend, True, recompute, drop, group)
     return engine.backward(spec, grad, x, parameters, statistics, saved, needs, engine.Extras(masks, counts))
 
 
@@ -152,7 +157,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     if not save:
         return
     plan, eps, fixed, activation, backend = call
-    spec = engine.Spec(BlockPlan.from_text(plan), eps, fixed, activation, backend, save, recompute)
+    structure = BlockPlan.from_text(plan)
+    spec = engine.Spec(structure, eps, fixed, activation, engine_for(backend, structure, x), save, recompute)
     if not spec.keeps_input:
         x = x.new_empty(()).expand(x.shape)  # backward asks it for its shape alone
     if spec.keeps_output:

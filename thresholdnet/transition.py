@@ -10,12 +10,14 @@ the convolution runs on the pooled, fewer pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import sync
+from .backends import elementwise
 from .backends.native import Verbs
 from .engine import batch_norm
 
@@ -36,17 +38,19 @@ class Pool(NamedTuple):
     ceil_mode: bool = False
     count_include_pad: bool = True
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
+        """The pooled x; `passes` has the max-pooling, see `backends.native`."""
         if self.kind == "max":
-            return aten.max_pool2d_with_indices(x, *_pairs(self.window), [1, 1], self.ceil_mode)[0]
+            pooled: Tensor = passes.max_pool2d(x, *_pairs(self.window), self.ceil_mode)
+            return pooled
         return aten.avg_pool2d(x, *_pairs(self.window), self.ceil_mode, self.count_include_pad)
 
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
         """Gradient of x; average pooling reads only its shape."""
         window = _pairs(self.window)
         if self.kind == "max":
-            _, indices = aten.max_pool2d_with_indices(x, *window, [1, 1], self.ceil_mode)
-            return aten.max_pool2d_with_indices_backward(grad, x, *window, [1, 1], self.ceil_mode, indices)
+            made: Tensor = passes.max_pool2d_backward(grad, x, *window, self.ceil_mode)
+            return made
         return aten.avg_pool2d_backward(grad, x, *window, self.ceil_mode, self.count_include_pad, None)
 
 
@@ -96,7 +100,7 @@ def forward(
         moments = sync.merge(verbs.moments(z), counts, spec.group)
     norm = batch_norm(gamma.to(wide), beta.to(wide), *moments, spec.eps, spec.fixed)
     out = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
-    out = behind(spec, out, weight)
+    out = behind(spec, out, weight, verbs.passes)
     return out.contiguous(memory_format=torch.channels_last), torch.stack(moments)
 
 
@@ -114,7 +118,7 @@ def backward(
     if weight is not None or spec.pool is not None:
         y = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
     if weight is not None:
-        read = y if spec.pool is None else spec.pool(y)
+        read = y if spec.pool is None else spec.pool(y, verbs.passes)
         grad, dweight, _ = aten.convolution_backward(
             grad, read, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(z, weight), [needs_z, needs[3], False]
         )
@@ -122,7 +126,7 @@ def backward(
     if not needs_z:
         return [None, None, None, dweight]
     if spec.pool is not None:
-        grad = spec.pool.backward(grad, y)
+        grad = spec.pool.backward(grad, y, verbs.passes)
     masked = (z, norm.affine, norm.mean, norm.rstd)
     g, sum_g, sum_gx = verbs.gradient([], [], grad, into=("gradient", 0), masked=masked, activation=spec.activation)
     dz = None
@@ -133,10 +137,10 @@ def backward(
     return [dz, sum_gx, sum_g, dweight]
 
 
-def behind(spec: Spec, y: Tensor, weight: Tensor | None) -> Tensor:
+def behind(spec: Spec, y: Tensor, weight: Tensor | None, passes: ModuleType = elementwise) -> Tensor:
     """Pooling and convolution of the activated values [N, C, H, W]."""
     if spec.pool is not None:
-        y = spec.pool(y)
+        y = spec.pool(y, passes)
     if weight is not None:
         y = aten.convolution(y, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(y, weight))
     return y

@@ -1,9 +1,10 @@
 // The loops of rows.h. Included once per instruction set with TABLE and NAME defined; everything else is local to the
 // file and no function of the standard library is instantiated, so that no object lends another its instructions.
 //
-// Channels are walked 64 bytes of arithmetic at a time in GCC's vector types, then 32, 16, 8, 4. Where sums are kept,
-// SUB rows are walked per group of channels, so that sums stay in registers; elsewhere a row is finished before the
-// next, because stores that jump defeat write combining.
+// Channels are walked in GCC's vector types of VECTOR bytes, which the file that includes this defines as what its
+// instructions have: GCC takes comparisons of longer vectors apart into scalars. Rows are finished one
+// after the other, because walks that jump from row to row defeat prefetching and write combining; where sums are kept,
+// AT_ONCE rows go together, so that a sum, which lives in the first-level cache, is loaded and stored once for all of them.
 #include <cstring>
 
 #include "rows.h"
@@ -11,7 +12,7 @@
 namespace thresholdnet {
 namespace {
 
-constexpr int64_t SUB = 32;
+constexpr int AT_ONCE = 4;
 
 template <class T, int W>
 struct VecOf {
@@ -27,15 +28,13 @@ struct Width {
 
 #define INLINE inline __attribute__((always_inline))
 
-template <class A, class F>
-INLINE void lanes(int64_t channels, const F& f) {
-  constexpr int full = 64 / sizeof(A);
-  int64_t c = 0;
-  for (; c + full <= channels; c += full) f(c, Width<full>());
-  if (c + full / 2 <= channels) f(c, Width<full / 2>()), c += full / 2;
-  if (c + full / 4 <= channels) f(c, Width<full / 4>()), c += full / 4;
-  if (c + full / 8 <= channels) f(c, Width<full / 8>()), c += full / 8;
-  if (full == 16 && c < channels) f(c, Width<1>());
+// Calls f(c, width) for all channels: VECTOR bytes of A at a time, then half of it, and so on down to one channel.
+template <class A, int W = VECTOR / sizeof(A), class F>
+INLINE void lanes(int64_t channels, const F& f, int64_t c = 0) {
+  for (; c + W <= channels; c += W) f(c, Width<W>());
+  if constexpr (W > 1) {
+    if (c < channels) lanes<A, W / 2>(channels, f, c);
+  }
 }
 
 template <int W>
@@ -116,21 +115,39 @@ void gather(
   }
 }
 
+// Calls f(row, count) for the rows [first, last), AT_ONCE at a time where count is AT_ONCE() and then one by one.
+template <class F>
+INLINE void row_groups(int64_t first, int64_t last, const F& f) {
+  int64_t r = first;
+  for (; r + AT_ONCE <= last; r += AT_ONCE) f(r, Width<AT_ONCE>());
+  for (; r < last; ++r) f(r, Width<1>());
+}
+
 template <class E>
 void moments(Rows<const E> z, int64_t channels, typename Wide<E>::type* found, int64_t first, int64_t last) {
   using A = typename Wide<E>::type;
-  lanes<A>(channels, [&](int64_t c, auto width) {
-    constexpr int W = decltype(width)::value;
-    const E* from = z.data + c;
-    Vec<A, W> sum{}, square{};
-    for (int64_t r = first; r < last; ++r) sum += load<W>(from + r * z.stride);
-    const Vec<A, W> mean = sum / (A)(last - first);
-    for (int64_t r = first; r < last; ++r) {
-      const Vec<A, W> d = load<W>(from + r * z.stride) - mean;
-      square += d * d;
-    }
-    store<W>(found + c, mean);
-    store<W>(found + channels + c, square);
+  A *means = found, *squares = found + channels;
+  std::memset(found, 0, 2 * channels * sizeof(A));
+  row_groups(first, last, [&](int64_t r, auto count) {
+    lanes<A>(channels, [&](int64_t c, auto width) {
+      constexpr int W = decltype(width)::value;
+      auto sum = load<W>(means + c);
+      for (int i = 0; i < decltype(count)::value; ++i) sum += load<W>(z.data + (r + i) * z.stride + c);
+      store<W>(means + c, sum);
+    });
+  });
+  for (int64_t c = 0; c < channels; ++c) means[c] /= (A)(last - first);
+  row_groups(first, last, [&](int64_t r, auto count) {  // from the cache
+    lanes<A>(channels, [&](int64_t c, auto width) {
+      constexpr int W = decltype(width)::value;
+      const auto mean = load<W>(means + c);
+      auto square = load<W>(squares + c);
+      for (int i = 0; i < decltype(count)::value; ++i) {
+        const auto d = load<W>(z.data + (r + i) * z.stride + c) - mean;
+        square += d * d;
+      }
+      store<W>(squares + c, square);
+    });
   });
 }
 
@@ -139,27 +156,27 @@ void mask_sums(
     Rows<const E> g, Rows<const E> add, Rows<const E> z, int64_t channels, Norm<typename Wide<E>::type> norm,
     Range<typename Wide<E>::type> act, Rows<E> out, typename Wide<E>::type* sums, int64_t first, int64_t last) {
   using A = typename Wide<E>::type;
+  A* products = sums + channels;
   std::memset(sums, 0, 2 * channels * sizeof(A));
-  for (int64_t from = first; from < last; from += SUB) {
-    const int64_t to = from + SUB < last ? from + SUB : last;
+  row_groups(first, last, [&](int64_t r, auto count) {
     lanes<A>(channels, [&](int64_t c, auto width) {
       constexpr int W = decltype(width)::value;
-      const auto scale = load<W>(norm.scale + c), shift = load<W>(norm.shift + c);
-      const auto mean = load<W>(norm.mean + c), rstd = load<W>(norm.rstd + c);
-      auto sum = load<W>(sums + c), product = load<W>(sums + channels + c);
-      for (int64_t r = from; r < to; ++r) {
-        const auto x = load<W>(z.data + r * z.stride + c);
-        auto v = load<W>(g.data + r * g.stride + c);
-        if (add.data) v += load<W>(add.data + r * add.stride + c);
+      const auto scale = load<W>(norm.scale + c), shift = load<W>(norm.shift + c), mean = load<W>(norm.mean + c);
+      auto sum = load<W>(sums + c), product = load<W>(products + c);
+      for (int i = 0; i < decltype(count)::value; ++i) {
+        const auto x = load<W>(z.data + (r + i) * z.stride + c);
+        auto v = load<W>(g.data + (r + i) * g.stride + c);
+        if (add.data) v += load<W>(add.data + (r + i) * add.stride + c);
         v = masked(v, x * scale + shift, act);
         sum += v;
-        product += v * ((x - mean) * rstd);
-        store<W>(out.data + r * out.stride + c, v);
+        product += v * (x - mean);
+        store<W>(out.data + (r + i) * out.stride + c, v);
       }
       store<W>(sums + c, sum);
-      store<W>(sums + channels + c, product);
+      store<W>(products + c, product);
     });
-  }
+  });
+  for (int64_t c = 0; c < channels; ++c) products[c] *= norm.rstd[c];
 }
 
 template <class E>
@@ -167,33 +184,33 @@ void send(
     Rows<const E> g, const Part<E>* parts, int64_t count, Norm<typename Wide<E>::type> norm,
     Range<typename Wide<E>::type> act, typename Wide<E>::type* sums, int64_t total, int64_t first, int64_t last) {
   using A = typename Wide<E>::type;
+  A* products = sums + total;
   std::memset(sums, 0, 2 * total * sizeof(A));
-  for (int64_t from = first; from < last; from += SUB) {
-    const int64_t to = from + SUB < last ? from + SUB : last;
+  row_groups(first, last, [&](int64_t r, auto rows) {
     int64_t start = 0;
     for (int64_t j = 0; j < count; ++j) {
       const Part<E>& part = parts[j];
       lanes<A>(part.channels, [&](int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
         const int64_t k = start + c;
-        const auto scale = load<W>(norm.scale + k), shift = load<W>(norm.shift + k);
-        const auto mean = load<W>(norm.mean + k), rstd = load<W>(norm.rstd + k);
-        auto sum = load<W>(sums + k), product = load<W>(sums + total + k);
-        for (int64_t r = from; r < to; ++r) {
-          const auto x = load<W>(part.in.data + r * part.in.stride + c);
-          const auto v = masked(load<W>(g.data + r * g.stride + k), x * scale + shift, act);
+        const auto scale = load<W>(norm.scale + k), shift = load<W>(norm.shift + k), mean = load<W>(norm.mean + k);
+        auto sum = load<W>(sums + k), product = load<W>(products + k);
+        for (int i = 0; i < decltype(rows)::value; ++i) {
+          const auto x = load<W>(part.in.data + (r + i) * part.in.stride + c);
+          const auto v = masked(load<W>(g.data + (r + i) * g.stride + k), x * scale + shift, act);
           sum += v;
-          product += v * ((x - mean) * rstd);
+          product += v * (x - mean);
           auto sent = scale * v;
-          if (part.before.data) sent += load<W>(part.before.data + r * part.before.stride + c);
-          store<W>(part.out.data + r * part.out.stride + c, sent);
+          if (part.before.data) sent += load<W>(part.before.data + (r + i) * part.before.stride + c);
+          store<W>(part.out.data + (r + i) * part.out.stride + c, sent);
         }
         store<W>(sums + k, sum);
-        store<W>(sums + total + k, product);
+        store<W>(products + k, product);
       });
       start += part.channels;
     }
-  }
+  });
+  for (int64_t k = 0; k < total; ++k) products[k] *= norm.rstd[k];
 }
 
 template <class E>

@@ -7,7 +7,10 @@
 #endif
 #define TABLE avx2_table
 #define NAME "avx2"
+#define VECTOR 32
 #include "rows.inl"
+#define WINOGRAD avx2_winograd
+#include "winograd.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

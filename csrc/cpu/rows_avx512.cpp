@@ -7,7 +7,10 @@
 #endif
 #define TABLE avx512_table
 #define NAME "avx512"
+#define VECTOR 64
 #include "rows.inl"
+#define WINOGRAD avx512_winograd
+#include "winograd.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,4 +1,7 @@
 // The loops for every machine of the compiler's target.
 #define TABLE baseline_table
 #define NAME "baseline"
+#define VECTOR 16
 #include "rows.inl"
+#define WINOGRAD baseline_winograd
+#include "winograd.inl"

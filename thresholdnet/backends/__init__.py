@@ -1,23 +1,36 @@
 """What can compute a fused block here: one predicate per backend, with its reason, and the choice among them.
 
-A backend is a module with the verbs of `native.py`. "reference" is no engine: it stands for the plain modules.
+A choice by name works or raises. "auto" takes the first backend that can run here and takes the input; where none does,
+the plain modules compute, with one warning a process and cause.
+
+An engine is a module with the verbs of `native.py`; behind the backend "native" stands `cuda.py` too. "reference" is no
+engine: it stands for the plain modules.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..checks import one_of
-from . import native
+from ..plan import BlockPlan
+from . import csrc, native, winograd
 
 NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
 AUTOMATIC = ("native",)
 """What "auto" chooses among; Triton joins when a GPU has shown that it is right and faster there."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_told: set[str] = set()  # causes for which this process has fallen back
 
 
 def backends() -> dict[str, str | None]:
@@ -25,35 +38,133 @@ def backends() -> dict[str, str | None]:
     return {name: _reason(name) for name in NAMES}
 
 
-def choose(name: str = "auto") -> str:
-    """The backend that will run: the first usable one for "auto", else the one asked for.
+def details() -> dict[str, str]:
+    """What every backend that can run here runs on, in words."""
+    usable = {name for name, reason in backends().items() if reason is None}
+    said = {"native": _native_details(), "reference": "the plain modules in torch's own operations"}
+    if "triton" in usable:
+        interpreted = " in the interpreter, on the CPU" if _interpreted() else ""
+        said["triton"] = f"Triton {importlib.import_module('triton').__version__}{interpreted}"
+    return {name: said[name] for name in NAMES if name in usable}
+
+
+def candidates(choice: str = "auto") -> tuple[str, ...]:
+    """What may run on this machine for a choice, best first.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
-    if one_of("backend", name, CHOICES) == "auto":
-        return next(candidate for candidate in AUTOMATIC if _reason(candidate) is None)
-    reason = _reason(name)
+    if one_of("backend", choice, CHOICES) == "auto":
+        return tuple(name for name in AUTOMATIC if _reason(name) is None)
+    reason = _reason(choice)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    return name
+        raise RuntimeError(f"backend {choice!r} cannot run here: {reason}")
+    return (choice,)
+
+
+def pick(names: Sequence[str], choice: str, x: Tensor) -> str:
+    """The first of `candidates(choice)` that takes tensors like x; "reference", aloud, where "auto" finds none.
+
+    Raises:
+        RuntimeError: asked for by name and does not take x; the message has the reason.
+    """
+    causes = []
+    for name in names:
+        cause = refusal(name, x)
+        if cause is None:
+            return name
+        causes.append(f"{name} {cause}")
+    if choice != "auto":
+        raise RuntimeError(f"backend {choice!r} cannot run here: it {refusal(choice, x)}")
+    _tell("; ".join(causes) or "no engine can run here")
+    return "reference"
+
+
+def choose(choice: str = "auto", x: Tensor | None = None) -> str:
+    """The backend that will run, on tensors like x where it is given. Errors as in `candidates` and `pick`."""
+    names = candidates(choice)
+    return names[0] if x is None else pick(names, choice, x)
+
+
+def refusal(name: str, x: Tensor) -> str | None:
+    """None where a backend takes tensors of x's layout, dtype and device, else what it takes and what came."""
+    if name == "reference":
+        return None
+    if x.layout != torch.strided:
+        return f"takes strided tensors, got layout {x.layout}"
+    if x.dtype not in DTYPES:
+        return f"takes float16, bfloat16, float32 and float64, got {x.dtype}"
+    if name == "triton" and x.device.type != ("cpu" if _interpreted() else "cuda"):
+        return f"takes tensors on {'the CPU, in its interpreter' if _interpreted() else 'a GPU'}, got {x.device}"
+    return None
+
+
+def engine_for(name: str, plan: BlockPlan, x: Tensor) -> str:
+    """The engine behind a backend that `choose` returned: "native" has its own for half formats on a GPU, for Winograd.
+
+    A function of the arguments' shapes, dtype and device: fake tensors and backward find what forward found. Only
+    `winograd.use` may change it, between engines that keep the same.
+    """
+    if name != "native":
+        return name
+    if x.device.type == "cuda":
+        from . import cuda
+
+        return "cuda" if cuda.takes(plan, x) else name
+    return "winograd" if winograd.enabled() else name
 
 
 def load(name: str) -> ModuleType:
-    """The verbs of a backend that `choose` returned."""
+    """The verbs of an engine that `engine_for` returned."""
     if name == "triton":
         from . import triton  # needs triton, which is optional
 
         return triton
-    return native
+    if name == "cuda":
+        from . import cuda
+
+        return cuda
+    return winograd if name == "winograd" else native
 
 
 def _reason(name: str) -> str | None:
-    if name != "triton":
-        return None
+    return _triton_reason() if name == "triton" else None  # the other two are torch's own operations at the least
+
+
+def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (Linux)"
-    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
+    best = max(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if best < (8, 0):
+        return f"its kernels need a GPU of compute capability 8.0 or newer, got {best[0]}.{best[1]}"
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _native_details() -> str:
+    reason = csrc.reason()
+    passes = f"torch operations ({reason})" if reason else f"C++ ({csrc.instructions()})"
+    said = f"on a CPU torch's convolution, and passes over pixels in {passes}"
+    if torch.cuda.is_available():
+        reason = csrc.cuda_reason()
+        said += f"; on a GPU {f'torch operations ({reason})' if reason else 'our CUDA kernels'}"
+    return said
+
+
+def _tell(cause: str) -> None:
+    if cause not in _told:
+        _told.add(cause)
+        warnings.warn(f"fused=True falls back to the plain modules: {cause}", RuntimeWarning, stacklevel=3)
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls the function while it
+# traces, so that a fallback in a compiled model is told as well.
+_tell.__dict__["_dynamo_marked_constant"] = True

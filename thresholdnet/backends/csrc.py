@@ -1,6 +1,7 @@
-"""The native backend's passes over pixels in C++, for float32, float64 and bfloat16 on CPUs: as in `elementwise.py`.
+"""The native backend's passes over pixels in C++ and CUDA, with the results of `elementwise.py`.
 
-The library is optional: `reason` says why it is missing. THRESHOLDNET_CSRC=0 leaves it unused.
+On a CPU for float32, float64 and bfloat16; on a GPU of compute capability 8.0 or newer for float16 as well. Both
+libraries are optional: `reason` and `cuda_reason` say why one is missing. THRESHOLDNET_CSRC=0 leaves them unused.
 """
 
 from __future__ import annotations
@@ -8,55 +9,70 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import elementwise, libraries
 from .elementwise import Affine
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
 _ACTIVATIONS = {"relu": 1, "relu6": 2}
 
 
 @lru_cache(maxsize=1)
 def reason() -> str | None:
-    """None where the library is loaded, else why it is not; the first call loads it."""
+    """None where the CPU's library, which has all schemas, is loaded, else why it is not; the first call loads it."""
     if os.environ.get("THRESHOLDNET_CSRC") == "0":
         return "THRESHOLDNET_CSRC=0 is set"
-    package = Path(__file__).resolve().parent.parent
-    files = [file for pattern in ("_csrc*.so", "_csrc*.pyd") for file in package.glob(pattern)]
-    if not files:
-        return "it was not built: a C++ compiler was missing or failed when thresholdnet was installed"
-    try:
-        torch.ops.load_library(str(files[0]))
-    except (OSError, RuntimeError) as error:
-        return f"{files[0].name} does not load with torch {torch.__version__}: {str(error).strip().splitlines()[0]}"
-    return None
+    return libraries.load("_csrc")
+
+
+@lru_cache(maxsize=1)
+def cuda_reason() -> str | None:
+    """None where CUDA's library is loaded behind the CPU's, else why it is not; the first call loads both."""
+    if reason() is not None:
+        return f"it needs the CPU's library: {reason()}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return libraries.load("_csrc_cuda")
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the library computes on tensors like this one."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and reason() is None
+    """Whether a library computes on tensors like this one."""
+    if x.numel() == 0 or x.dtype not in DTYPES.get(x.device.type, ()):
+        return False
+    return reason() is None if x.device.type == "cpu" else _runs_on(x.device)
 
 
-def build_info() -> dict[str, str]:
-    """Compiler, flags, headers, and the instructions in use; empty without the library."""
-    if reason() is not None:
-        return {}
-    lines = torch.ops.thresholdnet_csrc.build_info().splitlines()
-    return dict(line.split(" ", 1) for line in lines)
+@lru_cache(maxsize=64)
+def _runs_on(device: torch.device) -> bool:
+    return cuda_reason() is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
-    """See `elementwise.gather`."""
+def instructions() -> str:
+    """The CPU's instructions that the loaded library uses here: "avx512", "avx2" or "baseline"."""
+    name: str = _operators().instructions()
+    return name
+
+
+def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, scratch: Tensor | None = None) -> Tensor:
+    """See `elementwise.gather`; `scratch` is a vector long enough for the result."""
     read = [_rows(source) for source in sources]
     first = read[0]
     if affine is None and len(read) == 1 and first.is_contiguous(memory_format=torch.channels_last):
         return first
     batch, _, height, width = first.shape
-    out = _pixels((batch, sum(source.shape[1] for source in read), height, width), first)
+    channels = sum(source.shape[1] for source in read)
+    if scratch is None:
+        out = _pixels((batch, channels, height, width), first)
+    else:
+        row = channels * width
+        out = scratch.as_strided((batch, channels, height, width), (height * row, 1, row, channels))
     scale, shift = (None, None) if affine is None else affine
     _operators().gather(read, scale, shift, _ACTIVATIONS[activation], out)
     return out
@@ -69,12 +85,21 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_sums(
-    g: Tensor, z: Tensor, affine: Affine, mean: Tensor, rstd: Tensor, activation: str
+    g: Tensor,
+    add: Tensor | None,
+    z: Tensor,
+    affine: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    owned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `elementwise.mask_sums`."""
     g = _rows(g)
-    sums = _operators().mask_sums(g, None, _rows(z), *affine, mean, rstd, _ACTIVATIONS[activation], g)
-    return g, *sums
+    out = g if owned else _pixels(g.shape, g)
+    also = None if add is None else _rows(add)
+    sums = _operators().mask_sums(g, also, _rows(z), *affine, mean, rstd, _ACTIVATIONS[activation], out)
+    return out, *sums
 
 
 def send(
@@ -106,6 +131,33 @@ def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: 
     out = g if owned else _pixels(g.shape, g)
     _operators().linear(g, _rows(z), a, b, c, out)
     return out
+
+
+def max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> Tensor:
+    """See `elementwise.max_pool2d`."""
+    if not _square(kernel, stride, padding, ceil):
+        return elementwise.max_pool2d(x, kernel, stride, padding, ceil)
+    made: Tensor = _operators().max_pool2d(_whole(x), kernel[0], stride[0], padding[0])
+    return made
+
+
+def max_pool2d_backward(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool
+) -> Tensor:
+    """See `elementwise.max_pool2d_backward`."""
+    if not _square(kernel, stride, padding, ceil):
+        return elementwise.max_pool2d_backward(grad, x, kernel, stride, padding, ceil)
+    made: Tensor = _operators().max_pool2d_backward(_whole(grad), _whole(x), kernel[0], stride[0], padding[0])
+    return made
+
+
+def _square(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> bool:
+    """Whether the library has such a pooling."""
+    return not ceil and all(side[0] == side[1] for side in (kernel, stride, padding))
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _operators() -> Any:

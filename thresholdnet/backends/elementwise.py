@@ -15,9 +15,14 @@ Affine = tuple[Tensor, Tensor]
 
 _PIXELS = (0, 2, 3)
 
+aten = torch.ops.aten
 
-def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
-    """The sources side by side, or act(sources * scale + shift); a single source may come back itself."""
+
+def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, scratch: Tensor | None = None) -> Tensor:
+    """The sources side by side, or act(sources * scale + shift); a single source may come back itself.
+
+    `scratch`: memory that the result may lie in, for C++; these operations make their own.
+    """
     joined = torch.cat(list(sources), dim=1) if len(sources) > 1 else sources[0]
     joined = joined.contiguous(memory_format=torch.channels_last)
     if affine is None:
@@ -33,10 +38,23 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_sums(
-    g: Tensor, z: Tensor, affine: Affine, mean: Tensor, rstd: Tensor, activation: str
+    g: Tensor,
+    add: Tensor | None,
+    z: Tensor,
+    affine: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    owned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g where the activation of z * scale + shift passes it on, written into g; its sum and that of g * xhat."""
-    g *= _open(_normal(z, affine), activation)
+    """g (+ add) where the activation of z * scale + shift passes it on; its sum and that of its product with xhat.
+
+    `owned`: g may be written into.
+    """
+    if add is not None:
+        g, owned = (g.add_(add) if owned else g + add), True
+    closed = ~_open(_normal(z, affine), activation)
+    g = g.masked_fill_(closed, 0) if owned else g.masked_fill(closed, 0)  # not a product: inf * 0 is NaN
     return g, *_sums(g, z, mean, rstd)
 
 
@@ -55,7 +73,7 @@ def send(
     `owned`: which of `before` may be written into.
     """
     joined = gather(features, None, activation)
-    g, sum_g, sum_gx = mask_sums(g, joined, affine, mean, rstd, activation)
+    g, sum_g, sum_gx = mask_sums(g, None, joined, affine, mean, rstd, activation, owned=True)
     parts = (g * _per_channel(affine[0])).to(g.dtype).split([f.shape[1] for f in features], dim=1)
     sent = [part if so_far is None else so_far + part for part, so_far in zip(parts, before, strict=True)]
     return sent, sum_g, sum_gx
@@ -65,6 +83,19 @@ def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: 
     """a * g + b * z + c per channel (a = 1 where None); `owned`: g may be written into."""
     first = _wide(g) if a is None else _wide(g) * _per_channel(a)
     return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
+
+
+def max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> Tensor:
+    """As torch.nn.functional.max_pool2d."""
+    return aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil)[0]
+
+
+def max_pool2d_backward(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool
+) -> Tensor:
+    """Gradient of x; the maxima are found again."""
+    _, indices = aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil)
+    return aten.max_pool2d_with_indices_backward(grad, x, kernel, stride, padding, [1, 1], ceil, indices)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class Verbs:
         """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
         self.plan = plan
         self.passes: ModuleType = csrc if csrc.takes(x) else elementwise
+        self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        self.scratch: Tensor | None = None  # what a convolution reads, gathered: fresh pages at each would cost faults
         self.foreign: set[int] = set()  # storages that came from outside: never written into
 
     def enter(self, x: Tensor) -> Tensor:
@@ -77,12 +79,29 @@ class Verbs:
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
         it (BatchNorm folded into the weight, inference).
         """
-        read = self.passes.gather(sources, affine, activation)
+        read = self._gathered(sources, affine, activation)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        z = F.conv2d(read, weight, None if bias is None else bias.to(weight.dtype), padding=weight.shape[2] // 2)
-        if bias is not None:
+        padding = weight.shape[2] // 2
+        if bias is None:
+            z = F.conv2d(read, weight, padding=padding)
+        elif _activates_in_library(read):
+            attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
+            z = torch.ops.mkldnn._convolution_pointwise(
+                read, weight, bias.to(weight.dtype), [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
+            )
+        else:
+            z = F.conv2d(read, weight, bias.to(weight.dtype), padding=padding)
             z = z.clamp_(0, 6) if activation == "relu6" else z.relu_()
         return z, self.moments(z) if statistics else None
+
+    def _gathered(self, sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
+        """The (activated) sources side by side, until the next call."""
+        if self.plan is not None and self.passes is csrc:
+            needed = sum(source.shape[1] for source in sources) * self.pixels
+            if self.scratch is None or self.scratch.numel() < needed:
+                self.scratch = sources[0].new_empty(max(needed, max(self.plan.link_widths) * self.pixels))
+        read: Tensor = self.passes.gather(sources, affine, activation, self.scratch)
+        return read
 
     def moments(self, z: Tensor) -> Moments:
         """Mean and biased variance over all pixels."""
@@ -116,20 +135,32 @@ class Verbs:
             The gradient g of the node's activated value behind the mask (or of the value itself), sum(g) and
             sum(g * xhat) (empty without `masked`).
         """
-        if readers:
-            transposed = torch.cat([w.flip(2, 3).transpose(0, 1) for w in weights], dim=1)
-            transposed = transposed.contiguous(memory_format=torch.channels_last)
-            joined = self.passes.gather(readers, None, activation)
-            g = F.conv2d(joined, transposed, padding=transposed.shape[2] // 2)
-            if add is not None:
-                g += add
+        own = bool(readers)
+        if own:
+            joined = self._gathered(readers, None, activation)
+            g = _data_gradient(joined, torch.cat(list(weights)) if len(weights) > 1 else weights[0])
         else:
             assert add is not None
-            g = add.clone(memory_format=torch.channels_last)
+            g, add = add, None
+        return self._masked(g, add, masked, activation, own)
+
+    def _masked(
+        self,
+        g: Tensor,
+        add: Tensor | None,
+        masked: tuple[Tensor, Affine, Tensor, Tensor] | None,
+        activation: str,
+        own: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The end of `gradient`: g + add behind the mask, and the sums; `own`: g may be written into."""
         if masked is None:
+            if add is not None:
+                g.add_(add)
+            elif not own:
+                g = g.clone(memory_format=torch.channels_last)
             return g, g.new_empty(0), g.new_empty(0)
         z, affine, mean, rstd = masked
-        g, sum_g, sum_gx = self.passes.mask_sums(g, z, affine, mean, rstd, activation)
+        g, sum_g, sum_gx = self.passes.mask_sums(g, add, z, affine, mean, rstd, activation, own)
         return g, sum_g, sum_gx
 
     def arrive(self, grad: Tensor, place: Place) -> Tensor:
@@ -165,7 +196,7 @@ class Verbs:
         """
         sums, sent = [], list(arriving)
         for d, weight, norm in zip(dz, weights, norms, strict=True):
-            g = F.conv2d(d, weight.transpose(0, 1).contiguous(memory_format=torch.channels_last))
+            g = _data_gradient(d, weight)
             affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
             sent, *found = self.passes.send(g, features, affine, norm.mean, norm.rstd, sent, owned, activation)
             sums.append(found)
@@ -186,7 +217,7 @@ class Verbs:
         activation: str = "relu",
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
-        read = self.passes.gather(sources, affine, activation)
+        read = self._gathered(sources, affine, activation)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
         return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
 
@@ -216,6 +247,28 @@ class Verbs:
         assert self.plan is not None
         count = self.plan.num_layers
         return list(saved[:count]), saved[count:]
+
+
+def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
+    """The library's gradient of a convolution's input, [N, C, H, W] in channels_last order."""
+    like = torch.empty(  # for its shape and order; never touched
+        (dz.shape[0], weight.shape[1], *dz.shape[2:]),
+        dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    padding = weight.shape[2] // 2
+    g: Tensor = torch.ops.aten.convolution_backward(
+        dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+    )[0]
+    return g.contiguous(memory_format=torch.channels_last)
+
+
+def _activates_in_library(x: Tensor) -> bool:
+    """Whether oneDNN's convolution can apply an activation as it stores: one pass over the pixels less."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _POINTWISE
+
+
+_POINTWISE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def output_holds_features(plan: BlockPlan) -> bool:

@@ -1,0 +1,281 @@
+"""The CUDA passes over pixels, in the emulator, against torch's own operations in fp64 on the same operands."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_one_pass
+
+from thresholdnet.backends import csrc, elementwise
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CHANNELS = [1, 3, 7, 8, 40, 129, 300]  # one access of 16 bytes a column, odd ones, more columns than a piece has
+SHAPES = [(1, 1, 1), (2, 7, 5), (1, 13, 17)]  # N, H, W: fewer rows than a tile has, several tiles
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def on_the_emulator(emulated, monkeypatch):
+    """`csrc`'s functions, which GPUs run too, call the emulated operators."""
+    monkeypatch.setattr(csrc, "_operators", lambda: emulated)
+    torch.manual_seed(0)
+
+
+def wide(dtype):
+    """The dtype of vectors and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pixels(shape, channels, dtype):
+    """Random values in channels_last order."""
+    batch, height, width = shape
+    made = 2 * torch.randn(batch, channels, height, width, dtype=torch.float64) + 0.5
+    return made.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+class Slice:
+    """A copy of x as a channel slice of a larger tensor that is NaN all around."""
+
+    def __init__(self, x, before=3, after=2):
+        batch, channels, height, width = x.shape
+        self.before, self.after = before, after
+        self.buffer = torch.full((batch, before + channels + after, height, width), NAN, dtype=x.dtype)
+        self.buffer = self.buffer.contiguous(memory_format=torch.channels_last)
+        self.slice = self.buffer[:, before : before + channels]
+        self.slice.copy_(x)
+
+    def assert_untouched(self):
+        """Nothing but the slice was written."""
+        channels = self.slice.shape[1]
+        assert self.buffer[:, : self.before].isnan().all()
+        assert self.buffer[:, self.before + channels :].isnan().all()
+
+
+def vectors(count, channels, dtype):
+    """Vectors per channel; the third and fourth are a mean and a positive rstd."""
+    made = [torch.randn(channels, dtype=wide(dtype)) for _ in range(count)]
+    return [v.abs() + 0.5 if i == 3 else v for i, v in enumerate(made)]
+
+
+def double(*tensors):
+    """In fp64."""
+    return [t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gather_normalises_and_activates(shape, channels, dtype):
+    x, (scale, shift) = pixels(shape, channels, dtype), vectors(2, channels, dtype)
+    for activation in ("relu", "relu6"):
+        made = csrc.gather([x], (scale, shift), activation)
+        assert_one_pass(made, elementwise.gather(double(x), double(scale, shift), activation), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [[3, 8, 1], [16, 40, 7, 64], [1 + j % 5 for j in range(40)], [8] * 33])
+def test_gather_lays_sources_side_by_side(widths, dtype):
+    held = [Slice(pixels((2, 5, 3), width, dtype), before=8 * (j % 2), after=j % 3) for j, width in enumerate(widths)]
+    sources = [h.slice for h in held]
+    joined = torch.cat(sources, 1)
+    assert torch.equal(csrc.gather(sources, None, "relu"), joined)
+    affine = vectors(2, sum(widths), dtype)
+    assert_one_pass(
+        csrc.gather(sources, affine, "relu6"), elementwise.gather(double(*sources), double(*affine), "relu6"), dtype
+    )
+    for h in held:
+        h.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_without_activation_and_into_a_slice(emulated, dtype):
+    x, (scale, shift) = pixels((2, 5, 3), 24, dtype), vectors(2, 24, dtype)
+    out = Slice(torch.zeros_like(x))
+    emulated.gather([x], scale, shift, 0, out.slice)
+    expected = x.double() * scale.double().view(1, -1, 1, 1) + shift.double().view(1, -1, 1, 1)
+    assert_one_pass(out.slice, expected, dtype)
+    out.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_as_torch_rounds_them(emulated, dtype):
+    """All 65536 patterns, times factors that make ties, subnormals and infinities."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 4, 128, 128)
+    x = x.contiguous(memory_format=torch.channels_last)
+    factors = torch.tensor([1.0, 1.0 + 2**-9, 2**-11 * 1.5, 3.0])
+    out = torch.empty_like(x)
+    emulated.gather([x], factors, torch.zeros(4), 0, out)
+    expected = (x.float() * factors.view(1, 4, 1, 1) + 0.0).to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(7.0, 8.0, -8.0), expected.nan_to_num(7.0, 8.0, -8.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments(shape, channels, dtype):
+    held = Slice(pixels(shape, channels, dtype))
+    expected = elementwise.moments(held.slice.double())
+    for got, wanted in zip(csrc.moments(held.slice), expected, strict=True):
+        assert_one_pass(got, wanted, wide(dtype))
+    held.assert_untouched()
+
+
+@pytest.mark.parametrize("rows", [(1, 1, 65), (3, 110, 111)])  # the second: more tiles than are kept apart
+def test_moments_do_not_cancel(rows):
+    x = pixels(rows, 2, torch.float32) + 4000
+    mean, variance = csrc.moments(x)
+    expected = elementwise.moments(x.double())
+    assert_one_pass(mean, expected[0], torch.float32)
+    assert ((variance.double() - expected[1]) / expected[1]).abs().max() < 1e-3  # of 4000^2 it would be 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_mask_sums(shape, channels, dtype, activation):
+    g, z = (pixels(shape, channels, dtype) for _ in range(2))
+    scale, shift, mean, rstd = vectors(4, channels, dtype)
+    (g64, z64), norm64 = double(g, z), double(mean, rstd)
+    expected = elementwise.mask_sums(g64, None, z64, double(scale, shift), *norm64, activation, owned=False)
+    held, read = Slice(g), Slice(z, before=0, after=5)
+    made = csrc.mask_sums(held.slice, None, read.slice, (scale, shift), mean, rstd, activation, owned=True)
+    assert made[0].data_ptr() == held.slice.data_ptr()
+    assert torch.equal(made[0].double(), expected[0])
+    for got, wanted in zip(made[1:], expected[1:], strict=True):
+        assert_one_pass(got, wanted, wide(dtype))
+    held.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("into", ["g", "add", "new"])
+def test_mask_sums_of_a_sum(emulated, dtype, into):
+    g, add, z = (pixels((2, 7, 5), 20, dtype) for _ in range(3))
+    norm = vectors(4, 20, dtype)
+    mask = (z.double() * norm[0].double().view(1, -1, 1, 1) + norm[1].double().view(1, -1, 1, 1)) > 0
+    out, expected = {"g": g, "add": add, "new": torch.empty_like(g)}[into], (g.double() + add.double()) * mask
+    sums = emulated.mask_sums(g, add, z, *norm, 1, out)
+    assert_one_pass(out, expected, dtype)
+    assert_one_pass(sums[0], expected.sum((0, 2, 3)), wide(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [[1], [3, 8, 1], [129, 40, 7], [1 + j % 5 for j in range(40)]])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_send(widths, dtype, activation):
+    shape, total = (2, 7, 5), sum(widths)
+    g, norm = pixels(shape, total, dtype), vectors(4, total, dtype)
+    sources = [Slice(pixels(shape, width, dtype)) for width in widths]
+    arrived = [None if j % 3 == 1 else Slice(pixels(shape, width, dtype)) for j, width in enumerate(widths)]
+    before = [None if a is None else a.slice for a in arrived]
+    owned = [j % 2 == 0 and b is not None for j, b in enumerate(before)]
+    kept = [None if b is None else b.clone() for b in before]
+    expected = elementwise.send(
+        g.double(), double(*(s.slice for s in sources)), double(*norm[:2]), *double(*norm[2:]),
+        [None if b is None else b.double() for b in before], owned, activation,
+    )  # fmt: skip
+    features = [s.slice for s in sources]
+    sent, *sums = csrc.send(g, features, tuple(norm[:2]), *norm[2:], before, owned, activation)
+    for made, wanted, so_far, mine, old in zip(sent, expected[0], before, owned, kept, strict=True):
+        assert_one_pass(made, wanted, dtype)
+        assert not mine or made.data_ptr() == so_far.data_ptr()
+        assert mine or so_far is None or torch.equal(so_far, old)
+    for got, wanted in zip(sums, expected[1:], strict=True):
+        assert_one_pass(got, wanted, wide(dtype))
+    for held in (*sources, *(a for a in arrived if a is not None)):
+        held.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("owned", [False, True])
+def test_linear(channels, dtype, owned):
+    held, z = Slice(pixels((2, 7, 5), channels, dtype)), pixels((2, 7, 5), channels, dtype)
+    a, b, c = vectors(3, channels, dtype)
+    for factor in (a, None):
+        g = Slice(held.slice)
+        made = csrc.linear(g.slice, z, factor, b, c, owned)
+        expected = elementwise.linear(
+            *double(held.slice, z), None if factor is None else factor.double(), *double(b, c), False
+        )
+        assert_one_pass(made, expected, dtype)
+        assert (made.data_ptr() == g.slice.data_ptr()) == owned
+        g.assert_untouched()
+
+
+def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
+    x = pixels((2, 29, 31), 44, torch.bfloat16)
+    g, norm = pixels((2, 29, 31), 44, torch.bfloat16), vectors(4, 44, torch.bfloat16)
+
+    def run():
+        out = torch.empty_like(g)
+        sums = emulated.mask_sums(g, None, x, *norm, 1, out)
+        parts = [torch.empty_like(x[:, :20]), torch.empty_like(x[:, 20:])]
+        sent = emulated.send(g, [x[:, :20], x[:, 20:]], *norm, [x.new_empty(0)] * 2, 1, parts)
+        pooled = emulated.max_pool2d(x, 3, 2, 1)
+        back = emulated.max_pool2d_backward(pooled, x, 3, 2, 1)
+        return [out, sums, sent, *parts, emulated.moments(x), pooled, back]
+
+    first, again = run(), run()
+    emulated.reverse_order(True)
+    try:
+        reverse = run()
+    finally:
+        emulated.reverse_order(False)
+    for one, two, three in zip(first, again, reverse, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (1, 3, 0), (5, 2, 2)])
+@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 5, 5), 1)])
+def test_max_pool(emulated, shape, channels, dtype, kernel, stride, padding):
+    """Values of a few integers tie in nearly every window."""
+    x = (torch.randint(-2, 3, (shape[0], channels, *shape[1:])).to(dtype)).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 3, 2] = x[-1, -1, 0, 0] = x[-1, -1, 1, 1] = NAN
+    wanted = x.double().requires_grad_()
+    pooled = F.max_pool2d(wanted, kernel, stride, padding)
+    made = emulated.max_pool2d(x, kernel, stride, padding)
+    assert torch.equal(made.double().nan_to_num(99), pooled.detach().nan_to_num(99))
+    grad = torch.randn(pooled.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
+    pooled.backward(grad.double())
+    assert_one_pass(emulated.max_pool2d_backward(grad, x, kernel, stride, padding), wanted.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_images(emulated, dtype):
+    empty, norm = pixels((0, 4, 4), 5, dtype), vectors(4, 5, dtype)
+    out = torch.empty_like(empty)
+    emulated.gather([empty], norm[0], norm[1], 1, out)
+    emulated.linear(empty, empty, None, norm[0], norm[1], out)
+    assert torch.equal(emulated.mask_sums(empty, None, empty, *norm, 1, out), torch.zeros(2, 5, dtype=wide(dtype)))
+    sums = emulated.send(empty, [empty], *norm, [empty.new_empty(0)], 1, [out])
+    assert torch.equal(sums, torch.zeros(2, 5, dtype=wide(dtype)))
+    assert emulated.max_pool2d(empty, 2, 2, 0).shape == (0, 5, 2, 2)
+    assert emulated.max_pool2d_backward(emulated.max_pool2d(empty, 2, 2, 0), empty, 2, 2, 0).shape == empty.shape
+    with pytest.raises(RuntimeError, match="moments: z must have at least one pixel"):
+        emulated.moments(empty)
+
+
+def test_refusals(emulated):
+    x, norm, small = pixels((2, 4, 4), 6, torch.float32), vectors(4, 6, torch.float32), torch.zeros(2, 3, 4, 4)
+    cases = [
+        ("gather: out must have 6 channels, got 3", lambda: emulated.gather([x], None, None, 1, small)),
+        ("gather: tensor 0 must have the dtype", lambda: emulated.gather([x.half()], None, None, 1, x)),
+        ("gather: tensor 0 must be channels_last", lambda: emulated.gather([x.contiguous()], None, None, 1, x)),
+        ("gather: activation must be 0", lambda: emulated.gather([x], None, None, 5, x.clone())),
+        ("gather: scale must be a contiguous vector of 6", lambda: emulated.gather([x], norm[0][:5], norm[1], 1, x)),
+        ("gather: scale must be .* float32", lambda: emulated.gather([x], norm[0].double(), norm[1], 1, x)),
+        ("float32, float64, bfloat16 or float16", lambda: emulated.gather([x.int()], None, None, 1, x.int())),
+        ("send: before must hold 1 tensors", lambda: emulated.send(x, [x], *norm, [], 1, [x.clone()])),
+        ("send: out 0 must have shape", lambda: emulated.send(x, [x], *norm, [x.new_empty(0)], 1, [norm[0]])),
+        ("max_pool2d: kernel_size and stride", lambda: emulated.max_pool2d(x, 2, 0, 0)),
+        ("max_pool2d: kernel_size and stride", lambda: emulated.max_pool2d(x, 2, 2**32, 0)),
+        ("max_pool2d: .* padding from 0 to half", lambda: emulated.max_pool2d(x, 3, 1, 2**63 - 1)),
+        ("max_pool2d: x must have pixels", lambda: emulated.max_pool2d(x[:, :, :0], 2, 1, 1)),
+        ("max_pool2d: x must be channels_last, got a slice", lambda: emulated.max_pool2d(x[:, :3], 2, 2, 0)),
+    ]  # fmt: skip
+    for message, call in cases:
+        with pytest.raises(RuntimeError, match=message):
+            call()

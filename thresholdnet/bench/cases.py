@@ -1,0 +1,148 @@
+"""What is measured: a step of one model on images of one size, in one dtype and one mode; and named lists of cases."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..checks import integer, one_of
+from ..memory import DTYPES
+from ..models import list_models, model_arguments
+
+MODES = ("train", "infer")
+SMALL_IMAGE = 64  # pixels: below, a network gets CIFAR-10's 10 classes, from there on ImageNet's 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of step.
+
+    Attributes:
+        model: a name of the zoo, with its arguments behind a colon: "thresholdnet_ab:width_mult=0.25,threshold=4".
+        image: side of the images in pixels.
+        batch: images a step.
+        dtype: "fp32", "bf16", "fp16" or "fp64": of weights and images.
+        mode: "train" (gradients set to None, forward, backward of the output's sum) or "infer" (eval, no_grad).
+    """
+
+    model: str
+    image: int
+    batch: int
+    dtype: str
+    mode: str
+
+    def __post_init__(self) -> None:
+        name, arguments = self.architecture()
+        one_of("model", name, list_models())
+        unknown = [key for key in arguments if key not in model_arguments(name)]
+        if unknown:
+            raise ValueError(f"model {name} takes {', '.join(model_arguments(name))}, got {unknown[0]!r}")
+        integer("image", self.image, 1)
+        integer("batch", self.batch, 1)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("mode", self.mode, MODES)
+
+    def architecture(self) -> tuple[str, dict[str, Any]]:
+        """The model's name and its arguments."""
+        name, _, text = self.model.partition(":")
+        arguments: dict[str, Any] = {}
+        for pair in filter(None, text.split(",")):
+            key, equals, value = pair.partition("=")
+            if not (key and equals and value):
+                raise ValueError(f"model must be NAME or NAME:KEY=VALUE,KEY=VALUE, got {self.model!r}")
+            try:
+                arguments[key] = json.loads(value)
+            except json.JSONDecodeError:
+                arguments[key] = value
+        return name, arguments
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the head."""
+        return 10 if self.image < SMALL_IMAGE else 1000
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a row of the results says of its case."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.batch}x{self.image}x{self.image} {self.dtype} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A list of cases by a name; every field is a list, `sizes` of (image, batch)."""
+
+    models: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+    providers: tuple[str, ...]
+
+
+PRESETS = {
+    "cpu": Preset(
+        ("thresholdnet_v1", "hardnet68", "densenet121"),
+        ((224, 8), (32, 100)),
+        ("fp32",),
+        MODES,
+        ("eager", "eager_channels_last", "compile", "fused", "fused_recompute", "fused_winograd"),
+    ),
+    "gpu": Preset(
+        ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121"),
+        ((224, 128), (32, 100)),
+        ("bf16",),
+        MODES,
+        ("eager", "eager_channels_last", "compile", "checkpoint", "fused", "fused_recompute", "fused_triton"),
+    ),
+    "quick": Preset(
+        ("thresholdnet_ab:width_mult=0.25",),
+        ((32, 2),),
+        ("fp32",),
+        MODES,
+        ("eager", "eager_channels_last", "checkpoint", "fused", "fused_recompute", "fused_winograd"),
+    ),
+}
+"""cpu and gpu: the cases of the project's targets, batch and image each; quick: a trial of some seconds."""
+
+
+def select(
+    preset: str,
+    *,
+    models: Sequence[str] = (),
+    images: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    dtypes: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    pattern: str | None = None,
+) -> list[Case]:
+    """The cases of a preset; a list that is given takes the place of the preset's own.
+
+    Args:
+        images, batches: every image size with every batch; one of them alone replaces that half of the preset's sizes.
+        pattern: a regular expression that a case's text, such as "hardnet68 8x224x224 fp32 train", must hold.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, a broken expression, or nothing left to measure.
+    """
+    chosen = PRESETS[one_of("preset", preset, PRESETS)]
+    sizes: Mapping[tuple[int, int], None] = dict.fromkeys(
+        (new_image, new_batch)
+        for image, batch in chosen.sizes
+        for new_image in images or (image,)
+        for new_batch in batches or (batch,)
+    )
+    rows = itertools.product(models or chosen.models, sizes, dtypes or chosen.dtypes, modes or chosen.modes)
+    cases = [Case(model, image, batch, dtype, mode) for model, (image, batch), dtype, mode in rows]
+    try:
+        kept = [case for case in cases if re.search(pattern or "", str(case))]
+    except re.error as error:
+        raise ValueError(f"filter must be a regular expression, got {pattern!r} ({error})") from error
+    if not kept:
+        raise ValueError(f"filter must match one of {len(cases)} cases, such as {str(cases[0])!r}, got {pattern!r}")
+    return kept

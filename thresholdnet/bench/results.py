@@ -1,0 +1,145 @@
+"""The file of a run, bench/results/<machine>/<date>-<name>.json, whole after every case, and taken up where it ends.
+
+{"machine": {...}, "rows": [...]}; a row has model, image, batch, dtype, mode, provider, graph; ms_median, ms_p20,
+ms_p80 over its runs (null without a time, then "reason" says why); peak_bytes (null on a CPU, whose allocator does not
+count), saved_bytes; threads, other_load; first_call_s, compile_cache_hits, backend; check (errors against eager); ms (a
+round each); ratios {reference: {median, p20, p80}}, above 1 where the row is faster than the reference.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import info
+from ..checkpoint import write_atomic
+from .cases import Case
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SAME = ("name", "cpu", "cores", "threads", "gpu", "torch", "triton", "commit")
+"""What must not differ between the rows of one file."""
+
+
+def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
+    """Where and with what is measured.
+
+    Args:
+        name: of the machine; made from its processor or GPU where it is None.
+    """
+    cpu = info.cpu()
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {
+        "name": name or machine_name(gpu, cpu["model"], cpu["logical cores"]),
+        "cpu": cpu["model"],
+        "cores": cpu["logical cores"],
+        "threads": cpu["torch threads"],
+        "instructions": cpu["our instructions"],
+        "gpu": gpu,
+        "driver": info.driver(),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": info.version_of("triton"),
+        "python": sys.version.split()[0],
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": shlex.join(["thresholdnet", *sys.argv[1:]]),
+    }
+
+
+def machine_name(gpu: str | None, cpu: str, cores: int) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"; "AMD EPYC 9R14" with 2 cores -> "epyc-2core"."""
+    if gpu is not None:
+        words = [word.lower() for word in re.findall(r"\w+", gpu) if word.lower() not in ("nvidia", "geforce", "tesla")]
+        return next((word for word in words if re.search(r"\d", word)), words[0] if words else "gpu")
+    family = re.search(r"epyc|xeon|ryzen|threadripper|core|neoverse|graviton|apple m\d", cpu.lower())
+    word = family[0] if family else next(iter(re.findall(r"\w+", cpu.lower())), "cpu")
+    return f"{word.replace(' ', '-')}-{cores}core"
+
+
+def path_for(out: Path, machine_folder: str, name: str) -> Path:
+    """`out` itself where it is a .json file, else the file of today's run `name` below it."""
+    for what, text in (("name", name), ("machine", machine_folder)):
+        if not re.fullmatch(r"[\w.+-]+", text):
+            raise ValueError(f"{what} must hold letters, digits and . _ + - alone, got {text!r}")
+    return out if out.suffix == ".json" else out / machine_folder / f"{datetime.date.today()}-{name}.json"
+
+
+class Results:
+    """A run's file.
+
+    Args:
+        path: the JSON file; read where it exists.
+        machine: see `machine`.
+
+    Raises:
+        ValueError: the file is none of ours, or its rows come from another machine, torch or commit.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any]):
+        self.path = path
+        self.machine = machine
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            found = read(path)
+            for key in SAME:
+                if found["machine"].get(key) != machine[key]:
+                    raise ValueError(
+                        f"{path} was measured with {key} {found['machine'].get(key)!r}, now it is {machine[key]!r}: "
+                        "give this run another --name"
+                    )
+            self.rows = found["rows"]
+
+    def has(self, case: Case, providers: Iterable[str], graphs: Iterable[bool]) -> bool:
+        """Whether the case is finished for all of these providers."""
+        done = {(row["provider"], row["graph"]) for row in self.of(case)}
+        return done.issuperset((name, graph) for name in providers for graph in graphs)
+
+    def of(self, case: Case) -> list[dict[str, Any]]:
+        """Rows of a case."""
+        return [row for row in self.rows if case.fields.items() <= row.items()]
+
+    def add(self, case: Case, rows: Sequence[dict[str, Any]]) -> None:
+        """Put these rows in place of the case's earlier ones and write the file: whole, or not at all."""
+        earlier = self.of(case)
+        self.rows = [row for row in self.rows if row not in earlier] + list(rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n"
+        write_atomic(self.path, text.encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of results.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+        rows = [(row["provider"], row["model"], row["mode"]) for row in found["rows"]]
+        found["machine"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be a file that thresholdnet bench wrote, got something else") from error
+    if not rows:
+        raise ValueError(f"{path} must hold at least one row, got none")
+    return dict(found)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout that this package lies in, None for an installed one."""
+    if not (CHECKOUT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
