@@ -6,12 +6,14 @@ DEMO := runs/demo
 STAMP := $(VENV)/.installed
 LIBRARY := $(VENV)/.built
 
-.PHONY: help install demo test test-slow lint format wheel abi clean
+.PHONY: help install demo test test-slow fuzz sanitize lint format wheel abi clean
 
 help:
 	@echo "make demo     train a small ThresholdNet on real digits (about a minute), draw what it learned"
 	@echo "make test     linters, types and the whole test suite"
 	@echo "make test-slow the rest: every engine test on the Triton backend in its interpreter (about an hour on 2 cores)"
+	@echo "make fuzz     ten minutes of random blocks and operators with fresh seeds"
+	@echo "make sanitize the C++ library and the emulated CUDA kernels under address and undefined-behaviour sanitizers"
 	@echo "make install  only make .venv and install the package with its tools"
 	@echo "make wheel    build sdist and wheel into dist/; install each in a new environment and test it there"
 	@echo "make abi      run the wheel's C++ library in another torch, without a rebuild: make abi TORCH=2.13.0"
@@ -48,6 +50,12 @@ test: lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py \
 		-k "triton and (opcheck or training_equals and (size0 or reference))"
+
+fuzz: install
+	THRESHOLDNET_FUZZ_MINUTES=10 $(BIN)/python -m pytest tests/test_fuzz.py
+
+sanitize: install
+	$(BIN)/python tests/sanitize.py
 
 test-slow: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --timeout 1800 tests/test_engine.py -k triton

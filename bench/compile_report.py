@@ -93,7 +93,9 @@ def convolution_forms(architecture: int, dtype: str, ways: int = 2, tf32: bool =
         ]
         if kernel_size == 1:  # no mask behind a 1x1 kernel
             uses = [(1, False, False), (0, True, False), (1, False, True), (2, False, False)]
-        for epilogue, add, slot_rows in uses[: 1 if affine and ways < 6 else ways]:
+        if affine:  # training and inference
+            uses = [(1, False, False), (2, False, False), (0, False, False), (1, False, True)]
+        for epilogue, add, slot_rows in uses[: 2 if affine and ways < 6 else ways]:
             constants = {
                 "TILE_ROWS": config.rows, "TILE_COLUMNS": config.columns, "TILE_COLUMNS2": config.columns2,
                 "TILE_K": config.chunk, "GROUP_H": config.group[0], "GROUP_W": config.group[1],

@@ -26,7 +26,7 @@ class Case:
         image: side of the images in pixels.
         batch: images a step.
         dtype: "fp32", "bf16", "fp16" or "fp64": of weights and images.
-        mode: "train" (gradients set to None, forward, backward of the output's sum) or "infer" (eval, no_grad).
+        mode: "train" (gradients set to None, forward, cross entropy, backward) or "infer" (eval, no_grad, forward).
     """
 
     model: str
@@ -91,23 +91,33 @@ PRESETS = {
         ((224, 8), (32, 100)),
         ("fp32",),
         MODES,
-        ("eager", "eager_channels_last", "compile", "fused", "fused_recompute", "fused_winograd"),
+        (
+            "eager", "eager_channels_last", "eager_folded", "compile", "checkpoint", "fused_native",
+            "fused_native_recompute", "fused_winograd",
+        ),
     ),
     "gpu": Preset(
         ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121"),
         ((224, 128), (32, 100)),
         ("bf16",),
         MODES,
-        ("eager", "eager_channels_last", "compile", "checkpoint", "fused", "fused_recompute", "fused_triton"),
+        (
+            "eager", "eager_channels_last", "eager_padded8", "eager_folded", "compile", "compile_folded",
+            "compile_max_autotune", "checkpoint", "fused_native", "fused_native_recompute", "fused_triton",
+            "fused_triton_recompute",
+        ),
     ),
     "quick": Preset(
         ("thresholdnet_ab:width_mult=0.25",),
         ((32, 2),),
         ("fp32",),
         MODES,
-        ("eager", "eager_channels_last", "checkpoint", "fused", "fused_recompute", "fused_winograd"),
+        (
+            "eager", "eager_channels_last", "eager_padded8", "eager_folded", "checkpoint", "fused_native",
+            "fused_native_recompute", "fused_winograd",
+        ),
     ),
-}
+}  # fmt: skip
 """cpu and gpu: the cases of the project's targets, batch and image each; quick: a trial of some seconds."""
 
 

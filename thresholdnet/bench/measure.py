@@ -1,4 +1,4 @@
-"""One case, measured fairly: checked against eager first, then every provider once a round, in an order that rotates.
+"""One case, measured fairly: checked first, then every provider once a round, in an order that turns.
 
 A time belongs to a step whose output and gradients are right. Rounds pair the providers: other work on the machine, the
 clock and the allocator meet all of them alike, and a ratio is the median of the ratios inside single rounds.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +20,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import checks
 from ..memory import dtype_of
 from ..models import create_model, model_arguments
-from . import check
+from . import check, footprint
+from .arithmetic import order, ratios, spread
+from .baselines import Unavailable
 from .cases import Case
-from .providers import Graphed, Runner, Unavailable, build, check_fused, known
+from .clock import Neighbours, clock_for, no_collection
+from .providers import Graphed, Runner, build, check_fused, known
 
-REFERENCES = ("eager_channels_last", "eager", "compile")
+BASELINES = ("eager", "eager_channels_last", "eager_folded", "compile", "compile_folded", "compile_max_autotune")
 """Providers whose times are divided by the others': a ratio above 1 is faster than they are."""
 
-FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU holds
+SHIFT = 2.0  # of every BatchNorm, see `_network`
+NOISY = 0.05  # share of all cores' time; where other processes took more, the rows carry a warning
 
 Tell = Callable[[str, float], None]
 Row = dict[str, Any]
@@ -44,14 +46,12 @@ class Settings:
         warmup: rounds before them that are not timed.
         device: "cpu", "cuda" or "cuda:1".
         cuda_graph: measure every provider also with its step captured as a CUDA graph.
-        load_seconds: how long other processes are watched before each case.
     """
 
-    rounds: int = 7
+    rounds: int = 9
     warmup: int = 2
     device: str = "cpu"
     cuda_graph: bool = False
-    load_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         checks.integer("rounds", self.rounds, 1)
@@ -84,12 +84,21 @@ class _Entry:
     said: Row = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        return label(self.provider, self.graph)
+
+
+def label(provider: str, graph: bool) -> str:
+    """ "eager", "eager+graph": the key of ratios."""
+    return f"{provider}+graph" if graph else provider
+
 
 def measure(case: Case, providers: Sequence[str], settings: Settings, tell: Tell | None = None) -> list[Row]:
     """Check and time one case.
 
     Args:
-        providers: names of `PROVIDERS`; eager is what the others are checked against, named or not.
+        providers: names of `PROVIDERS`; plain torch is what they are checked against, named or not.
         tell: called with what happens now and the share of the case that is done.
 
     Returns:
@@ -97,76 +106,107 @@ def measure(case: Case, providers: Sequence[str], settings: Settings, tell: Tell
     """
     tell = tell or (lambda text, share: None)
     known(providers)
-    device, train = torch.device(settings.device), case.mode == "train"
-    common = {
-        **case.fields,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "other_load": other_load(settings.load_seconds),
-    }
-    tell("eager's results", 0.0)
-    model, images = _network(case, device), _images(case, device)
-    truth = check.result(build("eager", model, images, train), with_input=True)
+    device = torch.device(settings.device)
     entries = [_Entry(name, graph) for graph in settings.graphs for name in providers]
-    for index, entry in enumerate(entries):
-        tell(f"checks {_name(entry)}", 0.4 * index / len(entries))
-        try:
-            _admit(entry, build(entry.provider, model, images, train), truth, case.dtype, device)
-        except Exception as error:  # whatever a compiler raises is the reason in that row, not the end of the run
-            entry.said["reason"] = str(error) if isinstance(error, Unavailable) else _first_line(error)
-    _rounds([entry for entry in entries if entry.runner is not None], settings, device, tell)
+    try:
+        tell("plain torch's results", 0.0)
+        model, images = network(case, device), _images(case, device)
+        truth, allowed = _truth(case, model, images)
+    except Exception as error:  # such as images too small for the model: nobody can run the case
+        for entry in entries:
+            entry.said["reason"] = f"plain torch itself: {_first_line(error)}"
+    else:
+        for index, entry in enumerate(entries):
+            tell(f"checks {entry.label}", 0.4 * index / len(entries))
+            try:
+                _admit(entry, build(entry.provider, model, images, case), truth, allowed, device)
+            except Exception as error:  # whatever a compiler raises is the reason in that row, not the end of the run
+                entry.said["reason"] = str(error) if isinstance(error, Unavailable) else _first_line(error)
+    conditions = _rounds([entry for entry in entries if entry.runner is not None], settings, device, tell)
+    common = {**case.fields, "device": device.type, "threads": torch.get_num_threads(), **conditions}
     return [common | _row(entry, entries) for entry in entries]
 
 
-def _network(case: Case, device: torch.device) -> nn.Module:
-    """Weights of a fixed seed and the statistics of the images; without dropout, whose masks would differ."""
+def unavailable(case: Case, provider: str, device: str) -> str | None:
+    """Why a provider cannot run a case here, None where nothing is known to stand against it; nothing is computed."""
+    with torch.device("meta"):
+        model = _plain(case)
+    images = torch.empty(1, 3, 1, 1, dtype=dtype_of(case.dtype), device=device)
+    try:
+        build(provider, model, images, case)
+    except Exception as error:
+        return str(error) if isinstance(error, Unavailable) else _first_line(error)
+    return None
+
+
+def _plain(case: Case) -> nn.Module:
+    """The model without dropout, whose masks would differ."""
     name, arguments = case.architecture()
     if "drop_rate" in model_arguments(name):
         arguments["drop_rate"] = 0.0
+    return create_model(name, case.classes, **arguments)
+
+
+def network(case: Case, device: torch.device) -> nn.Module:
+    """Weights of a fixed seed and the statistics of the images.
+
+    BatchNorms shift by `SHIFT`: with most values above an activation's kink, errors of rounding stay errors of rounding
+    (unshifted, bf16's gradients of plain torch itself are off by more than their size), and the check can see.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = create_model(name, case.classes, **arguments)
-    model = model.to(device).train()
+        model = _plain(case).to(device).train()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
     with torch.no_grad():
-        model(_images(case, device).float())
+        for norm in norms:
+            norm.bias.fill_(SHIFT)
+            norm.momentum = 1.0
+        model(_images(case, device, torch.float32))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.to(dtype_of(case.dtype))
 
 
-def _images(case: Case, device: torch.device) -> Tensor:
+def _images(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.image, case.image, generator=generator)
-    return images.to(device, dtype_of(case.dtype))
+    return images.to(dtype_of(case.dtype)).to(device, dtype)
 
 
-def _admit(entry: _Entry, runner: Runner, truth: dict[str, list[Tensor]], dtype: str, device: torch.device) -> None:
+def _truth(case: Case, model: nn.Module, images: Tensor) -> tuple[check.Result, dict[str, float]]:
+    """Plain torch's results in fp32 or fp64, and what errors a provider may have."""
+    exact = torch.float64 if case.dtype == "fp64" else torch.float32
+    with check.full_precision():
+        runner = build("eager", model, images, case)
+        wide = Runner(runner.model.to(exact), images.to(exact), runner.train)
+        truth = check.result(wide)
+    own = check.errors(check.result(build("eager_channels_last", model, images, case)), truth)
+    return truth, check.bounds(own, case.dtype)
+
+
+def _admit(
+    entry: _Entry, runner: Runner, truth: check.Result, allowed: dict[str, float], device: torch.device
+) -> None:
     """Run and check a provider; it may be timed afterwards. Raises what stands against it."""
-    compiled = runner.call is not runner.model
-    start, hits = time.perf_counter(), _cache_hits()
+    hits, start = _cache_hits(), time.perf_counter()
     runner.step()
     _synchronise(device)
     entry.said["first_call_s"] = time.perf_counter() - start
-    if compiled:
+    if runner.call is not runner.model:
         entry.said["compile_cache_hits"] = _cache_hits() - hits
     check_fused(runner)
     entry.said["backend"] = runner.backend()
-    if entry.graph:
+    if not entry.graph:
+        entry.said["saved_bytes"], entry.said["saved_by"] = footprint.saved_bytes(runner), footprint.SAVED_BY
+    else:
         runner = Graphed(runner)
-    # compiled and captured steps are checked as they will be timed: images that need a gradient are another program
-    found = check.errors(check.result(runner, with_input=not (compiled or entry.graph)), truth)
-    entry.said["check"] = found
-    complaint = check.complaint(found, dtype)
+    entry.said["peak_bytes"], entry.said["peak_by"] = footprint.peak_bytes(runner)
+    found = check.errors(check.result(runner), truth)
+    entry.said["check"] = {what: {"error": error, "bound": allowed[what]} for what, error in found.items()}
+    complaint = check.complaint(found, allowed)
     if complaint is not None:
         raise Unavailable(complaint)
-    if not entry.graph:
-        entry.said["peak_bytes"] = check.peak_bytes(runner, device)
-        entry.said["saved_bytes"] = check.saved_bytes(runner)
-        runner.clear()
     entry.runner = runner
 
 
@@ -177,63 +217,38 @@ def _cache_hits() -> int:
     return int(counters["inductor"]["fxgraph_cache_hit"]) + int(counters["aot_autograd"]["autograd_cache_hit"])
 
 
-# ---------------------------------------------------------------- time
-
-
-def _rounds(entries: list[_Entry], settings: Settings, device: torch.device, tell: Tell) -> None:
-    """Every provider once a round; the order rotates by one from round to round."""
+def _rounds(entries: list[_Entry], settings: Settings, device: torch.device, tell: Tell) -> Row:
+    """Every provider once a round; returns the conditions it was measured under."""
     if not entries:
-        return
-    clock = _Clock(device)
+        return {}
+    clock = clock_for(device)
+    load = os.getloadavg()[0]
+    watched = Neighbours()
     total = settings.warmup + settings.rounds
-    with _no_collection():
+    with no_collection():
         for index in range(total):
-            turn = index % len(entries)
-            warm = index < settings.warmup
-            tell("warms up" if warm else f"round {index - settings.warmup + 1}", 0.4 + 0.6 * index / total)
-            for entry in entries[turn:] + entries[:turn]:
-                assert entry.runner is not None
-                seconds = clock.time(entry.runner)
-                if not warm:
-                    entry.times.append(1e3 * seconds)
+            if index == settings.warmup:
+                watched = Neighbours()
+            number = index - settings.warmup
+            tell("warms up" if number < 0 else f"round {number + 1}", 0.4 + 0.6 * index / total)
+            for position in order(len(entries), index):
+                entry = entries[position]
+                if entry.runner is None:
+                    continue
+                try:
+                    elapsed = clock(entry.runner.step)
+                except Exception as error:  # such as memory that ran out beside the others
+                    entry.runner, entry.times = None, []
+                    entry.said["reason"] = _first_line(error)
+                    continue
+                if number >= 0:
+                    entry.times.append(elapsed)
             gc.collect()
-
-
-class _Clock:
-    """Times one step: the wall on a CPU; on a GPU its own events, the L2 cache overwritten before."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def time(self, runner: Runner) -> float:
-        """Seconds."""
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            runner.step()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        torch.cuda.synchronize(self.device)
-        begin.record()
-        runner.step()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return begin.elapsed_time(end) / 1e3
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's garbage collector runs between rounds, not inside a step."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    others = watched.share()
+    conditions: Row = {"load_before": load, "load_after": os.getloadavg()[0], "other_load": others}
+    if others is not None and others > NOISY:
+        conditions["warning"] = f"other processes took {others:.0%} of the CPU while this case was timed"
+    return conditions
 
 
 def _synchronise(device: torch.device) -> None:
@@ -241,64 +256,17 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def other_load(seconds: float) -> float | None:
-    """Share of the machine's CPU time that is neither idle nor this process's, 0 to 1; None where /proc has no say."""
-    before = _busy_total()
-    if before is None or seconds <= 0:
-        return None
-    own = sum(os.times()[:2])
-    time.sleep(seconds)
-    after = _busy_total()
-    assert after is not None
-    total = after[1] - before[1]
-    ticks = (sum(os.times()[:2]) - own) * os.sysconf("SC_CLK_TCK")
-    return round(max(0.0, after[0] - before[0] - ticks) / total, 4) if total else None
-
-
-def _busy_total() -> tuple[int, int] | None:
-    """Ticks of all cores since boot: not idle (time that a hypervisor took included), and in all."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return None
-    ticks = [int(text) for text in stat.read_text().partition("\n")[0].split()[1:9]]  # guests are counted in user
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-
-# ---------------------------------------------------------------- rows
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    place = percent / 100 * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def ratios(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Reference over times, round by round: median, p20 and p80 of these quotients."""
-    quotients = [r / t for t, r in zip(times, reference, strict=True)]
-    return {name: percentile(quotients, at) for name, at in (("median", 50), ("p20", 20), ("p80", 80))}
-
-
 def _row(entry: _Entry, entries: Sequence[_Entry]) -> Row:
     row: Row = {"provider": entry.provider, "graph": entry.graph}
     row |= {"ms_median": None, "ms_p20": None, "ms_p80": None, "peak_bytes": None, "saved_bytes": None}
     row |= {"runs": len(entry.times), "ratios": {}, **entry.said}
     if entry.times:
-        row |= {f"ms_{name}": percentile(entry.times, at) for name, at in (("median", 50), ("p20", 20), ("p80", 80))}
+        row |= {f"ms_{name}": value for name, value in spread(entry.times).items()}
         row["ms"] = entry.times
-        row["ratios"] = {
-            other.provider: ratios(entry.times, other.times)
-            for other in entries
-            if other.provider in REFERENCES and other.times and other.graph == entry.graph
-        }
+        times = {other.label: other.times for other in entries if other.times}
+        labels = [label(name, graph) for name in BASELINES for graph in (False, True)]
+        row["ratios"] = ratios(times, entry.label, labels)
     return row
-
-
-def _name(entry: _Entry) -> str:
-    return f"{entry.provider} (graph)" if entry.graph else entry.provider
 
 
 def _first_line(error: Exception) -> str:

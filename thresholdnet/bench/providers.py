@@ -1,26 +1,27 @@
-"""Who runs the step: the same weights in plain torch, compiled, checkpointed, and fused."""
+"""Who runs the step: the same weights in plain torch, compiled, checkpointed, padded, folded, and fused."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .. import graphs
 from ..backends import backends, csrc, winograd
-from ..blocks import ThresholdBlock, _join
 from ..checks import one_of
 from ..models import fuse_blocks
+from . import baselines
+from .baselines import Unavailable, blocks
+from .cases import Case
 
-
-class Unavailable(Exception):
-    """Why a provider cannot run a case here, in one sentence."""
+LABELS = 10  # classes that labels are taken from: no head has fewer
 
 
 class Runner:
@@ -32,6 +33,7 @@ class Runner:
         train: a training step, else an inference step.
         call: images -> logits; the model itself by default.
         within: context that every step runs in.
+        real: per parameter that holds more than eager's, a mask of eager's elements in it.
     """
 
     graph = False
@@ -43,12 +45,15 @@ class Runner:
         train: bool,
         call: Callable[[Tensor], Tensor] | None = None,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        real: Mapping[str, Tensor] | None = None,
     ):
         self.model = model.train(train)
         self.images = images
+        self.labels = torch.arange(images.shape[0], device=images.device) % LABELS
         self.train = train
         self.call = call or model
         self.within = within
+        self.real = real or {}
 
     def step(self) -> Tensor:
         """Run once; returns the logits."""
@@ -58,44 +63,49 @@ class Runner:
                     return self.call(self.images)
             self.clear()
             out = self.call(self.images)
-            out.sum().backward()
+            self.loss(out).backward()
             return out.detach()
+
+    def loss(self, out: Tensor) -> Tensor:
+        """Cross entropy with fixed labels."""
+        return F.cross_entropy(out.float() if out.dtype != torch.float64 else out, self.labels)
 
     def clear(self) -> None:
         """Drop the gradients."""
         self.model.zero_grad(set_to_none=True)
         self.images.grad = None
 
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters, in eager's order, without what a provider padded them with."""
+        found = []
+        for name, parameter in self.model.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found.append(grad[self.real[name]] if name in self.real else grad)
+        return found
+
     def backend(self) -> str | None:
         """The engine's backends that the fused blocks ran on last, None for a model without fused blocks."""
-        ran = {block.backend for block in _blocks(self.model) if block.fused}
+        ran = {block.backend for block in blocks(self.model) if block.fused}
         return ", ".join(sorted(ran)) or None
 
 
 class Graphed(Runner):
-    """A runner's step captured once as a CUDA graph, in three warm-up steps on a side stream, then replayed.
-
-    The gradients lie in the graph's memory and are written anew by each replay.
-    """
+    """A runner's step captured as a CUDA graph, then replayed; its gradients lie in the graph's memory."""
 
     graph = True
 
     def __init__(self, runner: Runner):
-        super().__init__(runner.model, runner.images, runner.train, runner.call, runner.within)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                super().step()
-        torch.cuda.current_stream().wait_stream(side)
+        super().__init__(runner.model, runner.images, runner.train, runner.call, runner.within, runner.real)
+        self.images, self.labels = runner.images, runner.labels
+        before = torch.cuda.memory_reserved()
         self.clear()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._out = super().step()
+        self._replay, self._out = graphs.capture(super().step)
+        self.pool_bytes = torch.cuda.memory_reserved() - before
 
     def step(self) -> Tensor:
-        self._graph.replay()
-        return self._out
+        self._replay()
+        out: Tensor = self._out
+        return out
 
 
 @dataclass(frozen=True)
@@ -104,21 +114,21 @@ class Provider:
 
     Attributes:
         what: in words.
-        make: (plain model, images, train) -> runner; gets copies of its own and may change them.
+        make: (plain model, images, case) -> runner; gets copies of its own and may change them.
     """
 
     what: str
-    make: Callable[[nn.Module, Tensor, bool], Runner]
+    make: Callable[[nn.Module, Tensor, Case], Runner]
 
 
-def build(name: str, model: nn.Module, images: Tensor, train: bool) -> Runner:
+def build(name: str, model: nn.Module, images: Tensor, case: Case) -> Runner:
     """A provider's runner on copies of a plain model and of the images.
 
     Raises:
         Unavailable: with the reason.
     """
     copied = images.detach().clone(memory_format=torch.contiguous_format)
-    return PROVIDERS[name].make(copy.deepcopy(model), copied, train)
+    return PROVIDERS[name].make(copy.deepcopy(model), copied, case)
 
 
 def check_fused(runner: Runner) -> None:
@@ -128,113 +138,133 @@ def check_fused(runner: Runner) -> None:
         raise Unavailable(f"a fused block fell back to plain torch ({'; '.join(said) or 'no backend takes the input'})")
 
 
-def _eager(model: nn.Module, images: Tensor, train: bool) -> Runner:
-    return Runner(model, images, train)
+def _train(case: Case) -> bool:
+    return case.mode == "train"
+
+
+def _eager(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    return Runner(model, images, _train(case))
 
 
 def _channels_last(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     return model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
 
 
-def _eager_channels_last(model: nn.Module, images: Tensor, train: bool) -> Runner:
-    return Runner(*_channels_last(model, images), train)
+def _eager_channels_last(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    return Runner(*_channels_last(model, images), _train(case))
 
 
-def _compiled(model: nn.Module, images: Tensor, train: bool, mode: str = "default") -> Runner:
+def _eager_padded(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    wide, real = baselines.padded(model)
+    return Runner(*_channels_last(wide, images), _train(case), real=real)
+
+
+def _eager_folded(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    _inference_only(case)
+    return Runner(*_channels_last(baselines.folded(model), images), False)
+
+
+def _compiled(model: nn.Module, images: Tensor, case: Case, mode: str = "default", folded: bool = False) -> Runner:
+    if folded:
+        _inference_only(case)
+        model = baselines.folded(model)
     # cached code of earlier cases counts towards dynamo's limit for one forward; beyond it, it silently stays eager
     torch._dynamo.reset()
     model, images = _channels_last(model, images)
-    return Runner(model, images, train, call=torch.compile(model, mode=mode))
+    return Runner(model, images, _train(case), call=torch.compile(model, mode=mode))
 
 
-def _checkpointed(model: nn.Module, images: Tensor, train: bool) -> Runner:
-    if not train:
+def _inference_only(case: Case) -> None:
+    if _train(case):
+        raise Unavailable("BatchNorm folds into weights in inference alone")
+
+
+def _checkpointed(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    if not _train(case):
         raise Unavailable("checkpoints save memory in training alone")
-    blocks = list(_blocks(model))
-    if not blocks:
-        raise Unavailable("the model has no blocks of ours to checkpoint")
-    for block in blocks:
-        block.forward = functools.partial(_forward_in_checkpoints, block)  # type: ignore[method-assign]  # this copy only
-    return Runner(*_channels_last(model, images), train)
-
-
-def _forward_in_checkpoints(block: ThresholdBlock, x: Tensor) -> Tensor:
-    """The plain block; backward concatenates and computes each layer again, as torchvision's memory_efficient does."""
-    nodes = [x]
-    for sources, layer in zip(block.links, block.layers, strict=True):
-        run = functools.partial(_layer, layer)
-        read = [nodes[k] for k in sources]
-        nodes.append(checkpoint(run, *read, use_reentrant=False, preserve_rng_state=False))
-    return _join([nodes[k] for k in block.plan.outputs])
-
-
-def _layer(layer: nn.Module, *read: Tensor) -> Tensor:
-    return layer(_join(list(read)))
+    name, _ = case.architecture()
+    return Runner(*_channels_last(baselines.checkpointed(model, name, case.classes), images), True)
 
 
 def _fused(
     model: nn.Module,
     images: Tensor,
-    train: bool,
+    case: Case,
     backend: str = "auto",
     recompute: str | None = None,
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Runner:
-    units = {block.plan.unit for block in _blocks(model)}
+    units = {block.plan.unit for block in blocks(model)}
     if not units:
         raise Unavailable("the model has no blocks of ours to fuse")
     if recompute == "bottleneck" and "bottleneck" not in units:
         raise Unavailable("the model has no bottleneck units to recompute")
-    if recompute is not None and not train:
+    if recompute is not None and not _train(case):
         raise Unavailable("inference keeps nothing that could be recomputed")
     reason = None if backend == "auto" else backends()[backend]
     if reason is not None:
         raise Unavailable(f"backend {backend} cannot run here: {reason}")
     fuse_blocks(model, True, backend, recompute)
-    return Runner(*_channels_last(model, images), train, within=within)
+    return Runner(*_channels_last(model, images), _train(case), within=within)
 
 
-def _fused_winograd(model: nn.Module, images: Tensor, train: bool) -> Runner:
+def _fused_winograd(model: nn.Module, images: Tensor, case: Case) -> Runner:
     if images.device.type != "cpu" or images.dtype != torch.float32:
         raise Unavailable(f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}")
     if csrc.reason() is not None:
         raise Unavailable(f"Winograd needs the C++ library: {csrc.reason()}")
-    if all(block.plan.unit != "conv_bn_relu" for block in _blocks(model)):
+    if all(block.plan.unit != "conv_bn_relu" for block in blocks(model)):
         raise Unavailable("the model has no conv_bn_relu units, which alone have a Winograd form")
-    return _fused(model, images, train, "native", within=_winograd)
+    return _fused(model, images, case, "native", within=_with_winograd)
+
+
+def _with_winograd() -> AbstractContextManager[None]:
+    return _winograd(True)
+
+
+def _without_winograd() -> AbstractContextManager[None]:
+    return _winograd(False)
 
 
 @contextmanager
-def _winograd() -> Iterator[None]:
+def _winograd(on: bool) -> Iterator[None]:
     before = winograd.enabled()
-    winograd.use(True)
+    winograd.use(on)
     try:
         yield
     finally:
         winograd.use(before)
 
 
-def _blocks(model: nn.Module) -> Iterator[ThresholdBlock]:
-    return (module for module in model.modules() if isinstance(module, ThresholdBlock))
-
-
-def _with(make: Callable[..., Runner], **options: Any) -> Callable[[nn.Module, Tensor, bool], Runner]:
+def _with(make: Callable[..., Runner], **options: Any) -> Callable[[nn.Module, Tensor, Case], Runner]:
     return functools.partial(make, **options)
 
 
 PROVIDERS: dict[str, Provider] = {
     "eager": Provider("plain torch, NCHW", _eager),
     "eager_channels_last": Provider("plain torch, NHWC", _eager_channels_last),
+    "eager_padded8": Provider("plain torch, NHWC, widths padded to multiples of 8", _eager_padded),
+    "eager_folded": Provider("plain torch, NHWC, BatchNorm folded into weights (inference)", _eager_folded),
     "compile": Provider("torch.compile, NHWC", _compiled),
+    "compile_folded": Provider("torch.compile, NHWC, BatchNorm folded (inference)", _with(_compiled, folded=True)),
     "compile_max_autotune": Provider(
         "torch.compile with mode max-autotune-no-cudagraphs, NHWC", _with(_compiled, mode="max-autotune-no-cudagraphs")
     ),
-    "checkpoint": Provider("plain torch, NHWC, each layer of a block in torch.utils.checkpoint", _checkpointed),
+    "checkpoint": Provider("plain torch, NHWC, layers recomputed in backward (training)", _checkpointed),
     "fused": Provider("fused blocks, best backend", _fused),
     "fused_recompute": Provider("the same with bottleneck outputs recomputed", _with(_fused, recompute="bottleneck")),
+    "fused_native": Provider(
+        "fused blocks on the native backend", _with(_fused, backend="native", within=_without_winograd)
+    ),
+    "fused_native_recompute": Provider(
+        "the same with bottleneck outputs recomputed",
+        _with(_fused, backend="native", recompute="bottleneck", within=_without_winograd),
+    ),
     "fused_winograd": Provider("fused blocks on the native backend, Winograd convolutions", _fused_winograd),
-    "fused_native": Provider("fused blocks on the native backend", _with(_fused, backend="native")),
     "fused_triton": Provider("fused blocks on the Triton backend", _with(_fused, backend="triton")),
+    "fused_triton_recompute": Provider(
+        "the same with bottleneck outputs recomputed", _with(_fused, backend="triton", recompute="bottleneck")
+    ),
 }
 """Every provider by its name."""
 

@@ -1,0 +1,91 @@
+"""Time of one step: by the processor's clock, or by events on the GPU behind a flushed cache."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+
+FLUSH_FACTOR = 2  # buffer to write between steps, in sizes of the GPU's L2 cache
+
+
+class ProcessorClock:
+    """perf_counter around a call. Caches hold what the step before left in them, as in training."""
+
+    def __call__(self, step: Step) -> float:
+        """Milliseconds of one call."""
+        start = time.perf_counter_ns()
+        step()
+        return (time.perf_counter_ns() - start) / 1e6
+
+
+class EventClock:
+    """Events on the current stream around a call; the L2 cache is overwritten before it."""
+
+    def __init__(self, device: torch.device):
+        size = FLUSH_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(max(size, 1), dtype=torch.int8, device=device)
+
+    def __call__(self, step: Step) -> float:
+        """Milliseconds of one call, the host's work included where the GPU waits for it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+
+def clock_for(device: torch.device) -> ProcessorClock | EventClock:
+    """The clock of a device."""
+    return EventClock(device) if device.type == "cuda" else ProcessorClock()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """The garbage collector runs before, and not within."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class Neighbours:
+    """What other processes took of the CPU between two moments, by /proc/stat; None where there is no such file."""
+
+    def __init__(self) -> None:
+        self.machine, self.own = _busy_and_total(), time.process_time()
+
+    def share(self) -> float | None:
+        """Their share of all cores' time since this object was made, time stolen by other virtual machines included."""
+        now = _busy_and_total()
+        if now is None or self.machine is None:
+            return None
+        busy, total = (later - before for later, before in zip(now, self.machine, strict=True))
+        return max(0.0, busy - (time.process_time() - self.own)) / total if total > 0 else 0.0
+
+
+def _busy_and_total() -> tuple[float, float] | None:
+    """Seconds of all cores since the machine started."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    fields = [int(field) for field in file.read_text().splitlines()[0].split()[1:9]]
+    user, nice, system, idle, waiting, hardware, software, stolen = fields  # guest time is part of user
+    second = os.sysconf("SC_CLK_TCK")
+    busy = user + nice + system + hardware + software + stolen
+    return busy / second, (busy + idle + waiting) / second
