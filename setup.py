@@ -182,6 +182,7 @@ class Library(Extension):
             objects.append(f"{(folder / source).as_posix()}.o")
             rules.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {source}")
         rules.append(f"build {made.as_posix()}: link {' '.join(objects)}")
+        rules.insert(0, f"builddir = {folder.as_posix()}")  # ninja's own records beside the objects
         write(folder / "build.ninja", "\n".join(rules) + "\n")
         jobs = os.environ.get("MAX_JOBS", "")
         if jobs and not (jobs.isdecimal() and int(jobs)):
