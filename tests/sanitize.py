@@ -7,7 +7,7 @@ instruction set that the machine has, then those of the emulator. The first repo
 Python is not built with sanitizers, so their libraries are loaded in front of it. Leaks are not looked for: Python and
 torch keep much until the process ends, which counts as leaked.
 
-    python tests/sanitize.py [--keep FOLDER]
+    python tests/sanitize.py [--keep FOLDER] [library] [emulator]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # the last, or asan 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
 REPORT = re.compile(r"^.*(?:ERROR: AddressSanitizer|runtime error:|AddressSanitizer: CHECK failed).*$", re.MULTILINE)
 CPU_TESTS = ("tests/test_fuzz.py", "tests/test_engine.py", "tests/test_chain.py", "tests/test_winograd.py")
+SLOW = "triton or compiles or gradcheck or thirty_steps or models or whole_networks or bytes"  # no loop is new in them
 LOADED = (
     "from thresholdnet.backends import csrc, libraries; "
     "print(csrc.reason(), csrc.instructions(), libraries.record('_csrc')['flags'])"
@@ -92,49 +93,67 @@ def copy_package(folder: Path) -> None:
     shutil.copytree(folder / "kernels", folder / "thresholdnet" / "kernels")
 
 
-def main(folder: Path) -> list[str]:
-    """Run everything; what was run, in words."""
-    copy_package(folder)
-    sys.path.insert(0, str(folder / "tests"))
-    import setup_script
-
-    compiler = setup_script.load().cxx()
-    options = {
+def options(compiler: list[str]) -> dict[str, str]:
+    """The environment of Python with sanitizers."""
+    return {
         "LD_PRELOAD": runtimes(compiler),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",  # loops are shared out, so that one thread's range ends inside a tensor
     }
-    python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
 
-    run(
-        [*python, "setup.py", "--quiet", "build_ext", "--inplace"],
-        folder,
-        {"THRESHOLDNET_SKIP_CUDA": "1", "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS},
-    )
+
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-o", "timeout=0"]
+
+
+def sanitize_library(folder: Path, environment: dict[str, str]) -> list[str]:
+    """The C++ library with each instruction set; what was run, in words."""
+    build = {"THRESHOLDNET_SKIP_CUDA": "1", "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS}
+    run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], folder, build)
     done = []
     for name in instructions():
-        chosen = {**options, "THRESHOLDNET_CPU": name}
-        loaded = run([*python, "-c", LOADED], folder, chosen)
+        chosen = {**environment, "THRESHOLDNET_CPU": name}
+        loaded = run([sys.executable, "-c", LOADED], folder, chosen)
         if not loaded.startswith(f"None {name} ") or "-fsanitize=address" not in loaded:
             raise Failure(f"the library with sanitizers does not run with {name} instructions: {loaded.strip()}")
-        run([*pytest, *CPU_TESTS, "-k", "not triton and not compiles"], folder, chosen)
+        run([*PYTEST, *CPU_TESTS, "-k", f"not ({SLOW})"], folder, chosen)
         done.append(f"the library with {name} instructions")
+    return done
 
-    flags = {"THRESHOLDNET_EMULATOR_FLAGS": f"{FLAGS} -Wno-error", "PYTHONPATH": "tests:tests/emulator"}
-    run([*python, "-c", BUILT], folder, flags)  # before the tests, whose compilers would run with sanitizers
-    run([*pytest, "tests/emulator"], folder, {**options, **flags})
-    return [*done, "the emulated CUDA kernels"]
+
+def sanitize_emulator(folder: Path, environment: dict[str, str]) -> list[str]:
+    """The emulated CUDA kernels; what was run, in words."""
+    build = {"THRESHOLDNET_EMULATOR_FLAGS": f"{FLAGS} -Wno-error", "PYTHONPATH": "tests:tests/emulator"}
+    run([sys.executable, "-c", BUILT], folder, build)  # before the tests, whose compilers would run with sanitizers
+    run([*PYTEST, "tests/emulator"], folder, {**environment, **build})
+    return ["the emulated CUDA kernels"]
+
+
+PARTS = {"library": sanitize_library, "emulator": sanitize_emulator}
+
+
+def main(folder: Path, parts: list[str]) -> list[str]:
+    """Run these parts; what was run, in words."""
+    copy_package(folder)
+    sys.path.insert(0, str(folder / "tests"))
+    import setup_script
+
+    environment = options(setup_script.load().cxx())
+    return [line for part in parts for line in PARTS[part](folder, environment)]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Sanitizers over the C++ library and the emulated CUDA kernels.")
+    parser.add_argument(
+        "parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="all of them if none is named"
+    )
     parser.add_argument("--keep", type=Path, help="copy into this new folder, and leave it there")
-    keep = parser.parse_args().keep
+    arguments = parser.parse_args()
+    keep = arguments.keep
     room = Path(tempfile.mkdtemp(prefix="thresholdnet-sanitize-")) if keep is None else keep.resolve()
     room.mkdir(parents=True, exist_ok=True)
     try:
-        print(f"sanitize: clean: {', '.join(main(room))}")
+        print(f"sanitize: clean: {', '.join(main(room, arguments.parts))}")
     except Failure as failure:
         sys.exit(f"sanitize: FAILED: {failure}")
     finally:

@@ -11,8 +11,8 @@ PACKAGE = Path(tn.__file__).parent
 HEAVY = {"lightning", "torchvision", "sklearn", "matplotlib", "rich", "typer", "huggingface_hub", "PIL", "tensorboard"}
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "links", "plan", "reference", "backends", "sync", "engine", "graphs", "transition", "ops", "functional", "blocks",
-    "chain", "models", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
+    "checks", "links", "plan", "reference", "backends", "sync", "engine", "graphs", "transition", "ops", "functional",
+    "blocks", "chain", "models", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
     "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 

@@ -123,7 +123,7 @@ class _Body(nn.Module):
 
 def _training_graph(model: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:
     body = _Body(model).train()
-    made: Callable[[Tensor], Tensor] = torch.cuda.make_graphed_callables(body, (sample,), num_warmup_iters=WARMUP)
+    made: Any = torch.cuda.make_graphed_callables(body, (sample,), num_warmup_iters=WARMUP)
     return made
 
 

@@ -6,6 +6,7 @@ Each takes a plain network of the zoo with its weights and gives one that comput
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -184,7 +185,7 @@ def folded(model: nn.Module) -> nn.Module:
         if not isinstance(module, nn.Sequential):
             continue
         names = [name for name, _ in module.named_children()]
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in itertools.pairwise(names):
             conv, norm = getattr(module, first), getattr(module, second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))

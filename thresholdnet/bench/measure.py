@@ -185,9 +185,7 @@ def _truth(case: Case, model: nn.Module, images: Tensor) -> tuple[check.Result, 
     return truth, check.bounds(own, case.dtype)
 
 
-def _admit(
-    entry: _Entry, runner: Runner, truth: check.Result, allowed: dict[str, float], device: torch.device
-) -> None:
+def _admit(entry: _Entry, runner: Runner, truth: check.Result, allowed: dict[str, float], device: torch.device) -> None:
     """Run and check a provider; it may be timed afterwards. Raises what stands against it."""
     hits, start = _cache_hits(), time.perf_counter()
     runner.step()

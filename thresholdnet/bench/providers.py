@@ -147,7 +147,7 @@ def _eager(model: nn.Module, images: Tensor, case: Case) -> Runner:
 
 
 def _channels_last(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
-    return model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    return model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
 
 
 def _eager_channels_last(model: nn.Module, images: Tensor, case: Case) -> Runner:

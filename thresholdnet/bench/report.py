@@ -137,7 +137,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for axes, (mode, key, title) in zip(all_axes, shown, strict=False):
         _panel(axes, [row for row in rows if row["mode"] == mode], key, groups, names)
         axes.set_title(f"{title}, {BASE} = 1", fontsize=10, loc="left")
-    handles = [Axes.bar(all_axes[0], 0, 0, color=_colour(name), hatch=_hatch(name)) for name in names]
+    handles: list[Any] = [Axes.bar(all_axes[0], 0, 0, color=_colour(name), hatch=_hatch(name)) for name in names]
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False, fontsize=9)
     figure.savefig(str(path), format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
 
