@@ -68,7 +68,9 @@ def _forward_in_checkpoints(block: ThresholdBlock, x: Tensor) -> Tensor:
     nodes = [x]
     for sources, layer in zip(block.links, block.layers, strict=True):
         assert isinstance(layer, nn.Sequential)  # both units are
-        repeated, kept = (layer[:3], layer[3:]) if block.plan.unit == "bottleneck" else (layer, layer[:0])
+        parts = list(layer)  # a slice of a unit would call the unit's own constructor
+        first = 3 if block.plan.unit == "bottleneck" else len(parts)
+        repeated, kept = nn.Sequential(*parts[:first]), nn.Sequential(*parts[first:])
         run = functools.partial(_joined, repeated)
         made = checkpoint(run, *(nodes[k] for k in sources), use_reentrant=False, preserve_rng_state=False)
         nodes.append(kept(made))

@@ -51,7 +51,7 @@ class Runner:
         self.images = images
         self.labels = torch.arange(images.shape[0], device=images.device) % LABELS
         self.train = train
-        self.call = call or model
+        self.call = model if call is None else call  # no `or`: a compiled model has no truth value
         self.within = within
         self.real = real or {}
 
