@@ -146,13 +146,14 @@ void convolve(
   const Packed shape{channels_of(from), padded(outputs, loops().lanes)};
   const float* weights = data_of(op, "weights", packed, {POSITIONS, shape.entries, shape.outputs});
   if (bias) vector_of(op, "bias", *bias, outputs, ScalarType::Float);
-  if (add && add->size(1) != outputs) refuse(op, ": add must have ", outputs, " channels, got ", add->size(1));
+  const Rows<const float> added = add ? rows_of<const float>(op, "add", *add, out, p) : Rows<const float>();
+  if (add) channels_must(op, "add", *add, outputs);
   if (activation < 0 || activation > 2)
     refuse(op, ": activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got ", activation);
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const Finish finish{
       bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
-      add ? rows_of<const float>(op, "add", *add, out, p) : Rows<const float>(),
+      added,
       {activation ? 0.f : -infinity, activation == 2 ? 6.f : infinity}};
   if (outputs == 0) return;
   // groups of outputs as even as whole vectors allow
@@ -174,7 +175,7 @@ Tensor weight_gradient(Tensors sources, Tensor gradient, int64_t outputs) {
   const char* op = "winograd_weight_gradient";
   const int64_t blocks = gradient.dim() == 4 ? gradient.size(0) : 0;
   const Source arriving = source_of(op, "gradient", gradient, blocks);
-  if (outputs < 0 || arriving.channels != padded(outputs, GRADIENT_PAD)) {
+  if (outputs < 0 || outputs > arriving.channels || arriving.channels != padded(outputs, GRADIENT_PAD)) {
     refuse(
         op, ": gradient must have the channels of `outputs`, padded to a multiple of ", GRADIENT_PAD, ", got ",
         arriving.channels, " for ", outputs, " outputs");
