@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from thresholdnet.bench.providers import PROVIDERS
+from thresholdnet.bench.report import COLOURS
+from thresholdnet.bench.targets import OURS
+
 TINY = [
     "--preset", "quick", "--model", "thresholdnet_ab:width_mult=0.25", "--image", "32", "--batch", "2", "--rounds", "2",
     "--warmup", "1", "--provider", "eager", "--provider", "eager_channels_last", "--provider", "checkpoint",
@@ -46,6 +50,11 @@ def test_rows_resume_and_report(tmp_path):
 def test_dry_run_lists_the_cases():
     code, out, _ = run("--preset", "cpu", "--dry-run", "--filter", "hardnet68")
     assert code == 0 and "hardnet68" in out and "densenet121" not in out
+
+
+def test_every_provider_can_be_drawn():
+    assert PROVIDERS.keys() <= COLOURS.keys()
+    assert {name for name in PROVIDERS if name.startswith("fused")} == set(OURS)
 
 
 @pytest.mark.parametrize(

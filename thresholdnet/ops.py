@@ -26,6 +26,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def _block_spec(
+    x: Tensor, plan: str, eps: list[float], fixed: list[bool], activation: str, backend: str, save: bool,
+    recompute: bool, drop: float, group: str,
+) -> engine.Spec:  # fmt: skip
+    """A call of a block on x, with the engine behind its backend."""
+    structure = BlockPlan.from_text(plan)
+    engine_name = engine_for(backend, structure, x)
+    return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
+
+
 def run_block(
     x: Tensor,
     parameters: list[Tensor],
@@ -43,9 +53,7 @@ def run_block(
     group: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
-    structure = BlockPlan.from_text(plan)
-    backend = engine_for(backend, structure, x)
-    spec = engine.Spec(structure, eps, fixed, activation, backend, save, recompute, drop, group)
+    spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
     return engine.forward(spec, x, parameters, running, engine.Extras(masks, counts))
 
 
@@ -69,9 +77,8 @@ def _(
     drop: float,
     group: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    structure = BlockPlan.from_text(plan)
-    backend = engine_for(backend, structure, x)
-    spec = engine.Spec(structure, eps, fixed, activation, backend, save, recompute, drop, group)
+    spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
+    structure = spec.plan
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     norms: list[int] = []
@@ -83,7 +90,7 @@ def _(
     channels = parameters[-1].shape[0] if tail else structure.out_channels
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, statistics, load(backend).kept_like(structure, x, spec.kinds_kept) if save else []
+    return y, statistics, load(spec.backend).kept_like(structure, x, spec.kinds_kept) if save else []
 
 
 def run_block_backward(
@@ -105,9 +112,7 @@ def run_block_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
-    structure = BlockPlan.from_text(plan)
-    backend = engine_for(backend, structure, x)
-    spec = engine.Spec(structure, eps, fixed, activation, backend, True, recompute, drop, group)
+    spec = _block_spec(x, plan, eps, fixed, activation, backend, True, recompute, drop, group)
     return engine.backward(spec, grad, x, parameters, statistics, saved, needs, engine.Extras(masks, counts))
 
 
@@ -157,8 +162,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     if not save:
         return
     plan, eps, fixed, activation, backend = call
-    structure = BlockPlan.from_text(plan)
-    spec = engine.Spec(structure, eps, fixed, activation, engine_for(backend, structure, x), save, recompute)
+    spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
     if not spec.keeps_input:
         x = x.new_empty(()).expand(x.shape)  # backward asks it for its shape alone
     if spec.keeps_output:

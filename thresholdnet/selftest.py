@@ -131,7 +131,7 @@ def check(case: Case) -> Result:
     started = time.perf_counter()
     result = Result(case)
     exact, x, cotangent, truth = _operands_and_truth(case.block, case.layers, case.shape, case.dtype)
-    with _full_precision():
+    with full_precision():
         try:
             ours = _run(copy.deepcopy(exact).fuse(True, case.backend), x, cotangent, case)
         except Exception as error:  # whatever it is, it is a finding
@@ -254,8 +254,8 @@ def _run(block: ThresholdBlock, x: Tensor, cotangent: Tensor, case: Case) -> dic
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """fp32 convolutions in fp32 on a GPU as well."""
+def full_precision() -> Iterator[None]:
+    """fp32 convolutions and products in fp32 on a GPU as well."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

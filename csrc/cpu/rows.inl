@@ -2,9 +2,9 @@
 // file and no function of the standard library is instantiated, so that no object lends another its instructions.
 //
 // Channels are walked in GCC's vector types of VECTOR bytes, which the file that includes this defines as what its
-// instructions have: GCC takes comparisons of longer vectors apart into scalars. Rows are finished one
-// after the other, because walks that jump from row to row defeat prefetching and write combining; where sums are kept,
-// AT_ONCE rows go together, so that a sum, which lives in the first-level cache, is loaded and stored once for all of them.
+// instructions have: GCC takes comparisons of longer vectors apart into scalars. Rows are finished one after the other,
+// because walks that jump from row to row defeat prefetching and write combining; where sums are kept, AT_ONCE rows go
+// together, so that a sum, which lives in the first-level cache, is loaded and stored once for all of them.
 #include <cstring>
 
 #include "rows.h"

@@ -8,10 +8,8 @@ layer, not a wrong digit: `thresholdnet selftest` and the tests hold single laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .providers import Runner
@@ -65,14 +63,3 @@ def complaint(found: dict[str, float], allowed: dict[str, float]) -> str | None:
         if not found[what] <= bound:  # a NaN is wrong as well
             return f"wrong: {what} off by {found[what]:.1e} of plain torch's root mean square, {bound:.1e} is allowed"
     return None
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 convolutions and products in fp32 on a GPU as well."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import checks
 from ..memory import dtype_of
 from ..models import create_model, model_arguments
+from ..selftest import full_precision
 from . import check, footprint
 from .arithmetic import order, ratios, spread
 from .baselines import Unavailable
@@ -107,6 +108,8 @@ def measure(case: Case, providers: Sequence[str], settings: Settings, tell: Tell
     tell = tell or (lambda text, share: None)
     known(providers)
     device = torch.device(settings.device)
+    # cached code of earlier cases counts towards dynamo's limit for one forward; beyond it, it silently stays eager
+    torch._dynamo.reset()
     entries = [_Entry(name, graph) for graph in settings.graphs for name in providers]
     try:
         tell("plain torch's results", 0.0)
@@ -125,18 +128,6 @@ def measure(case: Case, providers: Sequence[str], settings: Settings, tell: Tell
     conditions = _rounds([entry for entry in entries if entry.runner is not None], settings, device, tell)
     common = {**case.fields, "device": device.type, "threads": torch.get_num_threads(), **conditions}
     return [common | _row(entry, entries) for entry in entries]
-
-
-def unavailable(case: Case, provider: str, device: str) -> str | None:
-    """Why a provider cannot run a case here, None where nothing is known to stand against it; nothing is computed."""
-    with torch.device("meta"):
-        model = _plain(case)
-    images = torch.empty(1, 3, 1, 1, dtype=dtype_of(case.dtype), device=device)
-    try:
-        build(provider, model, images, case)
-    except Exception as error:
-        return str(error) if isinstance(error, Unavailable) else _first_line(error)
-    return None
 
 
 def _plain(case: Case) -> nn.Module:
@@ -177,7 +168,7 @@ def _images(case: Case, device: torch.device, dtype: torch.dtype | None = None) 
 def _truth(case: Case, model: nn.Module, images: Tensor) -> tuple[check.Result, dict[str, float]]:
     """Plain torch's results in fp32 or fp64, and what errors a provider may have."""
     exact = torch.float64 if case.dtype == "fp64" else torch.float32
-    with check.full_precision():
+    with full_precision():
         runner = build("eager", model, images, case)
         wide = Runner(runner.model.to(exact), images.to(exact), runner.train)
         truth = check.result(wide)

@@ -168,8 +168,6 @@ def _compiled(model: nn.Module, images: Tensor, case: Case, mode: str = "default
     if folded:
         _inference_only(case)
         model = baselines.folded(model)
-    # cached code of earlier cases counts towards dynamo's limit for one forward; beyond it, it silently stays eager
-    torch._dynamo.reset()
     model, images = _channels_last(model, images)
     return Runner(model, images, _train(case), call=torch.compile(model, mode=mode))
 

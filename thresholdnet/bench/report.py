@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 COLOURS = {
     "eager": "#9aa0a6", "eager_channels_last": "#5f6368", "compile": "#e0a030", "compile_max_autotune": "#b07818",
     "checkpoint": "#b58bc8", "fused": "#4878a8", "fused_recompute": "#2a7f4f", "fused_winograd": "#d1495b",
-    "fused_native": "#76a5cf", "fused_triton": "#17becf",
+    "fused_native": "#76a5cf", "fused_triton": "#17becf", "eager_padded8": "#bdc1c6", "eager_folded": "#3c4043",
+    "compile_folded": "#f2c879", "fused_native_recompute": "#7fc29b", "fused_triton_recompute": "#0e7c86",
 }  # fmt: skip
 SHORT = {"fp32": "", "bf16": "\nbf16", "fp16": "\nfp16", "fp64": "\nfp64"}
 
@@ -45,7 +46,7 @@ def markdown(results: Mapping[str, Any], name: str = "") -> str:
     lines += _without_time(rows)
     loads = [row["other_load"] for row in rows if row.get("other_load") is not None]
     if loads:
-        lines.append(f"\nOther processes used up to {max(loads):.0%} of the machine's CPU just before a case.")
+        lines.append(f"\nOther processes used up to {max(loads):.0%} of the machine's CPU while a case was timed.")
     return "\n".join(lines) + "\n"
 
 

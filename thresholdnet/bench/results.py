@@ -1,9 +1,10 @@
 """The file of a run, bench/results/<machine>/<date>-<name>.json, whole after every case, and taken up where it ends.
 
 {"machine": {...}, "rows": [...]}; a row has model, image, batch, dtype, mode, provider, graph; ms_median, ms_p20,
-ms_p80 over its runs (null without a time, then "reason" says why); peak_bytes (null on a CPU, whose allocator does not
-count), saved_bytes; threads, other_load; first_call_s, compile_cache_hits, backend; check (errors against eager); ms (a
-round each); ratios {reference: {median, p20, p80}}, above 1 where the row is faster than the reference.
+ms_p80 over its runs (null without a time, then "reason" says why); peak_bytes and saved_bytes, with peak_by and
+saved_by for how they were found; threads, other_load; first_call_s, compile_cache_hits, backend; check (errors and
+their bounds); ms (a round each); ratios {reference: {median, p20, p80}}, above 1 where the row is faster than the
+reference.
 """
 
 from __future__ import annotations

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 BASE = "eager_channels_last"
-OURS = ("fused", "fused_recompute", "fused_winograd", "fused_native", "fused_triton")
+OURS = (
+    "fused", "fused_recompute", "fused_winograd", "fused_native", "fused_native_recompute", "fused_triton",
+    "fused_triton_recompute",
+)  # fmt: skip
 
 _SETTING = {"image": 224, "batch": 8, "dtype": "fp32", "graph": False}
 _SPEED = {
