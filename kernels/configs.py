@@ -103,7 +103,10 @@ def convolution_config(
     tiles = -(-pixels // 128) * -(-padded // (columns + columns2))
     if tiles < MULTIPROCESSORS.get(capability[0], 108) and columns2 == 0 and columns >= 64:
         return ConvolutionConfig(64, columns, 0, chunk, 4, 4 if columns == 64 else 3)
-    return ConvolutionConfig(128, columns, columns2, chunk, warps, 4 if columns == 16 else 3)
+    stages = 4 if columns == 16 else 3
+    if capability[0] == 8 and kernel_size == 3 and columns + columns2 == 192:
+        stages = 2  # with 3, Triton 3.6 reloads spilled registers in the main loop of the masked data gradient
+    return ConvolutionConfig(128, columns, columns2, chunk, warps, stages)
 
 
 def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
@@ -156,7 +159,7 @@ def readers_config(capability: Capability, dtype: str, pixels: int) -> ReadersCo
     if dtype == "float32":
         return ReadersConfig(64, 64, 4, 2)
     if capability[0] == 9 and pixels >= 128 * 256:
-        return ReadersConfig(128, 128, 8, 2)
+        return ReadersConfig(128, 64, 8, 2)  # 128 columns spill in the main loop with Triton 3.6
     return ReadersConfig(64, 64, 4, 3)
 
 

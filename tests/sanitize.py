@@ -29,7 +29,7 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # the last, or asan 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
 REPORT = re.compile(r"^.*(?:ERROR: AddressSanitizer|runtime error:).*$", re.MULTILINE)
 CPU_TESTS = ("tests/test_fuzz.py", "tests/test_engine.py", "tests/test_chain.py", "tests/test_winograd.py")
-SLOW = "triton or compiles or gradcheck or thirty_steps or models or whole_networks or bytes"  # no loop is new in them
+SLOW = "triton or compiles or gradcheck or steps_of_training or models or whole_networks or bytes"  # no new loop there
 LOADED = (
     "from thresholdnet.backends import csrc, libraries; "
     "print(csrc.reason(), csrc.instructions(), libraries.record('_csrc')['flags'])"
