@@ -15,6 +15,7 @@ except ImportError as error:
 from . import functional, links, memory, weights
 from .backends import backends
 from .blocks import ThresholdBlock
+from .convert import convert, to_reference
 from .models import create_model, from_pretrained, list_models, save_pretrained
 from .plan import BlockPlan, plan_block
 
@@ -28,6 +29,6 @@ except PackageNotFoundError:  # a source checkout that was never installed
     __version__ = "0+source"
 
 __all__ = [
-    "BlockPlan", "ThresholdBlock", "backends", "create_model", "from_pretrained", "functional", "links", "list_models",
-    "memory", "plan_block", "save_pretrained", "weights",
+    "BlockPlan", "ThresholdBlock", "backends", "convert", "create_model", "from_pretrained", "functional", "links",
+    "list_models", "memory", "plan_block", "save_pretrained", "to_reference", "weights",
 ]  # fmt: skip

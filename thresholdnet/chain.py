@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync
-from .blocks import ThresholdBlock, _or_empty, _shared_group, _update_running
+from .linked import LinkedBlock, hooked, or_empty, shared_group, update_running
 
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
@@ -32,9 +32,19 @@ def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+class Chain(nn.Sequential):
+    """nn.Sequential that runs through `run`; `fused`: or not."""
+
+    fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The modules one after the other."""
+        return run(self, x) if self.fused else super().forward(x)
+
+
 def _leaves(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for module in modules:
-        if type(module).forward is nn.Sequential.forward and not _hooked(module):
+        if type(module).forward is nn.Sequential.forward and not hooked(module):
             yield from _leaves(module.children())
         else:
             yield module
@@ -43,7 +53,7 @@ def _leaves(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
     """How many of the modules in front ran, and what they gave."""
     first, behind = waiting[0], waiting[1:]
-    if isinstance(first, ThresholdBlock):
+    if isinstance(first, LinkedBlock):
         pointwise = behind[0] if behind else None
         if first.fused and first.plan.unit == "conv_bn_relu" and _free(first) and _pointwise(pointwise):
             return 2, first(x, tail=pointwise.weight)
@@ -64,7 +74,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
 
 def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int]] | None, x: Tensor) -> Tensor:
     fixed = not norm.training and norm.running_mean is not None
-    group = None if fixed else _shared_group([norm])
+    group = None if fixed else shared_group([norm])
     counts = None if group is None else sync.counts(x, group)
     weight = None if conv is None else conv.weight
     dtype = ops.autocast_dtype(x.device)
@@ -73,11 +83,11 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
     like = norm.weight if norm.weight is not None else x.new_ones(x.shape[1])
     y, statistics = ops.transition(
         x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,
-        [_or_empty(norm.running_mean, x), _or_empty(norm.running_var, x)], counts, norm.eps, fixed, activation,
+        [or_empty(norm.running_mean, x), or_empty(norm.running_var, x)], counts, norm.eps, fixed, activation,
         [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation], *(pool or ("", [0] * 8)),
         "" if group is None else group.group_name,
     )  # fmt: skip
-    _update_running([norm], [statistics], sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+    update_running([norm], [statistics], sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
     return y
 
 
@@ -88,14 +98,8 @@ def _fits(norm: _BatchNorm, x: Tensor) -> bool:
     return x.dim() == 4 and x.is_floating_point() and x.shape[1] == norm.num_features and several
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _free(*modules: nn.Module) -> bool:
-    return not any(_hooked(module) for module in modules)
+    return not any(hooked(module) for module in modules)
 
 
 def _plain_convolution(module: nn.Module, x: Tensor) -> bool:

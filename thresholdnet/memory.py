@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import ops
-from .blocks import ThresholdBlock
 from .checks import one_of
 from .counting import checked_shape, meta_copy
+from .linked import LinkedBlock
 from .models import fuse_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -95,7 +95,7 @@ def _step(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Accou
             owners[key] = inside[-1] if inside else ""
         return tensor
 
-    names = {module: name or "block" for name, module in model.named_modules() if isinstance(module, ThresholdBlock)}
+    names = {module: name or "block" for name, module in model.named_modules() if isinstance(module, LinkedBlock)}
     for module, name in names.items():
         _announce(module, name, inside)
     tracker = _Tracker(own)

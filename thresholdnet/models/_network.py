@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import chain
-from ..blocks import check_images
 from ..checks import integer, number
+from ..linked import check_images
 
 
 class FeatureInfo(TypedDict):

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..blocks import ThresholdBlock
+from ..chain import Chain
 from ..checks import integer, one_of
+from ..linked import LinkedBlock
 from ._network import FeaturePyramid, Network
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -107,10 +108,10 @@ def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", rec
         ValueError: unknown backend or recompute.
         RuntimeError: a backend asked for by name that cannot run here.
     """
-    blocks = [module for module in model.modules() if isinstance(module, ThresholdBlock)]
+    blocks = [module for module in model.modules() if isinstance(module, LinkedBlock)]
     running = sum(block.fuse(fused, backend, recompute).fused for block in blocks)
     for module in model.modules():
-        if isinstance(module, Network | FeaturePyramid):
+        if isinstance(module, Network | FeaturePyramid | Chain):
             module.fused = running > 0
     return running
 

@@ -1,0 +1,282 @@
+"""tn.convert: other people's models with the same state dict, outputs, gradients and statistics, and less kept."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torchvision
+from foreign import Encoder, HarDBlock, HarDNet68
+from torch import nn
+
+import thresholdnet as tn
+from thresholdnet.convert import ConvertedBlock
+
+F64 = torch.float64
+
+
+def quiet(model, **options):
+    return tn.convert(model, report=None, **options)
+
+
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, ConvertedBlock)]
+
+
+def randomise(model):
+    """Weights, statistics and eps away from their neutral starts."""
+    torch.manual_seed(0)
+    for i, norm in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        norm.eps = (1e-5, 1e-3)[i % 2]
+    return model
+
+
+def run(model, x, train):
+    """Output, gradients of x and of all parameters."""
+    model.train(train)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    return [y.detach(), *torch.autograd.grad((y * cotangent).sum(), [x, *model.parameters()])]
+
+
+def assert_equal_in_all(converted, original, x):
+    assert list(converted.state_dict()) == list(original.state_dict())
+    for train in (False, True):
+        results = [run(model, x, train) for model in (converted, original)]
+        names = ["output", "x", *(name for name, _ in original.named_parameters())]
+        largest = max(g.abs().max().item() for g in results[1][1:])
+        for name, ours, theirs in zip(names, *results, strict=True):
+            assert ours.shape == theirs.shape, name
+            # a gradient that is 0 but for rounding is held against the largest of all
+            limit = 1e-9 * max(theirs.abs().max().item(), 1e-3 * largest)
+            assert (ours - theirs).abs().max().item() <= limit, name
+    for (name, ours), theirs in zip(converted.state_dict().items(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet169", "densenet201", "densenet161"])
+def test_torchvision_densenets(name):
+    original = randomise(torchvision.models.get_model(name, num_classes=4)).double()
+    converted = quiet(copy.deepcopy(original))
+    assert len(blocks(converted)) == 4
+    assert_equal_in_all(converted, original, torch.randn(2, 3, 64, 64, dtype=F64))
+
+
+def test_torchvision_memory_efficient_densenet():
+    settings = {"growth_rate": 8, "block_config": (3, 4), "num_init_features": 12, "bn_size": 2, "num_classes": 4}
+    frugal = torchvision.models.DenseNet(**settings, memory_efficient=True)
+    original = randomise(torchvision.models.DenseNet(**settings)).double()
+    frugal.load_state_dict(original.state_dict())
+    for norm, other in zip(frugal.modules(), original.modules(), strict=True):
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = other.eps
+    converted = quiet(frugal.double(), recompute="bottleneck")
+    # not against itself: its checkpoints update running statistics twice a step
+    assert_equal_in_all(converted, original, torch.randn(2, 3, 40, 33, dtype=F64))
+
+
+def test_timm_densenet():
+    timm = pytest.importorskip("timm")
+    original = randomise(timm.create_model("densenet121", num_classes=4)).double()
+    converted = quiet(copy.deepcopy(original))
+    assert len(blocks(converted)) == 4
+    assert_equal_in_all(converted, original, torch.randn(2, 3, 64, 64, dtype=F64))
+
+
+def test_timm_features():
+    timm = pytest.importorskip("timm")
+    original = randomise(timm.create_model("densenet121", features_only=True)).double().eval()
+    converted = quiet(copy.deepcopy(original))
+    assert len(blocks(converted)) == 4
+    x = torch.randn(1, 3, 64, 64, dtype=F64)
+    for ours, theirs in zip(converted(x), original(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_hardnet68_of_its_authors():
+    original = randomise(HarDNet68()).double()
+    converted = quiet(copy.deepcopy(original))
+    assert [block.plan.num_layers for block in blocks(converted)] == [8, 16, 16, 16, 4]
+    assert all(block.activation == "relu6" for block in blocks(converted))
+    assert_equal_in_all(converted, original, torch.randn(3, 3, 64, 64, dtype=F64))
+
+
+def test_a_segmentation_network():
+    original = randomise(Encoder()).double()
+    converted = quiet(copy.deepcopy(original))
+    assert [block.plan.outputs[0] for block in blocks(converted)] == [0, 1]  # keepBase: node 0 among the outputs
+    assert_equal_in_all(converted, original, torch.randn(2, 3, 22, 26, dtype=F64))
+
+
+def test_our_own_plain_model():
+    model = tn.create_model("thresholdnet_bc", num_classes=3, width_mult=0.25)
+    assert quiet(model) is model
+    assert all(block.fused for block in model.modules() if isinstance(block, tn.ThresholdBlock))
+    assert not any(b.fused for b in tn.to_reference(model).modules() if isinstance(b, tn.ThresholdBlock))
+
+
+def test_a_block_alone_comes_back_as_another_module():
+    block = torchvision.models.DenseNet(8, (3,), 12, num_classes=2).features.denseblock1
+    converted = quiet(block)
+    assert isinstance(converted, ConvertedBlock)
+    assert tn.to_reference(converted) is block
+
+
+def test_it_can_be_undone():
+    original = randomise(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)).double()
+    model = copy.deepcopy(original)
+    kinds = [type(module) for module in model.modules()]
+    tn.to_reference(quiet(model).train(False))
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any(module.training for module in model.modules())
+    x = torch.randn(2, 3, 40, 40, dtype=F64)
+    assert torch.equal(model(x), original.eval()(x))
+
+
+def test_twice_is_once():
+    model = quiet(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4))
+    before = [id(module) for module in model.modules()]
+    lines = []
+    tn.convert(model, recompute="bottleneck", report=lines.append)
+    assert [id(module) for module in model.modules()] == before
+    assert all(block.recompute == "bottleneck" for block in blocks(model))
+    assert not lines
+
+
+def test_copies_pickles_and_saved_models():
+    model = quiet(randomise(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)).double()).eval()
+    x = torch.randn(2, 3, 40, 40, dtype=F64)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert len(blocks(twin)) == 2
+        assert torch.equal(twin(x), model(x))
+        with torch.no_grad():  # and it is a copy: the original's modules are its own
+            twin.features.denseblock1.denselayer1.conv1.weight.zero_()
+        assert torch.equal(tn.to_reference(twin)(x), twin(x))
+    assert model.features.denseblock1.denselayer1.conv1.weight.any()
+
+
+def test_a_module_put_in_later_is_used():
+    model = quiet(torchvision.models.DenseNet(8, (3,), 12, num_classes=4)).eval()
+    layer = copy.deepcopy(model.features.denseblock1.denselayer2)
+    nn.init.zeros_(layer.conv2.weight)
+    model.features.denseblock1.denselayer2 = layer
+    x = torch.randn(1, 3, 40, 40)
+    fused = model(x)
+    torch.testing.assert_close(fused, tn.to_reference(model)(x))
+
+
+def test_hooks_are_called():
+    model = quiet(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)).eval()
+    seen = []
+    x = torch.randn(1, 3, 40, 40)
+    expected = model(x)
+    for name in ("features.denseblock1", "features.denseblock1.denselayer2", "features.transition1.conv"):
+        model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: seen.append(name))
+    torch.testing.assert_close(model(x), expected)
+    assert sorted(seen) == ["features.denseblock1", "features.denseblock1.denselayer2", "features.transition1.conv"]
+
+
+def test_hooks_of_a_block_move_with_it():
+    model = torchvision.models.DenseNet(8, (3,), 12, num_classes=4)
+    seen = []
+    handle = model.features.denseblock1.register_forward_hook(lambda *args: seen.append(1))
+    quiet(model)(torch.randn(2, 3, 40, 40))
+    assert seen == [1]
+    handle.remove()
+    model(torch.randn(2, 3, 40, 40))
+    assert seen == [1]
+
+
+def test_dropout_in_training():
+    model = torchvision.models.DenseNet(8, (3,), 12, drop_rate=0.5, num_classes=4)
+    converted = quiet(model)
+    assert blocks(converted)[0].drop_rate == 0.5
+    x = torch.randn(4, 12, 6, 6)
+    block = blocks(converted)[0].train()
+    features = block(x)[:, 12:]
+    assert 0.3 < (features == 0).float().mean() < 0.7  # half of every layer's output
+    assert not (block.eval()(x)[:, 12:] == 0).any()
+
+
+def test_it_says_what_it_did_and_why_not():
+    class Odd(torchvision.models.densenet._DenseBlock):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Extra(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.good = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
+            self.odd = Odd(2, 8, 2, 4, 0.0)
+            self.strided = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
+            self.strided.denselayer2.conv2 = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
+            self.gelu = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
+            self.gelu.denselayer1.relu1 = nn.GELU()
+            self.harmonic = HarDBlock(8, 6, 1.7, 4)
+
+    lines = []
+    model = tn.convert(Extra(), report=lines.append)
+    assert [type(child) is ConvertedBlock for child in model.children()] == [True, False, False, False, True]
+    said = {line.split(":")[0]: line for line in lines}
+    assert said.keys() == {"fused good", "fused harmonic", "left odd", "left strided", "left gelu"}
+    assert "computes something else" in said["left odd"]
+    assert "denselayer2.conv2 must be a 3x3 convolution" in said["left strided"]
+    assert "GELU" in said["left gelu"]
+    lines.clear()
+    tn.convert(nn.Linear(2, 2), report=lines.append)
+    assert lines == ["nothing to fuse: no DenseNet or HarDNet block was found"]
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
+        tn.convert(3)
+    with pytest.raises(ValueError, match="backend 'cuda' is unknown"):
+        quiet(torchvision.models.DenseNet(8, (3,), 12), backend="cuda")
+
+
+def test_the_check_changes_nothing():
+    model = torchvision.models.DenseNet(8, (3,), 12).train()
+    model.features.denseblock1.denselayer1.eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    quiet(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("recompute", "most"), [(None, 0.27), ("bottleneck", 0.11)])
+def test_kept_bytes_of_densenet121_at_224(recompute, most):
+    """Bytes that autograd keeps of a training step's forward, batch 4, against the original."""
+    x = torch.randn(4, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    original = torchvision.models.densenet121(weights=None).to(memory_format=torch.channels_last)
+    converted = quiet(copy.deepcopy(original), recompute=recompute)
+    kept = []
+    for model in (original, converted):
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+        sizes = {}
+
+        def pack(tensor, own=own, sizes=sizes):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                sizes[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model(x)
+        kept.append(sum(sizes.values()))
+        del y
+    print(f"kept {kept[1]} of {kept[0]} bytes: {kept[1] / kept[0]:.3f}")
+    assert kept[1] <= most * kept[0]

@@ -1,0 +1,196 @@
+"""Put fused blocks into models that were not made here, in place, with the weights and the state dict they have.
+
+A block keeps its own modules under their own names; only the way from its input to its output changes. Blocks are found
+by structure (`recognise.py`), then held against the original on random pixels before they take its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain
+from .linked import LinkedBlock, hooked
+from .models import fuse_blocks
+from .recognise import Found, Unlike, recognise
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Largest difference that the check lets pass, of the largest value; 0.1 in half formats, whose errors add up over a
+block's layers. A wrong structure differs by about 1."""
+
+
+class ConvertedBlock(LinkedBlock):
+    """A foreign block, run by the engine: the same modules under the same names, the same state dict and results.
+
+    Where a module inside has hooks, the original computes, so that they are called.
+    """
+
+    def __init__(self, original: nn.Module, found: Found):
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self._original = [original]  # in a list: no second registration of its modules
+        self.plan, self.activation, self.drop_rate = found.plan, found.activation, found.drop_rate
+        self.kind, self._paths = found.kind, found.units
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            setattr(self, kind, getattr(original, kind))
+        self.training = original.training
+        self.fuse(True)
+
+    def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
+        """See `LinkedBlock.forward`; `tail` is for Conv-BN-ReLU blocks."""
+        if self.fused and any(hooked(module) for module in itertools.islice(self.modules(), 1, None)):
+            y = self._plain_forward(x)
+            return y if tail is None else nn.functional.conv2d(y, tail)
+        return super().forward(x, tail)
+
+    def original(self) -> nn.Module:
+        """The block as it was, with today's modules and mode."""
+        block = self._original[0]
+        block.training = self.training
+        for name, child in self.named_children():
+            block._modules[name] = child  # one may have been replaced since
+        return block
+
+    def _units(self) -> Sequence[Sequence[nn.Module]]:
+        return [[self.get_submodule(path) for path in unit] for unit in self._paths]
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        block = self.original()
+        y: Tensor = type(block).forward(block, x)  # its hooks were called around this one
+        return y
+
+
+def convert(
+    model: nn.Module,
+    backend: str = "auto",
+    recompute: str | None = None,
+    report: Callable[[str], Any] | None = print,
+) -> nn.Module:
+    """Fuse what can be fused in a model, in place: same weights, same state dict, same outputs and gradients.
+
+    DenseNet blocks of torchvision and timm (any growth rate, depth, eps, drop_rate; memory_efficient is not needed any
+    more) and HarDNet's blocks become `ConvertedBlock`s; blocks of our own plain models are switched on. Plain
+    nn.Sequential containers around them become chains, whose transitions (BatchNorm - activation - convolution - pool)
+    keep less for backward. Everything else stays as it is; `to_reference` undoes it all.
+
+    Args:
+        model: any module.
+        backend, recompute: see `ThresholdBlock`.
+        report: called with one line per block replaced or left, with the reason; None for silence.
+
+    Returns:
+        The model itself; the new block, where the model is a block.
+
+    Raises:
+        TypeError: the model is no nn.Module.
+        ValueError, RuntimeError: `backend` or `recompute` is unknown, or the backend cannot run here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    say = report or (lambda line: None)
+    own = sum(isinstance(module, LinkedBlock) and not module.fused for module in model.modules())
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LinkedBlock) or _inside_a_block(model, name):
+            continue
+        try:
+            block = _replacement(module, backend, recompute)
+        except Unlike as reason:
+            say(f"left {name or 'the model'}: {reason}")
+            continue
+        if block is not None:
+            model = _put(model, name, block)
+            say(f"fused {name or 'the model'}: {block.kind}, {block.plan.num_layers} layers, {block.links.total} links")
+    running = fuse_blocks(model, True, backend, recompute)
+    if own:
+        say(f"fused {own} blocks of thresholdnet's own")
+    for name, module in model.named_modules():
+        if type(module) is nn.Sequential and any(isinstance(child, ConvertedBlock) for child in module):
+            _turn(module, Chain)
+            say(f"fused {name or 'the model'}: transitions between its blocks")
+    if not running:
+        say("nothing to fuse: no DenseNet or HarDNet block was found")
+    return model
+
+
+def to_reference(model: nn.Module) -> nn.Module:
+    """Undo `convert`, and switch the engine off in our own blocks: plain torch modules everywhere, for export.
+
+    Returns the model itself; the original block, where the model is a converted one.
+    """
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, ConvertedBlock):
+            model = _put(model, name, module.original())
+    fuse_blocks(model, False)
+    for module in model.modules():
+        if type(module) is Chain:
+            module.__dict__.pop("fused", None)
+            _turn(module, nn.Sequential)
+    return model
+
+
+def _turn(module: nn.Module, kind: type[nn.Sequential]) -> None:
+    """Let a container run in another way; itself, its hooks and whoever holds it stay."""
+    module.__class__ = kind
+
+
+def _inside_a_block(model: nn.Module, name: str) -> bool:
+    """Whether the name leads through a block that runs as a whole."""
+    for end in [i for i, letter in enumerate(name) if letter == "."]:
+        if isinstance(model.get_submodule(name[:end]), LinkedBlock):
+            return True
+    return isinstance(model, LinkedBlock) and bool(name)
+
+
+def _put(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
+    if not name:
+        return block
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = block
+    return model
+
+
+def _replacement(module: nn.Module, backend: str, recompute: str | None) -> ConvertedBlock | None:
+    found = recognise(module)
+    if found is None:
+        return None
+    if own := [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]:
+        raise Unlike(f"it has a tensor {own[0]!r} of its own")
+    block = ConvertedBlock(module, found).fuse(True, backend, recompute)
+    _check(module, block)
+    return block
+
+
+@torch.no_grad()
+def _check(original: nn.Module, block: ConvertedBlock) -> None:
+    """Raise `Unlike` unless both compute the same; in eval mode, so that no statistics change."""
+    weight = next(original.parameters())
+    if weight.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, block.in_channels, 6, 5, generator=generator).to(weight)
+    with _evaluating(block), _evaluating(original):
+        expected, got = type(original).forward(original, x), block._fused_forward(x, "native", None)
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        shape = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+        raise Unlike(f"its forward must return a tensor of shape {tuple(got.shape)}, got {shape}")
+    error = (got - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+    if not error <= _TOLERANCE.get(x.dtype, 0.1):
+        raise Unlike(f"its forward computes something else than its structure says: it differs by {error:.1e}")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in module.modules()}
+    try:
+        for m in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

@@ -1,0 +1,212 @@
+"""What every fused block shares: a plan, parameters in modules of its own, and one call of the engine's operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops, sync
+from .backends import CHOICES, candidates, pick
+from .checks import one_of
+from .links import Links
+from .plan import BlockPlan
+
+Self = TypeVar("Self", bound="LinkedBlock")
+
+
+class LinkedBlock(nn.Module):
+    """A block over a plan, fused through the engine or in plain torch.
+
+    A subclass sets `plan`, `activation` ("relu" or "relu6") and `drop_rate`, calls `fuse`, and says where its modules
+    lie (`_units`) and what it computes without the engine (`_plain_forward`).
+    """
+
+    can_fuse = True  # a subclass with other units has no fused form
+    plan: BlockPlan
+    activation: str
+    drop_rate: float
+
+    def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
+        """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
+        one_of("backend", backend, CHOICES)
+        if recompute is not None:
+            one_of("recompute", recompute, ("bottleneck",))
+        self.fused, self.recompute = bool(fused) and self.can_fuse, recompute
+        self._choice = backend if self.fused else "reference"
+        self._candidates = candidates(self._choice)
+        self._plan_text = self.plan.to_text()
+        self._ran = "reference"
+        return self
+
+    @property
+    def links(self) -> Links:
+        """Sources of every layer."""
+        return self.plan.links
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output channels of layers 1..L."""
+        return self.plan.widths
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.plan.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.plan.out_channels
+
+    @property
+    def backend(self) -> str:
+        """The backend that ran last: "triton", "native" or "reference" (plain torch, or not run yet)."""
+        return self._ran
+
+    def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W].
+
+        `tail` is the weight [O, out_channels, 1, 1] of a convolution behind a Conv-BN-ReLU block: its result
+        [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
+        """
+        check_images("input of the block", x, self.in_channels)
+        if tail is not None and self.plan.unit != "conv_bn_relu":
+            raise ValueError(
+                f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
+            )
+        if self.fused and (device := next(self.parameters()).device) != x.device:
+            raise ValueError(f"input of the block must lie on the weights' device {device}, got {x.device}")
+        backend = pick(self._candidates, self._choice, x)
+        if self._ran != backend:  # an assignment at each call would be a side effect for the compiler to trace
+            self._ran = backend
+        if backend != "reference":
+            return self._fused_forward(x, backend, tail)
+        y = self._plain_forward(x)
+        return y if tail is None else nn.functional.conv2d(y, tail)
+
+    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
+        units = self._units()
+        norms = [module for unit in units for module in unit if isinstance(module, _BatchNorm)]
+        convolutions = [module for unit in units for module in unit if isinstance(module, nn.Conv2d)]
+        fixed = [not norm.training and norm.running_mean is not None for norm in norms]
+        group = shared_group([norm for norm, given in zip(norms, fixed, strict=True) if not given])
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not all(fixed) and group is None:
+            raise ValueError(
+                f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
+            )
+        first = convolutions[0].weight
+        dtype = ops.autocast_dtype(x.device)
+        if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
+            x = x.to(dtype)
+        elif first.dtype != x.dtype:
+            raise TypeError(f"input of the block must have the weights' dtype {first.dtype}, got {x.dtype}")
+        weights = {id(conv): conv.weight.to(x.dtype) for conv in convolutions}
+        parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights)]
+        if tail is not None:
+            parameters.append(tail.to(x.dtype))
+        running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        eps = [norm.eps for norm in norms]
+        recompute = self.recompute == "bottleneck"
+        counts = None if group is None else sync.counts(x, group)
+        y, statistics, _ = ops.block(
+            x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
+            self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
+        )  # fmt: skip
+        update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+        return y
+
+    def _masks(self, x: Tensor) -> list[Tensor]:
+        """What dropout leaves of every layer's output."""
+        if not self.training or not self.drop_rate:
+            return []
+        masks = []
+        for width in self.plan.widths:
+            shape = (x.shape[0], width, x.shape[2], x.shape[3])
+            mask = torch.empty(shape, dtype=torch.bool, device=x.device, memory_format=torch.channels_last)
+            masks.append(mask.bernoulli_(1 - self.drop_rate))
+        return masks
+
+    def _units(self) -> Sequence[Sequence[nn.Module]]:
+        """Convolutions and BatchNorms of every layer, in forward order."""
+        raise NotImplementedError
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        """The block in plain torch."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The structure in one line, for print(model)."""
+        plan = self.plan
+        return (
+            f"{plan.in_channels} -> {plan.out_channels}, {self.links!r}, unit={plan.unit}, "
+            f"widths={plan.widths}, outputs={plan.outputs}"
+        )
+
+
+def check_images(name: str, x: Tensor, channels: int) -> None:
+    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+
+
+def _in_forward_order(unit: Sequence[nn.Module], weights: dict[int, Tensor]) -> Iterator[Tensor]:
+    """A unit's parameters as the engine takes them; ones and zeros stand for an affine that is switched off."""
+    for module in unit:
+        if isinstance(module, nn.Conv2d):
+            yield weights[id(module)]
+        elif isinstance(module, _BatchNorm):
+            like = next(iter(weights.values()))
+            yield like.new_ones(module.num_features) if module.weight is None else module.weight
+            yield like.new_zeros(module.num_features) if module.bias is None else module.bias
+
+
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or an empty one where there is none: operators take no optional tensors in lists."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def shared_group(norms: Sequence[_BatchNorm]) -> Any:
+    """The process group over which the BatchNorms share the batch's statistics, None where they do not."""
+    shared = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm) and norm.training]
+    group = sync.active(shared[0].process_group) if shared else None
+    if group is not None and (
+        len(shared) < len(norms) or any(n.process_group is not shared[0].process_group for n in shared)
+    ):
+        raise ValueError(
+            "a fused block's BatchNorms must all be nn.SyncBatchNorm of one process group, "
+            f"or none of them, got {len(shared)} of {len(norms)}"
+        )
+    return group
+
+
+@torch.no_grad()
+def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pixels: int | Tensor) -> None:
+    """What nn.BatchNorm2d does to its buffers in training, once per call."""
+    unbiased = pixels / (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else pixels / max(pixels - 1, 1)
+    for norm, used in zip(norms, statistics, strict=True):
+        if not norm.training or norm.running_mean is None or norm.running_var is None:
+            continue
+        assert norm.num_batches_tracked is not None  # kept together with the running statistics
+        norm.num_batches_tracked.add_(1)
+        rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        mean, variance = used  # float32 at least: half buffers are rounded once
+        norm.running_mean.copy_((1 - rate) * norm.running_mean.to(mean.dtype) + rate * mean)
+        norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody's hooks wait for this very module to run."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,154 @@
+"""Other people's blocks, recognised by structure and not by import: what links they have and where their modules lie.
+
+A rule looks at a module's children and attributes alone. It answers None where the module is nothing of its kind,
+raises `Unlike` with the reason where it is but computes something that the engine has no form for, and else returns
+what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out, and HarDNet's blocks as in
+Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import links
+from .links import Links
+from .plan import BlockPlan
+
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+class Unlike(Exception):
+    """Why a block that looks like a known one cannot run in the engine."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recognised block.
+
+    Attributes:
+        kind: what it is, for people.
+        plan: its structure.
+        units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
+        activation: "relu" or "relu6".
+        drop_rate: of every layer's output in training.
+    """
+
+    kind: str
+    plan: BlockPlan
+    units: tuple[tuple[str, ...], ...]
+    activation: str
+    drop_rate: float = 0.0
+
+
+def recognise(block: nn.Module) -> Found | None:
+    """What the block is; None where no rule knows it.
+
+    Raises:
+        Unlike: a rule knows it, but the engine has no form for it; the message is the reason.
+    """
+    for rule in RULES:
+        if found := rule(block):
+            return found
+    return None
+
+
+def dense_block(block: nn.Module) -> Found | None:
+    """DenseNet-BC's block: children norm1, conv1, norm2, conv2 in every layer, in torchvision's or timm's manner."""
+    layers: list[tuple[str, Any]] = list(block.named_children())
+    parts = ("norm1", "conv1", "norm2", "conv2")
+    if not layers or not all(all(hasattr(layer, part) for part in parts) for _, layer in layers):
+        return None
+    units: list[tuple[str, ...]] = []
+    widths: list[int] = []
+    inner: list[int] = []
+    activations, drops = set(), set()
+    read = layers[0][1].conv1.in_channels
+    for name, layer in layers:
+        known = {*parts, "relu1", "relu2"}
+        if extra := [child for child, module in layer.named_children() if child not in known and not _idle(module)]:
+            raise Unlike(f"{name} has a module {extra[0]!r} of its own")
+        inner.append(_convolution(f"{name}.conv1", layer.conv1, 1, read + sum(widths)))
+        widths.append(_convolution(f"{name}.conv2", layer.conv2, 3, inner[-1]))
+        for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
+            activations.add(_activation(f"{name}.norm{i}", norm, getattr(layer, f"relu{i}", None)))
+        drops.add(float(getattr(layer, "drop_rate", 0.0)))
+        units.append(tuple(f"{name}.{part}" for part in parts))
+    plan = BlockPlan(
+        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner)
+    )
+    return Found("DenseNet block", plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
+
+
+def harmonic_block(block: nn.Module) -> Found | None:
+    """HarDNet's block: `layers` of Conv-BN-act, and `links`, the sources of each; `keepBase` returns the input too."""
+    sources, layers = getattr(block, "links", None), getattr(block, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(sources, Sequence) or len(sources) != len(layers):
+        return None
+    if not layers or [name for name, _ in block.named_children()] != ["layers"]:
+        return None
+    units: list[tuple[str, ...]] = []
+    nodes: list[int] = []
+    activations = set()
+    pattern = Links([list(row) for row in sources])
+    for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
+        parts = list(layer.named_children())
+        if len(parts) != 3 or not isinstance(layer, nn.Sequential):
+            raise Unlike(f"layers.{i} must be a convolution, a BatchNorm and an activation")
+        (conv_name, conv), (norm_name, norm), (_, act) = parts
+        if i == 0:
+            nodes = [getattr(conv, "in_channels", 0)]  # layer 1 reads the input alone
+        nodes.append(_convolution(f"layers.{i}.{conv_name}", conv, 3, sum(nodes[k] for k in row)))
+        activations.add(_activation(f"layers.{i}.{norm_name}", norm, act))
+        units.append((f"layers.{i}.{conv_name}", f"layers.{i}.{norm_name}"))
+    last = len(layers)
+    kept = [0] if getattr(block, "keepBase", False) else []
+    outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
+    plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu")
+    return Found("HarDNet block", plan, tuple(units), _the("activation", activations))
+
+
+RULES: tuple[Callable[[nn.Module], Found | None], ...] = (dense_block, harmonic_block)
+
+
+def _convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
+    """The channels that a convolution of the expected form writes."""
+    if not isinstance(conv, nn.Conv2d):
+        raise Unlike(f"{name} must be a Conv2d, got {type(conv).__name__}")
+    size, pad = (kernel, kernel), (kernel // 2, kernel // 2)
+    form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or conv.bias is not None:
+        raise Unlike(
+            f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, one group, no bias"
+        )
+    if conv.in_channels != channels:
+        raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
+    return conv.out_channels
+
+
+def _activation(name: str, norm: Any, behind: nn.Module | None) -> str:
+    """The activation behind a BatchNorm: a module of its own, or one inside (timm's BatchNormAct2d)."""
+    if not isinstance(norm, _BatchNorm):
+        raise Unlike(f"{name} must be a BatchNorm, got {type(norm).__name__}")
+    inside = getattr(norm, "act", None)
+    if not _idle(getattr(norm, "drop", None)):
+        raise Unlike(f"{name} has a drop layer inside")
+    act = behind if inside is None or _idle(inside) else inside
+    if type(act) not in _ACTIVATIONS or (act is inside and not _idle(behind)):
+        raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
+    return _ACTIVATIONS[type(act)]
+
+
+def _idle(module: nn.Module | None) -> bool:
+    return module is None or type(module) is nn.Identity
+
+
+def _the(name: str, values: set[Any]) -> Any:
+    """The one value that all layers share."""
+    if len(values) != 1:
+        raise Unlike(f"all layers must have one {name}, got {', '.join(map(str, sorted(values)))}")
+    return values.pop()
