@@ -1,5 +1,7 @@
 """Blocks and networks in other people's class layouts, written here from their public attribute names and shapes."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from released import harmonic_sources, harmonic_width
@@ -60,6 +62,36 @@ class HarDNet68(nn.Module):
         for layer in self.base:
             x = layer(x)
         return x
+
+
+class Gate(nn.Module):
+    """Channels weighed by a hard sigmoid of their means."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x * F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+class Aggregation(nn.Module):
+    """VoVNet's block in vovnet-detectron2's layout: layers, concat, ese, identity."""
+
+    def __init__(self, read, width, out, depth, identity=False):
+        super().__init__()
+        self.identity = identity
+        widths = [read, *[width] * depth]
+        self.layers = nn.ModuleList(ConvLayer(a, b, act=nn.ReLU) for a, b in itertools.pairwise(widths))
+        self.concat = ConvLayer(sum(widths), out, 1, act=nn.ReLU)
+        self.ese = Gate(out)
+
+    def forward(self, x):
+        made = [x]
+        for layer in self.layers:
+            made.append(layer(made[-1]))
+        y = self.ese(self.concat(torch.cat(made, 1)))
+        return y + x if self.identity else y
 
 
 class Encoder(nn.Module):

@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torchvision
-from foreign import Encoder, HarDBlock, HarDNet68
+from foreign import Aggregation, Encoder, HarDBlock, HarDNet68
 from torch import nn
 
 import thresholdnet as tn
@@ -114,6 +115,22 @@ def test_a_segmentation_network():
     assert_equal_in_all(converted, original, torch.randn(2, 3, 22, 26, dtype=F64))
 
 
+@pytest.mark.parametrize("identity", [False, True])
+def test_one_shot_aggregation(identity):
+    original = randomise(nn.Sequential(Aggregation(12, 8, 12, 5, identity), nn.Conv2d(12, 3, 1, bias=False))).double()
+    converted = quiet(copy.deepcopy(original))
+    assert blocks(converted)[0].out_channels == 12
+    assert_equal_in_all(converted, original, torch.randn(2, 12, 7, 6, dtype=F64))
+
+
+def test_timm_vovnet():
+    timm = pytest.importorskip("timm")
+    original = randomise(timm.create_model("ese_vovnet19b_slim", num_classes=4)).double()
+    converted = quiet(copy.deepcopy(original))
+    assert len(blocks(converted)) == 4
+    assert_equal_in_all(converted, original, torch.randn(2, 3, 64, 64, dtype=F64))
+
+
 def test_our_own_plain_model():
     model = tn.create_model("thresholdnet_bc", num_classes=3, width_mult=0.25)
     assert quiet(model) is model
@@ -207,6 +224,43 @@ def test_dropout_in_training():
     assert not (block.eval()(x)[:, 12:] == 0).any()
 
 
+def test_compile_autocast_and_half():
+    model = quiet(randomise(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4))).eval()
+    x = torch.randn(2, 3, 40, 40)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    compiled.train()
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    expected = to_scale(model(x))
+    original = tn.to_reference(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [(model(x), original(x))]
+    pairs.append((model.to(torch.bfloat16)(x.bfloat16()), original.to(torch.bfloat16)(x.bfloat16())))
+    for ours, theirs in pairs:  # bf16's error from float32 is the original's own
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        limit = max(0.02, 2 * (to_scale(theirs) - expected).abs().max().item())
+        assert (to_scale(ours) - expected).abs().max().item() <= limit
+
+
+def to_scale(logits):
+    """Logits in float32, the largest 1."""
+    return logits.detach().float() / logits.detach().float().abs().max()
+
+
+def test_dynamic_batch_does_not_recompile():
+    model = quiet(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            assert compiled(torch.randn(batch, 3, 40, 40)).shape == (batch, 4)
+    assert counter.frame_count == 1
+
+
 def test_it_says_what_it_did_and_why_not():
     class Odd(torchvision.models.densenet._DenseBlock):
         def forward(self, x):
@@ -233,7 +287,7 @@ def test_it_says_what_it_did_and_why_not():
     assert "GELU" in said["left gelu"]
     lines.clear()
     tn.convert(nn.Linear(2, 2), report=lines.append)
-    assert lines == ["nothing to fuse: no DenseNet or HarDNet block was found"]
+    assert lines == ["nothing to fuse: no block of DenseNet, HarDNet or VoVNet was found"]
 
 
 def test_bad_arguments():

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import densenet
 
-from thresholdnet import ThresholdBlock, chain, links
+from thresholdnet import ThresholdBlock, chain, convert, links
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 F64 = torch.float64
@@ -32,6 +33,13 @@ class Chained(nn.Sequential):
 
 def _network(unit, momentum=0.1):
     torch.manual_seed(0)
+    if unit == "converted":
+        layers = densenet._DenseBlock(3, 5, 2, 4, 0.0), densenet._Transition(17, 3)
+        network = convert(nn.Sequential(*layers).to(F64), report=None)
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = momentum
+        return network
     shape = {"unit": unit, "norm_momentum": momentum, "fused": True, "backend": "native", "dtype": F64}
     first = ThresholdBlock(5, links.harmonic(4), 6, **shape)
     second = ThresholdBlock(first.out_channels, links.threshold_ab(5, 3), 4, **shape)
@@ -96,9 +104,13 @@ def _each(rank, shares, cases):
 
 TWO = [
     ([2, 2], "conv_bn_relu", 0.1, False), ([2, 2], "bottleneck", 0.1, False), ([2, 0], "conv_bn_relu", 0.1, False),
-    ([0, 2], "bottleneck", 0.1, True),
+    ([0, 2], "bottleneck", 0.1, True), ([2, 2], "converted", 0.1, False),
 ]  # fmt: skip
-THREE = [([3, 1, 2], "conv_bn_relu", None, False), ([3, 1, 2], "bottleneck", None, True)]
+THREE = [
+    ([3, 1, 2], "conv_bn_relu", None, False),
+    ([3, 1, 2], "bottleneck", None, True),
+    ([3, 1, 2], "converted", None, False),
+]
 
 
 @pytest.mark.parametrize("cases", [TWO, THREE], ids=["two", "three"])
@@ -125,7 +137,7 @@ def _without_sharing(rank, shares, unit):
     assert all(m.num_batches_tracked == 1 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, "converted"])
 def test_plain_batch_norm_stays_with_its_process(unit, tmp_path):
     _in_processes([2, 3], tmp_path, _without_sharing, unit)
 

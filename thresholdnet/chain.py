@@ -55,7 +55,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
     first, behind = waiting[0], waiting[1:]
     if isinstance(first, LinkedBlock):
         pointwise = behind[0] if behind else None
-        if first.fused and first.plan.unit == "conv_bn_relu" and _free(first) and _pointwise(pointwise):
+        if first.fused and first.takes_tail and _free(first) and _pointwise(pointwise):
             return 2, first(x, tail=pointwise.weight)
         return 1, first(x)
     if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and behind and _fits(first, x)):

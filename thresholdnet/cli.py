@@ -236,6 +236,48 @@ def predict_command(
         print(f"contact sheet: {figure}")
 
 
+@app.command("export")
+def export_command(
+    out: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="best.ckpt or last.ckpt of a run.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="A folder of save_pretrained, or a Hub repository.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model of the zoo, with random weights.")] = None,
+    to: Annotated[str | None, typer.Option(help="onnx or pt2; by default what the file's name ends in.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels; a run's own, or 224.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """A network as a file for onnxruntime, OpenCV, TensorRT or torch.export: plain operations, BatchNorms folded.
+
+    Any batch size, float32. A checkpoint's mean and standard deviation are printed: images are prepared with them.
+    """
+    from .export import export
+
+    given = {"--checkpoint": checkpoint, "--pretrained": pretrained, "--model": model}
+    sources = [name for name, value in given.items() if value is not None]
+    if len(sources) != 1:
+        raise ValueError(f"one of {', '.join(given)} must be given, got {', '.join(sources) or 'none'}")
+    told: dict[str, Any] = {}
+    if checkpoint is not None:
+        from .checkpoint import load_checkpoint
+
+        loaded = load_checkpoint(checkpoint)
+        network, side = loaded.model, image_size or loaded.image_size
+        told = {"classes": loaded.classes, "mean": loaded.mean, "std": loaded.std}
+    else:
+        from .models import create_model, from_pretrained
+
+        network = create_model(model) if model is not None else from_pretrained(str(pretrained))
+        side = image_size or 224
+    path = export(network, out, to, image_size=side)
+    told = {"path": str(path), "bytes": path.stat().st_size, "image_size": side, **told}
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    print(f"{path}: {told['bytes'] / 2**20:,.1f} MiB, images [N, 3, {side}, {side}]")
+    if checkpoint is not None:
+        print(f"prepare images as (image / 255 - mean) / std, mean {told['mean']}, std {told['std']}")
+
+
 @app.command("models")
 def models_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'densenet*'.")] = "*",

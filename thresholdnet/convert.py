@@ -37,6 +37,7 @@ class ConvertedBlock(LinkedBlock):
         self._original = [original]  # in a list: no second registration of its modules
         self.plan, self.activation, self.drop_rate = found.plan, found.activation, found.drop_rate
         self.kind, self._paths = found.kind, found.units
+        self._tail, self._behind, self._residual = found.tail, found.behind, found.residual
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(self, kind, getattr(original, kind))
         self.training = original.training
@@ -57,6 +58,30 @@ class ConvertedBlock(LinkedBlock):
             block._modules[name] = child  # one may have been replaced since
         return block
 
+    @property
+    def takes_tail(self) -> bool:
+        """See `LinkedBlock`; a block that ends in a convolution of its own takes no other."""
+        return super().takes_tail and not self._tail
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self._convolution().out_channels if self._tail else self.plan.out_channels
+
+    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
+        if not self._tail:
+            return super()._fused_forward(x, backend, tail)
+        y = super()._fused_forward(x, backend, self._convolution().weight)
+        for path in self._behind:
+            y = self.get_submodule(path)(y)
+        return y + x if self._residual else y
+
+    def _convolution(self) -> nn.Conv2d:
+        """The 1x1 convolution over the block's nodes that the foreign block ends in."""
+        conv = self.get_submodule(self._tail)
+        assert isinstance(conv, nn.Conv2d)  # it was when it was recognised
+        return conv
+
     def _units(self) -> Sequence[Sequence[nn.Module]]:
         return [[self.get_submodule(path) for path in unit] for unit in self._paths]
 
@@ -75,7 +100,7 @@ def convert(
     """Fuse what can be fused in a model, in place: same weights, same state dict, same outputs and gradients.
 
     DenseNet blocks of torchvision and timm (any growth rate, depth, eps, drop_rate; memory_efficient is not needed any
-    more) and HarDNet's blocks become `ConvertedBlock`s; blocks of our own plain models are switched on. Plain
+    more), HarDNet's blocks and VoVNet's become `ConvertedBlock`s; blocks of our own plain models are switched on. Plain
     nn.Sequential containers around them become chains, whose transitions (BatchNorm - activation - convolution - pool)
     keep less for backward. Everything else stays as it is; `to_reference` undoes it all.
 
@@ -114,7 +139,7 @@ def convert(
             _turn(module, Chain)
             say(f"fused {name or 'the model'}: transitions between its blocks")
     if not running:
-        say("nothing to fuse: no DenseNet or HarDNet block was found")
+        say("nothing to fuse: no block of DenseNet, HarDNet or VoVNet was found")
     return model
 
 

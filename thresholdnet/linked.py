@@ -63,8 +63,16 @@ class LinkedBlock(nn.Module):
         return self.plan.out_channels
 
     @property
+    def takes_tail(self) -> bool:
+        """Whether `forward` takes the weight of a convolution behind the block."""
+        return self.plan.unit == "conv_bn_relu"
+
+    @property
     def backend(self) -> str:
-        """The backend that ran last: "triton", "native" or "reference" (plain torch, or not run yet)."""
+        """The backend that ran last: "triton", "native" or "reference" (plain torch, or not run yet).
+
+        Calls inside a compiled graph are not noted.
+        """
         return self._ran
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
@@ -74,14 +82,14 @@ class LinkedBlock(nn.Module):
         [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
         """
         check_images("input of the block", x, self.in_channels)
-        if tail is not None and self.plan.unit != "conv_bn_relu":
+        if tail is not None and not self.takes_tail:
             raise ValueError(
                 f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
             )
         if self.fused and (device := next(self.parameters()).device) != x.device:
             raise ValueError(f"input of the block must lie on the weights' device {device}, got {x.device}")
         backend = pick(self._candidates, self._choice, x)
-        if self._ran != backend:  # an assignment at each call would be a side effect for the compiler to trace
+        if not torch.compiler.is_compiling():  # to a graph it would be a state to guard: one more compilation
             self._ran = backend
         if backend != "reference":
             return self._fused_forward(x, backend, tail)

@@ -2,8 +2,8 @@
 
 A rule looks at a module's children and attributes alone. It answers None where the module is nothing of its kind,
 raises `Unlike` with the reason where it is but computes something that the engine has no form for, and else returns
-what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out, and HarDNet's blocks as in
-Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet.
+what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out; HarDNet's blocks as in
+Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet; VoVNet's one-shot aggregation as in timm and vovnet-detectron2.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Found:
         units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
         activation: "relu" or "relu6".
         drop_rate: of every layer's output in training.
+        tail: path of a 1x1 convolution over the block's output, "" for none.
+        behind: paths of the modules that run after it, in order.
+        residual: whether the block's input is added at the end.
     """
 
     kind: str
@@ -43,6 +46,9 @@ class Found:
     units: tuple[tuple[str, ...], ...]
     activation: str
     drop_rate: float = 0.0
+    tail: str = ""
+    behind: tuple[str, ...] = ()
+    residual: bool = False
 
 
 def recognise(block: nn.Module) -> Found | None:
@@ -96,15 +102,12 @@ def harmonic_block(block: nn.Module) -> Found | None:
     activations = set()
     pattern = Links([list(row) for row in sources])
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
-        parts = list(layer.named_children())
-        if len(parts) != 3 or not isinstance(layer, nn.Sequential):
-            raise Unlike(f"layers.{i} must be a convolution, a BatchNorm and an activation")
-        (conv_name, conv), (norm_name, norm), (_, act) = parts
+        unit, conv, activation = _conv_norm_act(f"layers.{i}", layer)
         if i == 0:
-            nodes = [getattr(conv, "in_channels", 0)]  # layer 1 reads the input alone
-        nodes.append(_convolution(f"layers.{i}.{conv_name}", conv, 3, sum(nodes[k] for k in row)))
-        activations.add(_activation(f"layers.{i}.{norm_name}", norm, act))
-        units.append((f"layers.{i}.{conv_name}", f"layers.{i}.{norm_name}"))
+            nodes = [conv.in_channels]  # layer 1 reads the input alone
+        nodes.append(_convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
+        activations.add(activation)
+        units.append(unit)
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
     outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
@@ -112,7 +115,51 @@ def harmonic_block(block: nn.Module) -> Found | None:
     return Found("HarDNet block", plan, tuple(units), _the("activation", activations))
 
 
-RULES: tuple[Callable[[nn.Module], Found | None], ...] = (dense_block, harmonic_block)
+def one_shot_aggregation(block: nn.Module) -> Found | None:
+    """VoVNet's block: a chain of layers, and a 1x1 convolution over its input and all of them."""
+    names = next((pair for pair in (("conv_mid", "conv_concat"), ("layers", "concat")) if _has(block, *pair)), None)
+    layers: Any = getattr(block, names[0]) if names else None
+    if names is None or not isinstance(layers, nn.ModuleList | nn.Sequential) or not len(layers):
+        return None
+    units: list[tuple[str, ...]] = []
+    nodes: list[int] = []
+    activations = set()
+    for i, layer in enumerate(layers):
+        unit, conv, activation = _conv_norm_act(f"{names[0]}.{i}", layer)
+        nodes = nodes or [conv.in_channels]
+        nodes.append(_convolution(unit[0], conv, 3, nodes[-1]))
+        activations.add(activation)
+        units.append(unit)
+    joint: list[tuple[str, Any]] = list(block.get_submodule(names[1]).named_children())
+    (tail, conv), *rest = joint or [("", None)]
+    _convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
+    others = [name for name, module in block.named_children() if name not in names and not _idle(module)]
+    if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
+        raise Unlike(f"it has a module {unknown[0]!r} of its own")
+    behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
+    plan = BlockPlan(Links([[i] for i in range(len(units))]), tuple(nodes), tuple(range(len(nodes))), "conv_bn_relu")
+    residual = bool(getattr(block, "residual", False) or getattr(block, "identity", False))
+    return Found(
+        "one-shot aggregation", plan, tuple(units), _the("activation", activations),
+        tail=f"{names[1]}.{tail}", behind=behind, residual=residual,
+    )  # fmt: skip
+
+
+RULES: tuple[Callable[[nn.Module], Found | None], ...] = (dense_block, harmonic_block, one_shot_aggregation)
+
+
+def _has(block: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(block, name, None), nn.Module) for name in names)
+
+
+def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:
+    """Paths of a layer's convolution and BatchNorm, the convolution, and the activation."""
+    parts = [(name, module) for name, module in layer.named_children() if not _idle(module)]
+    if not 2 <= len(parts) <= 3 or not isinstance(parts[0][1], nn.Conv2d):
+        raise Unlike(f"{path} must be a convolution, a BatchNorm and an activation")
+    (conv_name, conv), (norm_name, norm), *act = parts
+    norm_path = f"{path}.{norm_name}"
+    return (f"{path}.{conv_name}", norm_path), conv, _activation(norm_path, norm, act[0][1] if act else None)
 
 
 def _convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
