@@ -8,12 +8,25 @@ from pathlib import Path
 import thresholdnet as tn
 
 PACKAGE = Path(tn.__file__).parent
-HEAVY = {"lightning", "torchvision", "sklearn", "matplotlib", "rich", "typer", "huggingface_hub", "PIL", "tensorboard"}
+HEAVY = {
+    "lightning",
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "typer",
+    "huggingface_hub",
+    "PIL",
+    "tensorboard",
+    "timm",
+    "onnx",
+}
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
     "checks", "links", "plan", "reference", "backends", "sync", "engine", "graphs", "transition", "ops", "functional",
-    "blocks", "chain", "models", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
-    "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "linked", "blocks", "chain", "models", "recognise", "convert", "export", "timm", "weights", "counting", "memory",
+    "tables", "diagrams", "data", "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench",
+    "cli", "__main__",
 ]  # fmt: skip
 
 
