@@ -112,6 +112,9 @@ def test_a_segmentation_network():
     original = randomise(Encoder()).double()
     converted = quiet(copy.deepcopy(original))
     assert [block.plan.outputs[0] for block in blocks(converted)] == [0, 1]  # keepBase: node 0 among the outputs
+    assert converted.down.keepBase  # what else its class has can be read still
+    with pytest.raises(AttributeError, match="'HarDBlock' object has no attribute 'missing'"):
+        _ = converted.down.missing
     assert_equal_in_all(converted, original, torch.randn(2, 3, 22, 26, dtype=F64))
 
 
@@ -211,6 +214,16 @@ def test_hooks_of_a_block_move_with_it():
     handle.remove()
     model(torch.randn(2, 3, 40, 40))
     assert seen == [1]
+
+
+def test_hooks_with_keywords_and_of_the_state_dict():
+    model = torchvision.models.DenseNet(8, (3,), 12, num_classes=4)
+    block, seen = model.features.denseblock1, []
+    block.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
+    block.register_state_dict_post_hook(lambda module, state, prefix, meta: seen.append(prefix))
+    quiet(model)(torch.randn(2, 3, 40, 40))
+    model.state_dict()
+    assert seen == [{}, "features.denseblock1."]
 
 
 def test_dropout_in_training():

@@ -38,10 +38,20 @@ class ConvertedBlock(LinkedBlock):
         self.plan, self.activation, self.drop_rate = found.plan, found.activation, found.drop_rate
         self.kind, self._paths = found.kind, found.units
         self._tail, self._behind, self._residual = found.tail, found.behind, found.residual
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            setattr(self, kind, getattr(original, kind))
+        for name, value in vars(original).items():
+            if "_hook" in name:  # of every kind, and today's handles go on removing them
+                setattr(self, name, value)
         self.training = original.training
         self.fuse(True)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what the foreign class has beside its modules
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("__"):
+                raise
+            return getattr(original[0], name)
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
         """See `LinkedBlock.forward`; `tail` is for Conv-BN-ReLU blocks."""
