@@ -6,7 +6,7 @@ DEMO := runs/demo
 STAMP := $(VENV)/.installed
 LIBRARY := $(VENV)/.built
 
-.PHONY: help install demo test test-slow fuzz sanitize lint format wheel abi clean
+.PHONY: help install demo test test-slow fuzz sanitize docs lint format wheel abi clean
 
 help:
 	@echo "make demo     train a small ThresholdNet on real digits (about a minute), draw what it learned"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow the rest: every engine test on the Triton backend in its interpreter (about an hour on 2 cores)"
 	@echo "make fuzz     ten minutes of random blocks and operators with fresh seeds"
 	@echo "make sanitize the C++ library and the emulated CUDA kernels under address and undefined-behaviour sanitizers"
+	@echo "make docs     build the documentation into site/, the notebook executed"
 	@echo "make install  only make .venv and install the package with its tools"
 	@echo "make wheel    build sdist and wheel into dist/; install each in a new environment and test it there"
 	@echo "make abi      run the wheel's C++ library in another torch, without a rebuild: make abi TORCH=2.13.0"
@@ -73,6 +74,9 @@ abi: install
 	rm -rf dist/abi
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist/abi .
 	tests/abi.sh dist/abi/*.whl $(TORCH)
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff format .

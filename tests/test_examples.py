@@ -1,6 +1,7 @@
 """Every example runs as its first lines say, on little data."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,11 @@ def test_serve_onnx(tmp_path):
     rows = json.loads(run("predict", checkpoint, *files, "--json")[0])
     for line, row in zip(served.splitlines(), rows, strict=True):
         assert line.startswith(f"{row['path']}: {row['top'][0]['class']} ")
+
+
+def test_segment_shapes(tmp_path):
+    stdout = example("segment_shapes.py", "--steps", 30, "--batch-size", 8, "--side", 32, "--out", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
+    share = re.search(r"background ([\d.]+)%", stdout)
+    assert float(share[1]) > 60, stdout

@@ -12,7 +12,6 @@ statistics that all of them share: a_r = act(f * s_r + t_r), z_r = W1_r a_r, f_r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import sync
 from .backends import load
+from .batchnorm import Columns, NodeStatistics, Norm, SharedTerms, batch_norm, folded
 from .plan import BlockPlan
 
 
@@ -79,42 +79,6 @@ class Extras(NamedTuple):
 
 
 NO_EXTRAS = Extras()
-
-
-class Norm(NamedTuple):
-    """One BatchNorm as it was applied: vectors of its channels in float32 (float64 for float64 blocks)."""
-
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor
-    rstd: Tensor
-    scale: Tensor
-    shift: Tensor
-    fixed: bool
-
-    @property
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """scale and shift."""
-        return self.scale, self.shift
-
-    def backward_terms(self, sum_g: Tensor, sum_gx: Tensor, pixels: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of dz = a g + b z + c."""
-        if self.fixed:
-            return self.scale, torch.zeros_like(self.scale), torch.zeros_like(self.scale)
-        b = -self.scale * self.rstd * sum_gx / pixels
-        return self.scale, b, -self.scale * sum_g / pixels - b * self.mean
-
-
-def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, fixed: bool) -> Norm:
-    """A BatchNorm with these statistics."""
-    rstd = torch.rsqrt(variance + eps)
-    scale = gamma * rstd
-    return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, fixed)
-
-
-def folded(weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the BatchNorm behind it."""
-    return (weight * norm.scale.view(-1, 1, 1, 1)).to(weight.dtype), norm.shift
 
 
 def forward(
@@ -357,7 +321,7 @@ class _Bottleneck(_Block):
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         plan, verbs, save = self.plan, self.verbs, self.spec.save
         nodes: list[Tensor | None] = [verbs.enter(self.x)]
-        statistics = _NodeStatistics(plan, self.x.device, self.wide)  # of each feature, once for all its readers
+        statistics = NodeStatistics(plan, self.x.device, self.wide)  # of each feature, once for all its readers
         if self._read_by_batch_norm(0):
             statistics.set(0, *self.shared(verbs.moments(nodes[0])))
         features: list[Tensor] = []
@@ -423,7 +387,7 @@ class _Bottleneck(_Block):
             grad = grad.clone(memory_format=torch.channels_last)  # masks apply in place, and autograd owns `grad`
         inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
         arriving = {node: verbs.arrive(g, ("gradient", node)) for node, g in self.output_gradients(grad).items()}
-        shares = _SharedTerms(plan, self.x.device, self.wide)
+        shares = SharedTerms(plan, self.x.device, self.wide)
         grads: list[Tensor | None] = [None] * len(needs)
         lowest = max(self.lowest_needed(needs), 1)
         at_once = self._readers_at_once()
@@ -445,7 +409,7 @@ class _Bottleneck(_Block):
         nodes: Sequence[Tensor],
         inners: Sequence[Tensor],
         arriving: dict[int, Tensor],
-        shares: _SharedTerms,
+        shares: SharedTerms,
         statistics: Sequence[Tensor],
         needs: Sequence[bool],
         grads: list[Tensor | None],
@@ -484,7 +448,7 @@ class _Bottleneck(_Block):
         targets: Sequence[int],
         nodes: Sequence[Tensor],
         arriving: dict[int, Tensor],
-        shares: _SharedTerms,
+        shares: SharedTerms,
         grads: list[Tensor | None],
     ) -> None:
         """Send the readers' gradients to those of the nodes `targets` that they read, and note BatchNorm's sums."""
@@ -496,7 +460,7 @@ class _Bottleneck(_Block):
         # a reader alone is served in its own order, which leaves its weight as it is
         order = plan.links[readers[0].layer - 1] if len(readers) == 1 else sorted(reached)
         to = tuple(node for node in order if node in reached)
-        over = [_Columns(plan, r.layer, to, self.x.device) for r in readers]
+        over = [Columns(plan, r.layer, to, self.x.device) for r in readers]
         sent, sum_g, sum_gx = self.verbs.send(
             [r.dz for r in readers], [c.weight(r.weight) for r, c in zip(readers, over, strict=True)],
             to, _live(nodes, to), [c.norm(r.norm) for r, c in zip(readers, over, strict=True)],
@@ -519,109 +483,3 @@ class _Reader(NamedTuple):
     dz: Tensor
     weight: Tensor
     norm: Norm
-
-
-class _Columns:
-    """The channels of some nodes, as one layer's concatenation orders them; zeros stand for nodes it does not read."""
-
-    def __init__(self, plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device):
-        self.whole = nodes == plan.links[layer - 1]
-        self.length = plan.link_widths[layer - 1]
-        self.positions = None if self.whole else _positions(plan, layer, nodes, device)
-
-    def vector(self, vector: Tensor) -> Tensor:
-        """[channels of the layer] -> [channels of the nodes]."""
-        if self.positions is None:
-            return vector
-        return torch.cat([vector, vector.new_zeros(1)])[self.positions]
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """[O, channels of the layer, 1, 1] -> [O, channels of the nodes, 1, 1]."""
-        if self.positions is None:
-            return weight
-        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1)[:, self.positions]
-
-    def norm(self, norm: Norm) -> Norm:
-        """A BatchNorm over the layer's channels -> over the nodes'."""
-        if self.whole:
-            return norm
-        gamma, beta, mean, rstd, scale, shift = (self.vector(v) for v in norm[:-1])
-        return Norm(gamma, beta, mean, rstd, scale, shift, norm.fixed)
-
-    def collect(self, so_far: Tensor | None, found: Tensor) -> Tensor:
-        """Put sums over the nodes' channels into a vector over the layer's."""
-        if self.positions is None:
-            return found
-        buffer = found.new_zeros(self.length + 1) if so_far is None else torch.cat([so_far, found.new_zeros(1)])
-        return buffer.index_copy(0, self.positions, found)[:-1]
-
-
-@lru_cache(maxsize=4096)
-def _positions(plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each channel of the nodes stands in the layer's concatenation; its length where the layer lacks it."""
-    starts, start = {}, 0
-    for source in plan.links[layer - 1]:
-        starts[source] = start
-        start += plan.node_widths[source]
-    places: list[int] = []
-    for node in nodes:
-        width = plan.node_widths[node]
-        places += range(starts[node], starts[node] + width) if node in starts else [start] * width
-    return torch.tensor(places, device=device)
-
-
-@lru_cache(maxsize=4096)
-def _channels(plan: BlockPlan, nodes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The nodes' channels among those of all nodes of the block."""
-    starts = [sum(plan.node_widths[:node]) for node in range(len(plan.node_widths))]
-    return torch.tensor([starts[node] + c for node in nodes for c in range(plan.node_widths[node])], device=device)
-
-
-class _NodeStatistics:
-    """Mean and variance of every channel of every node, filled as the nodes are made."""
-
-    def __init__(self, plan: BlockPlan, device: torch.device, dtype: torch.dtype):
-        self.plan, self.device = plan, device
-        self.values = torch.zeros(2, sum(plan.node_widths), dtype=dtype, device=device)
-
-    def set(self, node: int, mean: Tensor, variance: Tensor) -> None:
-        """Note what one node's channels have."""
-        start = sum(self.plan.node_widths[:node])
-        self.values[:, start : start + len(mean)] = torch.stack([mean, variance])
-
-    def of(self, nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of the concatenated nodes."""
-        mean, variance = self.values.index_select(1, _channels(self.plan, nodes, self.device))
-        return mean, variance
-
-
-class _SharedTerms:
-    """The statistics' share of a feature's gradient: linear in its readers, so it is summed and applied once.
-
-    df = G + Q f + R with Q = -(1 / M) sum_r scale_r rstd_r dgamma_r and R = -(1 / M) sum_r scale_r dbeta_r - Q mean,
-    where G is the sum of scale_r g_r. The readers share mean, but each has its own eps and so its own rstd.
-    """
-
-    def __init__(self, plan: BlockPlan, device: torch.device, dtype: torch.dtype):
-        self.plan, self.device = plan, device
-        # rows: sum of scale rstd dgamma, sum of scale dbeta, mean; of every channel of every node
-        self.values = torch.zeros(3, sum(plan.node_widths), dtype=dtype, device=device)
-        self.nodes: set[int] = set()
-
-    def add(self, nodes: tuple[int, ...], norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> None:
-        """Add one reader's share; all arguments over the concatenated channels of `nodes`."""
-        channels = _channels(self.plan, nodes, self.device)
-        terms = torch.stack([norm.scale * norm.rstd * sum_gx, norm.scale * sum_g])
-        self.values[:2].index_add_(1, channels, terms)
-        # a reader that lacks a node has zeros for its statistics
-        self.values[2].index_copy_(0, channels, torch.where(norm.rstd > 0, norm.mean, self.values[2][channels]))
-        self.nodes.update(nodes)
-
-    def applied(self, verbs: Any, node: int, arriving: Tensor, feature: Tensor, pixels: int | Tensor) -> Tensor:
-        """The whole gradient of a node."""
-        if node not in self.nodes:
-            return arriving
-        start = sum(self.plan.node_widths[:node])
-        linear, constant, mean = self.values[:, start : start + self.plan.node_widths[node]]
-        q = -linear / pixels
-        return verbs.linear(arriving, feature, None, q, -constant / pixels - q * mean)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import sync
 from .backends import elementwise
 from .backends.native import Verbs
-from .engine import batch_norm
+from .batchnorm import batch_norm
 
 aten = torch.ops.aten
 
