@@ -129,7 +129,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     say = report or (lambda line: None)
-    own = sum(isinstance(module, LinkedBlock) and not module.fused for module in model.modules())
+    own = [module for module in model.modules() if isinstance(module, LinkedBlock) and not module.fused]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LinkedBlock) or _inside_a_block(model, name):
             continue
@@ -142,8 +142,8 @@ def convert(
             model = _put(model, name, block)
             say(f"fused {name or 'the model'}: {block.kind}, {block.plan.num_layers} layers, {block.links.total} links")
     running = fuse_blocks(model, True, backend, recompute)
-    if own:
-        say(f"fused {own} blocks of thresholdnet's own")
+    if switched := sum(block.fused for block in own):
+        say(f"fused {switched} blocks of thresholdnet's own")
     for name, module in model.named_modules():
         if type(module) is nn.Sequential and any(isinstance(child, ConvertedBlock) for child in module):
             _turn(module, Chain)
