@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links as link_patterns
 from .checks import number, one_of
-from .linked import LinkedBlock
+from .linked import ACTIVATION_NAMES, LinkedBlock
 from .plan import plan_block
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+ACTIVATIONS: dict[str, type[nn.Module]] = {name: kind for kind, name in ACTIVATION_NAMES.items()}
 
 
 class ConvBNAct(nn.Sequential):

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync
-from .linked import LinkedBlock, hooked, or_empty, shared_group, update_running
-
-_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+from .linked import ACTIVATION_NAMES, LinkedBlock, hooked, or_empty, shared_group, update_running
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
         return 1, first(x)
     if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and behind and _fits(first, x)):
         return 1, first(x)
-    activation = _ACTIVATIONS.get(type(behind[0]))
+    activation = ACTIVATION_NAMES.get(type(behind[0]))
     if activation is None or not _free(first, behind[0]):
         return 1, first(x)
     conv = behind[1] if len(behind) > 1 and _plain_convolution(behind[1], x) else None

@@ -36,8 +36,7 @@ class ConvertedBlock(LinkedBlock):
             self.add_module(name, child)
         self._original = [original]  # in a list: no second registration of its modules
         self.plan, self.activation, self.drop_rate = found.plan, found.activation, found.drop_rate
-        self.kind, self._paths = found.kind, found.units
-        self._tail, self._behind, self._residual = found.tail, found.behind, found.residual
+        self._found = found
         for name, value in vars(original).items():
             if "_hook" in name:  # of every kind, and today's handles go on removing them
                 setattr(self, name, value)
@@ -71,29 +70,29 @@ class ConvertedBlock(LinkedBlock):
     @property
     def takes_tail(self) -> bool:
         """See `LinkedBlock`; a block that ends in a convolution of its own takes no other."""
-        return super().takes_tail and not self._tail
+        return super().takes_tail and not self._found.tail
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
-        return self._convolution().out_channels if self._tail else self.plan.out_channels
+        return self._convolution().out_channels if self._found.tail else self.plan.out_channels
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        if not self._tail:
+        if not self._found.tail:
             return super()._fused_forward(x, backend, tail)
         y = super()._fused_forward(x, backend, self._convolution().weight)
-        for path in self._behind:
+        for path in self._found.behind:
             y = self.get_submodule(path)(y)
-        return y + x if self._residual else y
+        return y + x if self._found.residual else y
 
     def _convolution(self) -> nn.Conv2d:
         """The 1x1 convolution over the block's nodes that the foreign block ends in."""
-        conv = self.get_submodule(self._tail)
+        conv = self.get_submodule(self._found.tail)
         assert isinstance(conv, nn.Conv2d)  # it was when it was recognised
         return conv
 
     def _units(self) -> Sequence[Sequence[nn.Module]]:
-        return [[self.get_submodule(path) for path in unit] for unit in self._paths]
+        return [[self.get_submodule(path) for path in unit] for unit in self._found.units]
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         block = self.original()
@@ -140,7 +139,8 @@ def convert(
             continue
         if block is not None:
             model = _put(model, name, block)
-            say(f"fused {name or 'the model'}: {block.kind}, {block.plan.num_layers} layers, {block.links.total} links")
+            size = f"{block.plan.num_layers} layers, {block.links.total} links"
+            say(f"fused {name or 'the model'}: {block._found.kind}, {size}")
     running = fuse_blocks(model, True, backend, recompute)
     if switched := sum(block.fused for block in own):
         say(f"fused {switched} blocks of thresholdnet's own")
@@ -185,8 +185,7 @@ def _inside_a_block(model: nn.Module, name: str) -> bool:
 def _put(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
     if not name:
         return block
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = block
+    model.set_submodule(name, block)
     return model
 
 

@@ -32,8 +32,8 @@ def plain(model: nn.Module) -> nn.Module:
         for conv, norm in _pairs(module):
             first, second = module.get_submodule(conv), module.get_submodule(norm)
             if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d and second.running_mean is not None:
-                _replace(module, conv, fuse_conv_bn_eval(first, second))
-                _replace(module, norm, nn.Identity())
+                module.set_submodule(conv, fuse_conv_bn_eval(first, second))
+                module.set_submodule(norm, nn.Identity())
     return twin
 
 
@@ -107,8 +107,3 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
     if found is None or found.plan.unit != "bottleneck":
         return []
     return [(unit[1], unit[2]) for unit in found.units]
-
-
-def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, by)

@@ -17,6 +17,9 @@ from .plan import BlockPlan
 
 Self = TypeVar("Self", bound="LinkedBlock")
 
+ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+"""Module class -> the engine's name of what it computes."""
+
 
 class LinkedBlock(nn.Module):
     """A block over a plan, fused through the engine or in plain torch.

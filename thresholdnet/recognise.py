@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links
+from .linked import ACTIVATION_NAMES
 from .links import Links
 from .plan import BlockPlan
-
-_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
 class Unlike(Exception):
@@ -97,22 +96,13 @@ def harmonic_block(block: nn.Module) -> Found | None:
         return None
     if not layers or [name for name, _ in block.named_children()] != ["layers"]:
         return None
-    units: list[tuple[str, ...]] = []
-    nodes: list[int] = []
-    activations = set()
     pattern = Links([list(row) for row in sources])
-    for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
-        unit, conv, activation = _conv_norm_act(f"layers.{i}", layer)
-        if i == 0:
-            nodes = [conv.in_channels]  # layer 1 reads the input alone
-        nodes.append(_convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
-        activations.add(activation)
-        units.append(unit)
+    units, nodes, activation = _layers("layers", layers, pattern)
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
     outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
-    plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu")
-    return Found("HarDNet block", plan, tuple(units), _the("activation", activations))
+    plan = BlockPlan(pattern, nodes, outputs, "conv_bn_relu")
+    return Found("HarDNet block", plan, units, activation)
 
 
 def one_shot_aggregation(block: nn.Module) -> Found | None:
@@ -121,15 +111,8 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     layers: Any = getattr(block, names[0]) if names else None
     if names is None or not isinstance(layers, nn.ModuleList | nn.Sequential) or not len(layers):
         return None
-    units: list[tuple[str, ...]] = []
-    nodes: list[int] = []
-    activations = set()
-    for i, layer in enumerate(layers):
-        unit, conv, activation = _conv_norm_act(f"{names[0]}.{i}", layer)
-        nodes = nodes or [conv.in_channels]
-        nodes.append(_convolution(unit[0], conv, 3, nodes[-1]))
-        activations.add(activation)
-        units.append(unit)
+    pattern = Links([[i] for i in range(len(layers))])
+    units, nodes, activation = _layers(names[0], layers, pattern)
     joint: list[tuple[str, Any]] = list(block.get_submodule(names[1]).named_children())
     (tail, conv), *rest = joint or [("", None)]
     _convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
@@ -137,10 +120,10 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
-    plan = BlockPlan(Links([[i] for i in range(len(units))]), tuple(nodes), tuple(range(len(nodes))), "conv_bn_relu")
+    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu")
     residual = bool(getattr(block, "residual", False) or getattr(block, "identity", False))
     return Found(
-        "one-shot aggregation", plan, tuple(units), _the("activation", activations),
+        "one-shot aggregation", plan, units, activation,
         tail=f"{names[1]}.{tail}", behind=behind, residual=residual,
     )  # fmt: skip
 
@@ -150,6 +133,20 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (dense_block, harmonic_
 
 def _has(block: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(block, name, None), nn.Module) for name in names)
+
+
+def _layers(path: str, layers: Any, pattern: Links) -> tuple[tuple[tuple[str, ...], ...], tuple[int, ...], str]:
+    """Of layers of 3x3 convolution, BatchNorm and activation with these sources: units, node widths, activation."""
+    units: list[tuple[str, ...]] = []
+    nodes: list[int] = []
+    activations = set()
+    for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
+        unit, conv, activation = _conv_norm_act(f"{path}.{i}", layer)
+        nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
+        nodes.append(_convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
+        activations.add(activation)
+        units.append(unit)
+    return tuple(units), tuple(nodes), _the("activation", activations)
 
 
 def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:
@@ -185,9 +182,9 @@ def _activation(name: str, norm: Any, behind: nn.Module | None) -> str:
     if not _idle(getattr(norm, "drop", None)):
         raise Unlike(f"{name} has a drop layer inside")
     act = behind if inside is None or _idle(inside) else inside
-    if type(act) not in _ACTIVATIONS or (act is inside and not _idle(behind)):
+    if type(act) not in ACTIVATION_NAMES or (act is inside and not _idle(behind)):
         raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
-    return _ACTIVATIONS[type(act)]
+    return ACTIVATION_NAMES[type(act)]
 
 
 def _idle(module: nn.Module | None) -> bool:
