@@ -315,7 +315,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     setup(
         packages=[
-            "thresholdnet", "thresholdnet.backends", "thresholdnet.bench", "thresholdnet.kernels",
+            "thresholdnet", "thresholdnet.backends", "thresholdnet.bench", "thresholdnet.cli", "thresholdnet.kernels",
             "thresholdnet.models", "thresholdnet.train",
         ],
         package_dir={"thresholdnet.kernels": "kernels"},

@@ -9,11 +9,13 @@ import os
 import sys
 from typing import Annotated
 
-from .. import __version__
-
 # isort: off
-from ._shared import app, typer  # first: it says what to install where typer is missing
+from ._shared import app  # first: it says what to install where typer is missing
 from . import training, zoo, machine, bench  # noqa: F401  # in the order that --help lists their commands
+
+import typer
+
+from .. import __version__
 
 
 def main() -> None:

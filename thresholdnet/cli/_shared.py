@@ -54,6 +54,7 @@ def print_table(table: RichTable) -> None:
 
 
 def write_or_print(text: str, out: Path | None) -> None:
+    """The text into a file, or onto stdout."""
     if out is None:
         print(text, end="")
         return
