@@ -1,8 +1,9 @@
-"""The native backend with Winograd's F(4x4, 3x3) for wide 3x3 layers of conv_bn_relu blocks: float32 on CPUs, in C++.
+"""The native backend with Winograd's F(4x4, 3x3) for wide 3x3 layers: float32 on CPUs, in C++.
 
-A tensor is transformed once for all its readers and kept in a workspace until the last of them has run; a layer is then
-a matrix product at each of 36 positions over its sources' transforms (csrc/cpu/winograd.h), and no links are gathered.
-Likewise one transform of a layer's dz serves the gradients of all its sources. What is kept for backward is what
+In conv_bn_relu blocks a tensor is transformed once for all its readers and kept in a workspace until the last of them
+has run; a layer is then a matrix product at each of 36 positions over its sources' transforms (csrc/cpu/winograd.h),
+and no links are gathered. Likewise one transform of a layer's dz serves the gradients of all its sources. In bottleneck
+blocks the 3x3 convolution of a layer reads one tensor that nobody else reads. What is kept for backward is what
 `native.py` keeps; workspaces take 2.25 times the bytes of the tensors that they transform, more where 4 does not divide
 height or width.
 
@@ -72,7 +73,9 @@ class Verbs(native.Verbs):
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         super().__init__(plan, x)
         fits = x.device.type == "cpu" and x.dtype == torch.float32 and csrc.takes(x)
-        self.chosen = _choose(plan, x.shape[0], x.shape[2], x.shape[3]) if plan is not None and fits else _NOTHING
+        self.images = (x.shape[0], x.shape[2], x.shape[3])
+        self.chosen = _choose(plan, *self.images) if plan is not None and fits else _NOTHING
+        self.bottleneck = plan is not None and fits and plan.unit == "bottleneck"
         self.transforms = _Transforms()
         self.layer = 0  # whose gradient was asked for last: the one whose weight's gradient comes next
 
@@ -89,11 +92,13 @@ class Verbs(native.Verbs):
     ) -> tuple[Tensor, Moments | None]:
         """See `native.Verbs.conv`."""
         kind, layer = into
-        if kind not in ("node", "raw") or layer not in self.chosen.forward:
+        readers = self.chosen.forward.get(layer) if kind in ("node", "raw") else None
+        if self._alone(weight.shape[1], weight.shape[0], weight.shape[2]):
+            readers = [1]
+        if readers is None:
             return super().conv(
                 sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics
             )
-        readers = self.chosen.forward[layer]
         z = self._convolve(sources, readers, [weight], bias=bias, activation="none" if bias is None else activation)
         return z, self.moments(z) if statistics else None
 
@@ -110,9 +115,12 @@ class Verbs(native.Verbs):
         """See `native.Verbs.gradient`."""
         kind, self.layer = into
         behind_block = bool(weights) and weights[0].shape[2] == 1  # a 1x1 convolution of the output, see the engine
-        if kind != "gradient" or self.layer not in self.chosen.gradient or behind_block:
+        of_each = self.chosen.gradient.get(self.layer) if kind == "gradient" and not behind_block else None
+        if weights and self._alone(weights[0].shape[0], weights[0].shape[1], weights[0].shape[2]):
+            of_each = [1]
+        if of_each is None:
             return super().gradient(readers, weights, add, into=into, masked=masked, activation=activation)
-        g = self._convolve(readers, self.chosen.gradient[self.layer], weights, transposed=True, add=add)
+        g = self._convolve(readers, of_each, weights, transposed=True, add=add)
         return self._masked(g, None, masked, activation, own=True)
 
     def weight_gradient(
@@ -125,14 +133,21 @@ class Verbs(native.Verbs):
         activation: str = "relu",
     ) -> Tensor:
         """See `native.Verbs.weight_gradient`."""
-        if kernel_size != 3 or self.layer not in self.chosen.weight:
+        readers = self.chosen.weight.get(self.layer) if kernel_size == 3 else None
+        if self._alone(sources[0].shape[1], dz.shape[1], kernel_size):
+            readers = [1]
+        if readers is None:
             return super().weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
-        read = self.transforms.of(sources, self.chosen.weight[self.layer])
+        read = self.transforms.of(sources, readers)
         arriving = self.transforms.make(dz, gradient=True)
         made: Tensor = _operators().winograd_weight_gradient(read, arriving, dz.shape[1])
         self.transforms.recycle(arriving)
         self.transforms.done(sources)
         return made
+
+    def _alone(self, read: int, written: int, kernel_size: int) -> bool:
+        """Whether this is a bottleneck layer's 3x3 convolution, or a gradient of it, and faster in Winograd's form."""
+        return self.bottleneck and kernel_size == 3 and pays(read, written, *self.images)
 
     def _convolve(
         self,

@@ -211,8 +211,6 @@ def _fused_winograd(model: nn.Module, images: Tensor, case: Case) -> Runner:
         raise Unavailable(f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}")
     if csrc.reason() is not None:
         raise Unavailable(f"Winograd needs the C++ library: {csrc.reason()}")
-    if all(block.plan.unit != "conv_bn_relu" for block in blocks(model)):
-        raise Unavailable("the model has no conv_bn_relu units, which alone have a Winograd form")
     return _fused(model, images, case, "native", within=_with_winograd)
 
 
