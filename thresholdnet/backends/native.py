@@ -1,5 +1,7 @@
 """The engine's verbs on the library's convolution, for every device: gather the links into a scratch, call the library.
 
+On a CPU images of at most 2 x 2 pixels have products of their own (`taps.py`).
+
 The passes over pixels are torch's own operations (`elementwise.py`), or C++ on a CPU (`csrc.py`).
 
 Letters: N batch, C channels, H x W pixels; M = N H W; z raw convolution output, y = act(z * scale + shift), g gradient
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..plan import BlockPlan
-from . import csrc, elementwise
+from . import csrc, elementwise, taps
 from .elementwise import Affine
 
 Moments = tuple[Tensor, Tensor]
@@ -82,7 +84,11 @@ class Verbs:
         read = self._gathered(sources, affine, activation)
         weight = weight.contiguous(memory_format=torch.channels_last)
         padding = weight.shape[2] // 2
-        if bias is None:
+        if taps.takes(read, weight.shape[2]):
+            z = taps.conv(read, weight)
+            if bias is not None:
+                z = _activated(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
+        elif bias is None:
             z = F.conv2d(read, weight, padding=padding)
         elif _activates_in_library(read):
             attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
@@ -90,8 +96,7 @@ class Verbs:
                 read, weight, bias.to(weight.dtype), [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
             )
         else:
-            z = F.conv2d(read, weight, bias.to(weight.dtype), padding=padding)
-            z = z.clamp_(0, 6) if activation == "relu6" else z.relu_()
+            z = _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
         return z, self.moments(z) if statistics else None
 
     def _gathered(self, sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
@@ -218,6 +223,8 @@ class Verbs:
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
         read = self._gathered(sources, affine, activation)
+        if taps.takes(read, kernel_size):
+            return taps.weight_gradient(read, dz)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
         return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
 
@@ -250,17 +257,24 @@ class Verbs:
 
 
 def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """The library's gradient of a convolution's input, [N, C, H, W] in channels_last order."""
+    """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if taps.takes(dz, weight.shape[2]):
+        return taps.data_gradient(dz, weight)
     like = torch.empty(  # for its shape and order; never touched
         (dz.shape[0], weight.shape[1], *dz.shape[2:]),
         dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    weight = weight.contiguous(memory_format=torch.channels_last)
     padding = weight.shape[2] // 2
     g: Tensor = torch.ops.aten.convolution_backward(
         dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
     return g.contiguous(memory_format=torch.channels_last)
+
+
+def _activated(z: Tensor, activation: str) -> Tensor:
+    """In place."""
+    return z.clamp_(0, 6) if activation == "relu6" else z.relu_()
 
 
 def _activates_in_library(x: Tensor) -> bool:

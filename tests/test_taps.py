@@ -1,0 +1,71 @@
+"""Convolutions of tiny images by their taps, against torch's in fp64; and the fused blocks that run on them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from thresholdnet import ThresholdBlock, links
+from thresholdnet.backends import taps
+
+F64 = torch.float64
+SIZES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def _pixels(*shape, dtype=F64):
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", [(1, 1), (5, 1), (1, 4), (13, 7)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_products_are_the_convolution_and_its_gradients(batch, channels, size):
+    read, written = channels
+    x, dz = _pixels(batch, read, *size), _pixels(batch, written, *size)
+    weight = _pixels(written, read, 3, 3)
+    torch.testing.assert_close(taps.conv(x, weight), F.conv2d(x, weight, padding=1))
+    torch.testing.assert_close(taps.data_gradient(dz, weight), conv2d_input(x.shape, weight, dz, padding=1))
+    torch.testing.assert_close(taps.weight_gradient(x, dz), conv2d_weight(x, weight.shape, dz, padding=1))
+
+
+def test_parts_of_other_tensors_are_read_where_they_lie():
+    whole, weight = _pixels(4, 12, 2, 2), _pixels(6, 5, 3, 3)
+    x, dz = whole[:, 3:8], whole[:, 2:8]
+    torch.testing.assert_close(taps.conv(x, weight), F.conv2d(x, weight, padding=1))
+    torch.testing.assert_close(taps.data_gradient(dz, weight), conv2d_input(x.shape, weight, dz, padding=1))
+    torch.testing.assert_close(taps.weight_gradient(x, dz), conv2d_weight(x, weight.shape, dz, padding=1))
+
+
+def test_what_it_takes():
+    assert all(taps.takes(torch.zeros(2, 3, *size), 3) for size in SIZES)
+    assert not taps.takes(torch.zeros(2, 3, 3, 1), 3) and not taps.takes(torch.zeros(2, 3, 2, 2), 1)
+    assert not taps.takes(torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), 3), "it would round at every product"
+    assert not taps.takes(torch.zeros(0, 3, 2, 2), 3) and not taps.takes(torch.zeros(2, 3, 2, 2, device="meta"), 3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_equal_the_plain_block(size, unit, activation, monkeypatch):
+    ran = set()
+    for name in ("conv", "data_gradient", "weight_gradient"):
+        true = getattr(taps, name)
+        monkeypatch.setattr(taps, name, lambda *given, true=true, name=name: (ran.add(name), true(*given))[1])
+    torch.manual_seed(0)
+    plain = ThresholdBlock(9, links.threshold_ab(5, 2), 6, unit=unit, activation=activation, dtype=F64)
+    fused = copy.deepcopy(plain).fuse(True, "native")
+    x = torch.randn(5, 9, *size, dtype=F64)
+    results = []
+    for block in (fused, plain):
+        own = x.clone().requires_grad_()
+        y = block.train()(own)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=F64).view(y.shape))
+        with torch.no_grad():
+            inference = block.eval()(x)
+        results.append([y, own.grad, inference, *(p.grad for p in block.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+    assert ran == {"conv", "data_gradient", "weight_gradient"}
