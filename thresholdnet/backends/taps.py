@@ -21,7 +21,7 @@ LARGEST = 2
 
 
 def takes(x: Tensor, kernel_size: int) -> bool:
-    """Whether a convolution of x, or a gradient of it, has this form; half formats would be rounded at every product."""
+    """Whether a convolution of x, or a gradient of it, has this form; half formats would round at every product."""
     small = max(x.shape[2:]) <= LARGEST and x.numel() > 0
     return small and kernel_size == 3 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
