@@ -201,9 +201,19 @@ def shared_group(norms: Sequence[_BatchNorm]) -> Any:
     return group
 
 
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing makes again what it did not keep.
+
+    The rule of torch.utils.module_tracker and of FSDP2. A compiled graph cannot ask; it counts as a first forward.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @torch.no_grad()
 def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pixels: int | Tensor) -> None:
-    """What nn.BatchNorm2d does to its buffers in training, once per call."""
+    """What nn.BatchNorm2d does to its buffers in training, once per call; nothing where the call is a recomputation."""
+    if recomputing():
+        return
     unbiased = pixels / (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else pixels / max(pixels - 1, 1)
     for norm, used in zip(norms, statistics, strict=True):
         if not norm.training or norm.running_mean is None or norm.running_var is None:
