@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, sync
+from . import ops, sync, transforms
 from .linked import ACTIVATION_NAMES, LinkedBlock, hooked, or_empty, shared_group, update_running
 
 
@@ -79,8 +79,8 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
     if weight is not None and dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     like = norm.weight if norm.weight is not None else x.new_ones(x.shape[1])
-    y, statistics = ops.transition(
-        x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,
+    y, statistics = transforms.call(
+        ops.transition, x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,
         [or_empty(norm.running_mean, x), or_empty(norm.running_var, x)], counts, norm.eps, fixed, activation,
         [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation], *(pool or ("", [0] * 8)),
         "" if group is None else group.group_name,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, transforms
 from .backends import choose
 
 
@@ -41,7 +41,7 @@ def linked_conv2d(
     if name == "reference":
         z = F.conv2d(torch.cat(tensors, 1), weight, padding=weight.shape[2] // 2)
     else:
-        z = ops.linked_conv2d(tensors, weight, name)
+        z = transforms.call(ops.linked_conv2d, tensors, weight, name)
     return z if bias is None else z + bias.to(z.dtype).view(1, -1, 1, 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, sync
+from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .checks import one_of
 from .links import Links
@@ -110,6 +110,11 @@ class LinkedBlock(nn.Module):
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
         first = convolutions[0].weight
+        if any(sharded(conv.weight) for conv in convolutions):
+            raise RuntimeError(
+                "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
+                "got sharded weights inside it"
+            )
         dtype = ops.autocast_dtype(x.device)
         if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
             x = x.to(dtype)
@@ -120,12 +125,13 @@ class LinkedBlock(nn.Module):
         if tail is not None:
             parameters.append(tail.to(x.dtype))
         running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        # a transform hides from the tensors of its inner levels that somebody differentiates further out
+        save = torch.is_grad_enabled() and (transforms.active() or any(t.requires_grad for t in (x, *parameters)))
         eps = [norm.eps for norm in norms]
         recompute = self.recompute == "bottleneck"
         counts = None if group is None else sync.counts(x, group)
-        y, statistics, _ = ops.block(
-            x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
+        y, statistics, _ = transforms.call(
+            ops.block, x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
             self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
         )  # fmt: skip
         update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
@@ -199,6 +205,11 @@ def shared_group(norms: Sequence[_BatchNorm]) -> Any:
             f"or none of them, got {len(shared)} of {len(norms)}"
         )
     return group
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a process holds a part: so are FSDP2's weights until a module gathers them."""
+    return hasattr(tensor, "device_mesh")
 
 
 def recomputing() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine
+from . import engine, transforms
 from . import transition as between
 from .backends import engine_for, load
 from .plan import BlockPlan
@@ -183,12 +183,14 @@ def _backward(ctx: Any, grad: Tensor | None, grad_statistics: Any, grad_saved: A
         parts.append(tensors[start : start + length])
         start += length
     parameters, statistics, saved, masks = parts
-    grads = block_backward(grad, x, parameters, statistics, saved, *ctx.call, masks, counts, *ctx.end, needs)
+    grads = transforms.call(
+        block_backward, grad, x, parameters, statistics, saved, *ctx.call, masks, counts, *ctx.end, needs
+    )
     found = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
     return found[0], found[1:], [None] * buffers, *nothing
 
 
-block.register_autograd(_backward, setup_context=_setup)
+transforms.differentiable(block, _setup, _backward)
 
 
 def _transition_spec(
@@ -307,11 +309,11 @@ def _backward_transition(ctx: Any, grad: Tensor | None, grad_statistics: Any) ->
     if grad is None:
         return (*[None] * 4, *nothing)
     needs = list(ctx.needs_input_grad[:4])
-    grads = transition_backward(grad, *ctx.saved_tensors, *ctx.call, needs)
+    grads = transforms.call(transition_backward, grad, *ctx.saved_tensors, *ctx.call, needs)
     return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing)
 
 
-transition.register_autograd(_backward_transition, setup_context=_setup_transition)
+transforms.differentiable(transition, _setup_transition, _backward_transition)
 
 
 @torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
@@ -366,12 +368,12 @@ def _backward_linked(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tenso
     weight, *sources = ctx.saved_tensors
     needs_sources, needs_weight = ctx.needs_input_grad[:2]
     needs = [*needs_sources, needs_weight]
-    grads = linked_conv2d_backward(grad, sources, weight, ctx.backend, needs)
+    grads = transforms.call(linked_conv2d_backward, grad, sources, weight, ctx.backend, needs)
     found = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
     return found[:-1], found[-1], None
 
 
-linked_conv2d.register_autograd(_backward_linked, setup_context=_setup_linked)
+transforms.differentiable(linked_conv2d, _setup_linked, _backward_linked)
 
 
 def _once_only(ctx: Any, *grads: Any) -> Any:
@@ -385,4 +387,4 @@ def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) 
 
 
 for _operator in (block_backward, linked_conv2d_backward, transition_backward):
-    _operator.register_autograd(_once_only, setup_context=_setup_nothing)
+    transforms.differentiable(_operator, _setup_nothing, _once_only)
