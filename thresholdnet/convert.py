@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain
-from .linked import LinkedBlock, hooked
+from .linked import LinkedBlock, hooked, sharded
 from .models import fuse_blocks
 from .recognise import Found, Unlike, recognise
 
@@ -195,6 +195,8 @@ def _replacement(module: nn.Module, backend: str, recompute: str | None) -> Conv
         return None
     if own := [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]:
         raise Unlike(f"it has a tensor {own[0]!r} of its own")
+    if any(sharded(parameter) for parameter in module.parameters()):
+        raise Unlike("its weights are sharded: convert the model before fully_shard")
     block = ConvertedBlock(module, found).fuse(True, backend, recompute)
     _check(module, block)
     return block
