@@ -64,6 +64,113 @@ class HarDNet68(nn.Module):
         return x
 
 
+class HarDMSEG(HarDNet68):
+    """HarDNet-MSEG's manner: the encoder without its head gives four branches, three of which meet in one map."""
+
+    def __init__(self):
+        super().__init__()
+        self.rfb = nn.ModuleList(nn.Conv2d(width, 8, 1, bias=False) for width in (320, 640, 1024))
+
+    def forward(self, x):
+        branches = []
+        for i in range(len(self.base) - 1):
+            x = self.base[i](x)
+            if i in (4, 9, 12, 15):
+                branches.append(x)
+        maps = [conv(branch) for conv, branch in zip(self.rfb, branches[1:], strict=True)]
+        size = maps[0].shape[2:]
+        return maps[0] * F.interpolate(maps[1], size=size) + F.interpolate(maps[2], size=size)
+
+
+class TransitionUp(nn.Module):
+    """FC-HarDNet's: no parameters, bilinear to the skip's size, then both together."""
+
+    def forward(self, x, skip):
+        up = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=True)
+        return torch.cat([up, skip], 1)
+
+
+class FCHarDNet(nn.Module):
+    """FC-HarDNet-70: base, transUpBlocks, denseBlocksUp, conv1x1_up, finalConv; blocks on the way down are skips."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        growth, depths, widths, act = (10, 16, 18, 24, 32), (4, 4, 8, 8, 8), (64, 96, 160, 224, 320), nn.ReLU
+        stem = [(3, 16, 3, 2), (16, 24, 3, 1), (24, 32, 3, 2), (32, 48, 3, 1)]
+        base, skips, self.shortcut_layers = [ConvLayer(*shape, act) for shape in stem], [], []
+        width = 48
+        for i, (k, depth, out) in enumerate(zip(growth, depths, widths, strict=True)):
+            base.append(HarDBlock(width, k, 1.7, depth, act=act))
+            skips.append(base[-1].out_channels)
+            if i < 4:
+                self.shortcut_layers.append(len(base) - 1)
+            base.append(ConvLayer(skips[-1], out, 1, act=act))
+            width = out
+            if i < 4:
+                base.append(nn.AvgPool2d(2, 2))
+        self.base = nn.ModuleList(base)
+        self.transUpBlocks, self.denseBlocksUp, self.conv1x1_up = (nn.ModuleList() for _ in range(3))
+        for i in (3, 2, 1, 0):
+            joined = width + skips[i]
+            self.transUpBlocks.append(TransitionUp())
+            self.conv1x1_up.append(ConvLayer(joined, joined // 2, 1, act=act))
+            self.denseBlocksUp.append(HarDBlock(joined // 2, growth[i], 1.7, depths[i], act=act))
+            width = self.denseBlocksUp[-1].out_channels
+        self.finalConv = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+        size, skips = x.shape[2:], []
+        for i, layer in enumerate(self.base):
+            x = layer(x)
+            if i in self.shortcut_layers:
+                skips.append(x)
+        for up, conv, block in zip(self.transUpBlocks, self.conv1x1_up, self.denseBlocksUp, strict=True):
+            x = block(conv(up(x, skips.pop())))
+        return F.interpolate(self.finalConv(x), size=size, mode="bilinear", align_corners=True)
+
+
+class ThreshLayer(nn.Sequential):
+    """ThreshNet's dense layer, alone in the network's flat list: what it read comes out in front of what it made."""
+
+    def __init__(self, read, k):
+        super().__init__()
+        self.add_module("norm1", nn.BatchNorm2d(read))
+        self.add_module("relu1", nn.ReLU(True))
+        self.add_module("conv1", nn.Conv2d(read, 128, 1, bias=False))
+        self.add_module("norm2", nn.BatchNorm2d(128))
+        self.add_module("relu2", nn.ReLU(True))
+        self.add_module("conv2", nn.Conv2d(128, k, 3, padding=1, bias=False))
+
+    def forward(self, x):
+        return torch.cat([x, super().forward(x)], 1)
+
+
+class ThreshNet79(nn.Module):
+    """ThreshNet79 in its authors' layout: a flat ModuleList `base`, the classifier its last entry."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        base = [ConvLayer(3, 32, 3, 2, nn.ReLU), ConvLayer(32, 64, act=nn.ReLU), nn.MaxPool2d(3, 2, 1)]
+        width = 64
+        for depth, out, pool in ((6, 128, 1), (8, 192, 1), (12, 288, 0)):
+            base += [ThreshLayer(width + 32 * i, 32) for i in range(depth)]
+            base.append(ConvLayer(width + 32 * depth, out, 1, act=nn.ReLU))
+            width = out
+            base += [nn.MaxPool2d(2, 2)] * pool
+        for k, depth, out, pool in ((40, 16, 480, 1), (160, 4, 960, 0)):
+            block = HarDBlock(width, k, 1.7, depth, act=nn.ReLU)
+            base += [block, ConvLayer(block.out_channels, out, 1, act=nn.ReLU)]
+            width = out
+            base += [nn.MaxPool2d(2, 2)] * pool
+        base.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)))
+        self.base = nn.ModuleList(base)
+
+    def forward(self, x):
+        for layer in self.base:
+            x = layer(x)
+        return x
+
+
 class Gate(nn.Module):
     """Channels weighed by a hard sigmoid of their means."""
 

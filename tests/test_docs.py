@@ -21,7 +21,7 @@ def test_documentation_builds(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING -" not in done.stderr
     pages = {path.parent.name for path in tmp_path.rglob("index.html")}
-    assert {"tutorial", "convert", "serving", "design", "kernels", "extending", "api"} <= pages
+    assert {"tutorial", "convert", "tools", "serving", "design", "kernels", "extending", "api"} <= pages
     tutorial = (tmp_path / "tutorial" / "index.html").read_text()
     assert "fused features.denseblock4" in tutorial  # cells were executed
     assert 'class="jp-RenderedImage' in tutorial  # and drew

@@ -142,18 +142,19 @@ def test_plain_batch_norm_stays_with_its_process(unit, tmp_path):
     _in_processes([2, 3], tmp_path, _without_sharing, unit)
 
 
-def _compiled(rank, shares, unit):
-    parallel = DistributedDataParallel(_network(unit))
-    nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
-    x, weights = _data(sum(shares))
-    expected = _step(copy.deepcopy(parallel.module), x, weights)
-    found = _step(torch.compile(parallel, backend="aot_eager"), x, weights)
-    for a, b in zip(found, expected, strict=True):
-        _close(a, b, "compiled")
+def _compiled(rank, shares):
+    for unit in ("bottleneck", "converted"):
+        parallel = DistributedDataParallel(_network(unit))
+        nn.SyncBatchNorm.convert_sync_batchnorm(parallel)
+        x, weights = _data(sum(shares))
+        expected = _step(copy.deepcopy(parallel.module), x, weights)
+        found = _step(torch.compile(parallel, backend="aot_eager"), x, weights)
+        for a, b in zip(found, expected, strict=True):
+            _close(a, b, f"compiled {unit}")
 
 
 def test_compile_around_ddp(tmp_path):
-    _in_processes([2, 2], tmp_path, _compiled, "bottleneck")
+    _in_processes([2, 2], tmp_path, _compiled)
 
 
 def _half_shared(rank, shares):

@@ -3,7 +3,8 @@
 A rule looks at a module's children and attributes alone. It answers None where the module is nothing of its kind,
 raises `Unlike` with the reason where it is but computes something that the engine has no form for, and else returns
 what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out; HarDNet's blocks as in
-Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet; VoVNet's one-shot aggregation as in timm and vovnet-detectron2.
+Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet, and ThreshNet's dense layers, which stand alone; VoVNet's
+one-shot aggregation as in timm and vovnet-detectron2.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from . import links
 from .linked import ACTIVATION_NAMES
 from .links import Links
 from .plan import BlockPlan
+
+_DENSE = ("norm1", "conv1", "norm2", "conv2")
 
 
 class Unlike(Exception):
@@ -65,28 +68,39 @@ def recognise(block: nn.Module) -> Found | None:
 def dense_block(block: nn.Module) -> Found | None:
     """DenseNet-BC's block: children norm1, conv1, norm2, conv2 in every layer, in torchvision's or timm's manner."""
     layers: list[tuple[str, Any]] = list(block.named_children())
-    parts = ("norm1", "conv1", "norm2", "conv2")
-    if not layers or not all(all(hasattr(layer, part) for part in parts) for _, layer in layers):
+    if not layers or not all(all(hasattr(layer, part) for part in _DENSE) for _, layer in layers):
         return None
+    return _dense("DenseNet block", [(f"{name}.", layer) for name, layer in layers])
+
+
+def dense_layer(layer: nn.Module) -> Found | None:
+    """ThreshNet's dense layer: norm1 to conv2 in a row, in a module that puts its input in front of what it made."""
+    parts = [name for name, child in layer.named_children() if not isinstance(child, nn.ReLU | nn.ReLU6)]
+    runs_alone = isinstance(layer, nn.Sequential) and type(layer).forward is not nn.Sequential.forward
+    return _dense("dense layer", [("", layer)]) if runs_alone and parts == list(_DENSE) else None
+
+
+def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
+    """A block of these layers, each with the prefix of its modules' paths; a layer alone is its own block."""
     units: list[tuple[str, ...]] = []
     widths: list[int] = []
     inner: list[int] = []
     activations, drops = set(), set()
     read = layers[0][1].conv1.in_channels
-    for name, layer in layers:
-        known = {*parts, "relu1", "relu2"}
+    for prefix, layer in layers:
+        known = {*_DENSE, "relu1", "relu2"}
         if extra := [child for child, module in layer.named_children() if child not in known and not _idle(module)]:
-            raise Unlike(f"{name} has a module {extra[0]!r} of its own")
-        inner.append(_convolution(f"{name}.conv1", layer.conv1, 1, read + sum(widths)))
-        widths.append(_convolution(f"{name}.conv2", layer.conv2, 3, inner[-1]))
+            raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
+        inner.append(_convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths)))
+        widths.append(_convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1]))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
-            activations.add(_activation(f"{name}.norm{i}", norm, getattr(layer, f"relu{i}", None)))
+            activations.add(_activation(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
-        units.append(tuple(f"{name}.{part}" for part in parts))
+        units.append(tuple(f"{prefix}{part}" for part in _DENSE))
     plan = BlockPlan(
         links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner)
     )
-    return Found("DenseNet block", plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
+    return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
 
 def harmonic_block(block: nn.Module) -> Found | None:
@@ -128,7 +142,9 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     )  # fmt: skip
 
 
-RULES: tuple[Callable[[nn.Module], Found | None], ...] = (dense_block, harmonic_block, one_shot_aggregation)
+RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
+    dense_block, dense_layer, harmonic_block, one_shot_aggregation,
+)  # fmt: skip
 
 
 def _has(block: nn.Module, *names: str) -> bool:
