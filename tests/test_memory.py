@@ -32,6 +32,7 @@ def test_kept_bytes_are_those_of_a_real_step(name):
     ):
         fuse_blocks(model, **options)
         assert report[mode].kept == pytest.approx(_really_kept(model, x), rel=0.005), mode
+    assert tn.memory.kept(model, x.shape, torch.float32) == {mode: entry.kept for mode, entry in report.items()}
     assert report["fused"].kept <= (0.7 if any(m.can_fuse for m in _blocks(model)) else 1) * report["eager"].kept
     assert all(account.peak >= account.kept > sum(account.blocks.values()) for account in report.values())
 

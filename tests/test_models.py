@@ -314,3 +314,23 @@ def test_a_second_model_of_a_name_is_an_error():
 
     with pytest.raises(ValueError, match="model name 'densenet121' must be unique"):
         _registry.register(densenet121)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "resnet18"])
+def test_small_stem(name):
+    """3x3, stride 1, no pool: the same network from the first block on, at four times the side."""
+    usual, small = (tn.create_model(name, num_classes=3, small_stem=value).eval() for value in (False, True))
+    fewer = 3 * 64 * (7 * 7 - 3 * 3)
+    assert _count(usual) - _count(small) == fewer
+    backbone = tn.create_model(name, features_only=True, small_stem=True).eval()
+    x = torch.randn(1, 3, 32, 48)
+    reductions = [1, 2, 4, 8]
+    assert [info["reduction"] for info in backbone.feature_info] == reductions
+    for info, level in zip(backbone.feature_info, backbone(x), strict=True):
+        assert level.shape == (1, info["channels"], 32 // info["reduction"], 48 // info["reduction"])
+    fused = tn.create_model(name, num_classes=3, small_stem=True, fused=True, backend="native")
+    fused.load_state_dict(small.state_dict())
+    assert small(x).shape == (1, 3)
+    torch.testing.assert_close(fused.eval()(x), small(x), atol=1e-4, rtol=1e-3)
+    with pytest.raises(TypeError, match="small_stem must be True or False, got 1"):
+        tn.create_model(name, small_stem=1)

@@ -237,3 +237,15 @@ def test_missing_rich_is_said_in_one_sentence(made, monkeypatch):
 def test_an_unknown_table_is_refused(name, error):
     with pytest.raises(error, match="table"):
         table(name)
+
+
+def test_printed_results_say_what_the_text_says():
+    """Rows of Tables VI and VII against each other: an epoch is 500 or 50 steps, and the text's 60, 20 and 10 %."""
+    for part, steps, tolerance in (("VI", 500, 0.05), ("VII", 50, 0.2)):
+        for row in tables.PRINTED_RESULTS[part]:
+            assert row.epoch_s == pytest.approx(row.step_ms * steps / 1000, rel=tolerance), row
+    cifar = {row.model: row for row in tables.PRINTED_RESULTS["VI"]}
+    harder = cifar["hardnet68"]
+    assert cifar["thresholdnet_v1"].step_ms / harder.step_ms == pytest.approx(1 - 0.175, abs=1e-3)
+    assert cifar["thresholdnet_v2"].error / harder.error == pytest.approx(1 - 0.092, abs=1e-3)
+    assert 1 - cifar["thresholdnet_v1"].step_ms / cifar["densenet121"].step_ms == pytest.approx(0.6, abs=0.01)

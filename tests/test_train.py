@@ -172,6 +172,20 @@ def test_stop_signals_leave_a_usable_checkpoint(
     assert figures_of(resumed) == figures_of(unbroken[1])
 
 
+def test_minutes_stop_the_run_as_a_signal_would(tmp_path: Path, unbroken: tuple[Path, dict[str, Any]]) -> None:
+    """No time at all is one batch a call; what then goes on without a limit is the unbroken run."""
+    for step in (1, 2):
+        result = train(tiny(tmp_path / "run", ema=0.9, resume=True, save_every=0), minutes=0)
+        assert (result["interrupted"], result["signal"], result["epochs"]) == (True, signal.SIGTERM, 0)
+        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").info["step"] == step
+    result = train(tiny(tmp_path / "run", ema=0.9, resume=True, save_every=0), minutes=10)
+    assert not result["interrupted"] and figures_of(result) == figures_of(unbroken[1])
+    assert same_weights(tmp_path / "run", unbroken[0])
+    for minutes, error in ((-1, ValueError), ("8", TypeError)):
+        with pytest.raises(error, match="minutes must be"):
+            train(tiny(tmp_path / "no"), minutes=minutes)  # type: ignore[arg-type]
+
+
 def test_second_interrupt_ends_at_once() -> None:
     stop = StopSignal()
     stop.install()

@@ -21,6 +21,13 @@ def number(name: str, value: object, low: float | None = None, high: float | Non
     return float(_inside(name, float(value), low, high))
 
 
+def boolean(name: str, value: object) -> bool:
+    """Return `value` if it is True or False, or raise TypeError naming the argument."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
 def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     """Return `value` if it is one of the strings in `allowed`, or raise naming the nearest ones."""
     choices = list(allowed)

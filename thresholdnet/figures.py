@@ -16,6 +16,7 @@ from torch import Tensor
 SHEET_LIMIT = 64  # images on a contact sheet
 TRAIN, TEST = "#4878a8", "#d1495b"
 GREY, INK, GOOD = "#d9d9d9", "#222222", "#2a7f4f"
+LINES = (TRAIN, TEST, GOOD, "#e0a030")
 
 
 def curve(history: Sequence[dict[str, float]], path: str | Path, title: str = "") -> None:
@@ -75,6 +76,83 @@ def memory_bars(report: Mapping[str, Any], path: str | Path, title: str) -> None
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     axes.set_title(title)
+    _save(figure, path)
+
+
+def trade_off(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Error against what a network costs, one line a pattern through its thresholds.
+
+    Args:
+        rows: mappings with pattern, threshold, error (%, a list: one a seed), kept_plain and kept_fused (bytes),
+            step_ms, parameters; any order.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("trade_off needs at least one row, got none")
+    figure = _figure(13, 4.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    costs = (("kept_plain", 2**20, "kept for backward, MiB (hollow: fused)"), ("step_ms", 1, "training step, ms"),
+             ("parameters", 1e6, "parameters, millions"))  # fmt: skip
+    for index, pattern in enumerate(dict.fromkeys(row["pattern"] for row in rows)):
+        colour = LINES[index % len(LINES)]
+        chosen = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: row["threshold"])
+        mean = np.array([np.mean(row["error"]) for row in chosen])
+        low, high = (np.array([pick(row["error"]) for row in chosen]) for pick in (min, max))
+        for axes, (key, unit, label) in zip(panels, costs, strict=True):
+            x = [row[key] / unit for row in chosen]
+            axes.errorbar(x, mean, [mean - low, high - mean], fmt="o-", color=colour, capsize=2, label=pattern)
+            for row, across, up in zip(chosen, x, mean, strict=True):
+                note = {
+                    "xytext": (5, 5 - 16 * (index % 2)),
+                    "textcoords": "offset points",
+                    "fontsize": 8,
+                    "color": colour,
+                }
+                axes.annotate(f"T={row['threshold']}", (across, up), **note)
+            axes.set_xlabel(label)
+        fused = [row["kept_fused"] / 2**20 for row in chosen]
+        panels[0].plot(fused, mean, "o:", color=colour, markerfacecolor="white")
+    for axes in panels:
+        axes.margins(x=0.12, y=0.15)
+        axes.grid(color=GREY, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test error, %")
+    panels[-1].legend(frameon=False, title="pattern")
+    if title:
+        figure.suptitle(title)
+    _save(figure, path)
+
+
+def beside_paper(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """The paper's errors and step times beside ours, two bars a network each.
+
+    Args:
+        rows: mappings with network, paper_error and error (%), paper_step_ms and step_ms.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("beside_paper needs at least one row, got none")
+    figure = _figure(12, 1.6 + 0.55 * len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in zip(panels, ("error", "step_ms"), ("test error, %", "training step, ms"), strict=True):
+        for offset, what, colour, name in ((-0.2, f"paper_{key}", GREY, "paper"), (0.2, key, TRAIN, "ours")):
+            values = [row[what] for row in rows]
+            bars = axes.barh([i + offset for i in range(len(rows))], values, 0.38, color=colour, label=name)
+            axes.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, fontsize=8)
+        axes.set_xlabel(label)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [row["network"] for row in rows])
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.12), ncols=2)
+    if title:
+        figure.suptitle(title)
     _save(figure, path)
 
 

@@ -18,10 +18,10 @@ import typer
 from .. import __version__
 
 
-def main() -> None:
-    """Run the command line; every expected failure ends in one sentence and exit code 2."""
+def main(application: typer.Typer = app, name: str = "thresholdnet") -> None:
+    """Run a command line, by default ours; every expected failure ends in one sentence and exit code 2."""
     try:
-        app(prog_name="thresholdnet")
+        application(prog_name=name)
     except KeyboardInterrupt:
         sys.exit(130)
     except (TypeError, ValueError, OSError, RuntimeError) as error:

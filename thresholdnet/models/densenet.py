@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import links
 from ..blocks import ThresholdBlock
+from ..checks import boolean
 from ._network import Network, Stage
 from ._registry import register
 
@@ -16,45 +17,60 @@ Pattern = Callable[[int], links.Links]
 
 
 @register
-def densenet121(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+def densenet121(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
+) -> Network:
     """DenseNet121: 7,978,856 parameters with 1000 classes; weights interchangeable with torchvision's."""
-    return _densenet((6, 12, 24, 16), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 24, 16), 32, 64, links.dense, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 @register
-def densenet169(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+def densenet169(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
+) -> Network:
     """DenseNet169: 14,149,480 parameters with 1000 classes; weights interchangeable with torchvision's."""
-    return _densenet((6, 12, 32, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 32, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 @register
-def densenet201(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+def densenet201(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
+) -> Network:
     """DenseNet201: 20,013,928 parameters with 1000 classes; weights interchangeable with torchvision's."""
-    return _densenet((6, 12, 48, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 48, 32), 32, 64, links.dense, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 @register
-def densenet161(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+def densenet161(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
+) -> Network:
     """DenseNet161: 28,681,000 parameters with 1000 classes; weights interchangeable with torchvision's."""
-    return _densenet((6, 12, 36, 24), 48, 96, links.dense, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 36, 24), 48, 96, links.dense, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 @register
-def log_densenet121(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+def log_densenet121(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
+) -> Network:
     """DenseNet121's frame with log-dense links."""
-    return _densenet((6, 12, 24, 16), 32, 64, links.log_dense, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 24, 16), 32, 64, links.log_dense, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 @register
 def sparse_densenet121(
-    num_classes: int = 1000, in_chans: int = 3, n: int = 4, drop_rate: float = 0.0, **factory: Any
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    n: int = 4,
+    drop_rate: float = 0.0,
+    small_stem: bool = False,
+    **factory: Any,
 ) -> Network:
     """DenseNet121's frame with sparse-dense links: the nodes up to n and the n nearest (n = 4 is our choice)."""
 
     def sparse(depth: int) -> links.Links:
         return links.sparse_dense(depth, n)
 
-    return _densenet((6, 12, 24, 16), 32, 64, sparse, num_classes, in_chans, drop_rate, **factory)
+    return _densenet((6, 12, 24, 16), 32, 64, sparse, num_classes, in_chans, drop_rate, small_stem, **factory)
 
 
 def _densenet(
@@ -65,26 +81,29 @@ def _densenet(
     num_classes: int,
     in_chans: int,
     drop_rate: float,
+    small_stem: bool,
     **factory: Any,
 ) -> Network:
+    """`small_stem`: a 3x3 convolution of stride 1 without a pool, for images of 32 pixels, in place of ImageNet's."""
+    kernel, stride = (3, 1) if boolean("small_stem", small_stem) else (7, 2)
     stem = Stage(
         {
-            "conv": nn.Conv2d(in_chans, stem_width, 7, 2, 3, bias=False, **factory),
+            "conv": nn.Conv2d(in_chans, stem_width, kernel, stride, kernel // 2, bias=False, **factory),
             "norm": nn.BatchNorm2d(stem_width, **factory),
             "act": nn.ReLU(inplace=True),
         },
         stem_width,
-        reduction=2,
+        reduction=stride,
     )
     stages: list[Stage] = []
-    width, reduction = stem_width, 4
+    width, reduction = stem_width, stride**2
     for index, depth in enumerate(layers):
         modules: dict[str, nn.Module]
         if index:
             modules = _transition(width, width // 2, **factory)
             width, reduction = width // 2, reduction * 2
         else:
-            modules = {"pool": nn.MaxPool2d(3, 2, 1)}
+            modules = {} if small_stem else {"pool": nn.MaxPool2d(3, 2, 1)}
         block = ThresholdBlock(width, pattern(depth), k, unit="bottleneck", width_rule="constant", **factory)
         modules["block"] = block
         width = block.out_channels

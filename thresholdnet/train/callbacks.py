@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,19 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM for later; a second Ctrl-C ends at once."""
+    """Notes Ctrl-C and SIGTERM for later; a second Ctrl-C ends at once. After `minutes` it stands as after SIGTERM."""
 
-    def __init__(self) -> None:
-        self.signum = 0
+    def __init__(self, minutes: float | None = None) -> None:
+        self._signum = 0
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._old: dict[int, Any] = {}
+
+    @property
+    def signum(self) -> int:
+        """The signal that asks for a stop, 0 for none."""
+        if not self._signum and time.monotonic() >= self._deadline:
+            return signal.SIGTERM
+        return self._signum
 
     def install(self) -> None:
         """Take over both signals; outside the main thread Python does not allow it, and nothing happens."""
@@ -62,9 +72,9 @@ class StopSignal:
         self._old.clear()
 
     def _note(self, signum: int, frame: Any) -> None:
-        if self.signum == signal.SIGINT == signum:
+        if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        self.signum = signum
+        self._signum = signum
         print("\nstopping after this batch; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 

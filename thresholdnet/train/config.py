@@ -140,6 +140,13 @@ def start_point(config: TrainConfig, out: Path) -> Path | None:
         return None
     if not config.resume:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out")
+    check_same_run(config, out)
+    read_checkpoint(last)
+    return last
+
+
+def check_same_run(config: TrainConfig, out: Path) -> None:
+    """Raise ValueError unless the run saved in `out` has this config's settings (more epochs may be fine)."""
     try:
         saved = json.loads((out / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -151,8 +158,6 @@ def start_point(config: TrainConfig, out: Path) -> Path | None:
             _same_recipe(old or {}, new)
         elif old != new:
             raise ValueError(f"cannot resume with another {name}: the run in {out} has {old!r}, given {new!r}")
-    read_checkpoint(last)
-    return last
 
 
 def _same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from .. import __version__, figures
+from .. import __version__, checks, figures
 from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
@@ -40,9 +40,13 @@ from .recipes import Recipe
 SHEET_IMAGES = 32  # test images on predictions.png
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any]:
     """Train as `config` says, and write checkpoints, logs, figures and result.json below
     `config.out_dir`.
+
+    Args:
+        config: all settings of the run.
+        minutes: stop after so long as SIGTERM would, saved and ready for resume; None for no limit.
 
     Returns:
         What result.json holds: best and last test accuracy and loss, seconds, images per second, epochs,
@@ -55,6 +59,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             number.
         OSError: a file cannot be written; the previous checkpoint stays whole.
     """
+    if minutes is not None:
+        checks.number("minutes", minutes, 0)
+    stop = StopSignal(minutes)  # the clock starts here: loading the data counts
     out = Path(config.out_dir)
     recipe = config.full_recipe()
     processes = process_counts(config)
@@ -76,7 +83,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         load_released(model, config.weights, head=None)
     _probe(model, data.image_size)
     with _quiet_lightning():
-        run = _Run(config, recipe, data, model, out, processes)
+        run = _Run(config, recipe, data, model, out, processes, stop)
         return run.fit(resume_from)
 
 
@@ -91,6 +98,7 @@ class _Run:
         model: nn.Module,
         out: Path,
         processes: tuple[int, int, int],
+        stop: StopSignal,
     ) -> None:
         self.config, self.recipe, self.data, self.out = config, recipe, data, out
         self.rank_zero = processes[1] == 0
@@ -101,7 +109,7 @@ class _Run:
             model = model.to(memory_format=torch.channels_last)
         steps = -(-len(data.train) // recipe.batch_size)
         self.module = Classifier(model, recipe, steps, self._info(), seed=config.seed, ema_decay=config.ema)
-        self.stop = StopSignal()
+        self.stop = stop
         self.bar = Bar(config.progress and not config.quiet and sys.stderr.isatty())
         self.checkpoints = Checkpoints(out / "checkpoints", config.save_every, self.stop)
 
