@@ -1,10 +1,14 @@
 """Exported files give what the model gives, in other runtimes and at other batch sizes."""
 
 import copy
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 import torchvision
 from test_cli import run
 from test_convert import randomise
@@ -58,6 +62,53 @@ def test_torch_export(batch, tmp_path):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_torchscript_without_the_package(tmp_path):
+    """The file loads and gives the model's outputs where thresholdnet cannot be imported."""
+    model = NETWORKS["threshold"]
+    images = [torch.randn(batch, 3, 40, 40) for batch in (1, 5)]
+    path = export(model, tmp_path / "model.pt", image_size=40)
+    torch.save(images, tmp_path / "images")
+    code = (
+        "import sys, warnings; sys.modules['thresholdnet'] = None; warnings.simplefilter('ignore')\n"
+        "import torch; model = torch.jit.load('model.pt')\n"
+        "with torch.no_grad(): torch.save([model(x) for x in torch.load('images')], 'logits')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and path == tmp_path / "model.pt", done.stderr
+    for x, logits in zip(images, torch.load(tmp_path / "logits"), strict=True):
+        torch.testing.assert_close(logits, model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trace_of_a_fused_model(name):
+    """torch.jit.trace by the user's own hand: plain operations, any batch, and no warning but torch's of its end."""
+    model, x = NETWORKS[name], torch.randn(2, 3, 40, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+        traced = torch.jit.trace(model, x)
+    assert "thresholdnet::" not in str(traced.inlined_graph)
+    for images in (x, torch.randn(5, 3, 40, 40)):
+        torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_aotinductor_package(tmp_path):
+    model = nn.Sequential(tn.ThresholdBlock(3, tn.links.dense(2), 8, fused=True), nn.Conv2d(16, 4, 1)).eval()
+    package = torch._inductor.aoti_load_package(str(export(model, tmp_path / "a.pt2", "aoti", image_size=9)))
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 9, 9)
+        torch.testing.assert_close(package(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_aotinductor_without_a_compiler(tmp_path):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(RuntimeError, match="an AOTInductor package needs a C\\+\\+ compiler, which CXX may name"),
+    ):
+        export(nn.Conv2d(3, 4, 1), tmp_path / "a.pt2", "aoti", image_size=4)
+    assert not (tmp_path / "a.pt2").exists()
+
+
 def test_the_model_is_left_alone():
     model = NETWORKS["threshold"].train()
     state = copy.deepcopy(model.state_dict())
@@ -72,10 +123,12 @@ def test_bad_arguments(tmp_path):
     model = NETWORKS["threshold"]
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         export("thresholdnet_v1", tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match=r"path must end in \.onnx or \.pt2 .*, got '.*a\.tflite'"):
+    with pytest.raises(ValueError, match=r"path must end in \.onnx or \.pt2 or \.pt where .*, got '.*a\.tflite'"):
         export(model, tmp_path / "a.tflite")
-    with pytest.raises(ValueError, match="to 'tflite' is unknown; known: onnx, pt2"):
+    with pytest.raises(ValueError, match="to 'tflite' is unknown; known: onnx, pt2, torchscript, aoti"):
         export(model, tmp_path / "a.onnx", "tflite")
+    with pytest.raises(ValueError, match=r"path must end in \.pt2 for an AOTInductor package, got '.*a\.so'"):
+        export(model, tmp_path / "a.so", "aoti")
     with pytest.raises(ValueError, match="height"):
         export(model, tmp_path / "a.onnx", image_size=0)
 

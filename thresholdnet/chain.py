@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync, transforms
-from .linked import ACTIVATION_NAMES, LinkedBlock, hooked, or_empty, shared_group, update_running
+from .linked import ACTIVATION_NAMES, LinkedBlock, hooked, or_empty, shared_group, traced, update_running
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -23,6 +23,10 @@ def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
 
     Results, gradients and running statistics are those of the modules themselves, to rounding.
     """
+    if traced():
+        for module in modules:
+            x = module(x)
+        return x
     waiting = list(_leaves(modules))
     while waiting:
         taken, x = _step(waiting, x)

@@ -1,7 +1,7 @@
-"""Models as files for other runtimes: ONNX, or a torch.export program. Plain operations, BatchNorms folded.
+"""Models as files for other runtimes: ONNX, torch.export, AOTInductor, TorchScript.
 
-What is exported is a copy: blocks converted or fused go back to plain torch (`to_reference`), every BatchNorm behind a
-convolution is folded into it, and the batch stays a free dimension.
+What is exported is a copy in plain operations: blocks converted or fused go back to plain torch (`to_reference`), every
+BatchNorm behind a convolution is folded into it, and the batch stays a free dimension.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from .checks import integer, one_of
 from .convert import to_reference
 from .recognise import Unlike, recognise
 
-FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
+FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "aoti": ".pt2"}
+"""What a file's name ends in. Where it alone decides, .pt2 is a torch.export program."""
 OPSET = 18
 """Of ONNX files: the oldest that torch's exporter writes without converting."""
 
@@ -50,8 +52,12 @@ def export(
     Args:
         model: any model of images; it is left alone.
         path: the file.
-        to: "onnx" (opset 18; runs in onnxruntime, OpenCV, TensorRT) or "pt2" (torch.export; `torch.export.load`, and
-            AOTInductor's `torch._inductor.aoti_compile_and_package`); by default what the path ends in.
+        to: by default what the path ends in.
+            "onnx" (.onnx): opset 18; runs in onnxruntime, OpenCV, TensorRT.
+            "pt2" (.pt2): a program for `torch.export.load`.
+            "torchscript" (.pt): a trace for `torch.jit.load` and for libtorch.
+            "aoti" (.pt2, by name alone): an AOTInductor package, compiled for this machine's CPU and this torch; for
+            `torch._inductor.aoti_load_package`, and libtorch's AOTIModelPackageLoader.
         image_size: side, or height and width, in pixels.
         channels: of the images.
 
@@ -60,28 +66,52 @@ def export(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
-        RuntimeError: ONNX without the packages for it.
+        RuntimeError: ONNX without the packages for it; "aoti" without a C++ compiler.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     path = Path(path)
     if to is None:
-        suffixes = {suffix: name for name, suffix in FORMATS.items()}
-        if path.suffix not in suffixes:
-            raise ValueError(f"path must end in {' or '.join(suffixes)} where no format is given, got {str(path)!r}")
-        to = suffixes[path.suffix]
+        if path.suffix not in FORMATS.values():
+            known = " or ".join(dict.fromkeys(FORMATS.values()))
+            raise ValueError(f"path must end in {known} where no format is given, got {str(path)!r}")
+        to = next(name for name, suffix in FORMATS.items() if suffix == path.suffix)
     one_of("to", to, FORMATS)
+    if to == "aoti" and path.suffix != ".pt2":  # torch insists
+        raise ValueError(f"path must end in .pt2 for an AOTInductor package, got {str(path)!r}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     shape = (2, integer("channels", channels, 1), integer("height", height, 1), integer("width", width, 1))
     twin = plain(model).float().cpu()
     images = torch.zeros(shape)
+    if to == "torchscript":
+        _write_torchscript(twin, images, path)
+        return path
     batch: Any = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(twin, (images,), dynamic_shapes=(batch,), strict=False)
     if to == "pt2":
         torch.export.save(program, path)
+    elif to == "aoti":
+        _write_package(program, path)
     else:
         _write_onnx(program, images, path)
     return path
+
+
+def _write_torchscript(twin: nn.Module, images: Tensor, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 advises torch.export, which "pt2" is
+        torch.jit.save(torch.jit.trace(twin, images), path)
+
+
+def _write_package(program: Any, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()  # the compilation would fail after a while, and at length
+    except RuntimeError as error:
+        raise RuntimeError(f"an AOTInductor package needs a C++ compiler, which CXX may name ({error})") from error
+    aoti_compile_and_package(program, package_path=str(path))
 
 
 def _write_onnx(program: Any, images: Tensor, path: Path) -> None:

@@ -91,7 +91,7 @@ class LinkedBlock(nn.Module):
             )
         if self.fused and (device := next(self.parameters()).device) != x.device:
             raise ValueError(f"input of the block must lie on the weights' device {device}, got {x.device}")
-        backend = pick(self._candidates, self._choice, x)
+        backend = "reference" if traced() else pick(self._candidates, self._choice, x)
         if not torch.compiler.is_compiling():  # to a graph it would be a state to guard: one more compilation
             self._ran = backend
         if backend != "reference":
@@ -165,13 +165,21 @@ class LinkedBlock(nn.Module):
         )
 
 
+def traced() -> bool:
+    """Whether torch.jit.trace is recording: plain operations alone, so that its file runs without this package.
+
+    Sizes are tensors meanwhile, and a comparison of them is warned of.
+    """
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # public, but not exported by name
+
+
 def check_images(name: str, x: Tensor, channels: int) -> None:
     """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
-    if x.shape[1] != channels:
+    if not traced() and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")

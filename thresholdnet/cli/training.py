@@ -178,15 +178,18 @@ def predict_command(
 
 @app.command("export")
 def export_command(
-    out: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.")],
+    out: Annotated[Path, typer.Argument(help="The file to write: .onnx, .pt2 (torch.export) or .pt (TorchScript).")],
     checkpoint: Annotated[Path | None, typer.Option(help="best.ckpt or last.ckpt of a run.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="A folder of save_pretrained, or a Hub repository.")] = None,
     model: Annotated[str | None, typer.Option(help="A model of the zoo, with random weights.")] = None,
-    to: Annotated[str | None, typer.Option(help="onnx or pt2; by default what the file's name ends in.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="onnx, pt2, torchscript, or aoti (.pt2, compiled); by default what the file's name ends in."),
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels; a run's own, or 224.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """A network as a file for onnxruntime, OpenCV, TensorRT or torch.export: plain operations, BatchNorms folded.
+    """A network as a file for onnxruntime, OpenCV, TensorRT or torch: plain operations, BatchNorms folded.
 
     Any batch size, float32. A checkpoint's mean and standard deviation are printed: images are prepared with them.
     """
