@@ -1,7 +1,9 @@
 """Fine-tune torchvision's DenseNet121 on scikit-learn's digits, in plain torch; one line is added: tn.convert.
 
-python examples/finetune_densenet.py                      # downloads ImageNet's weights
-python examples/finetune_densenet.py --weights none       # from random weights
+    python examples/finetune_densenet.py                      # downloads ImageNet's weights
+    python examples/finetune_densenet.py --weights none       # from random weights
+
+It prints the loss and the accuracy on the last fifth of the images after every epoch.
 """
 
 import argparse

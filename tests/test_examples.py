@@ -1,5 +1,6 @@
 """Every example runs as its first lines say, on little data."""
 
+import ast
 import json
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from test_cli import SMALL, run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -35,24 +36,59 @@ def test_finetune_densenet():
     assert "epoch 1: loss" in stdout
 
 
-def test_serve_onnx(tmp_path):
-    pytest.importorskip("onnxruntime")
-    run("train", *SMALL, "--epochs", 4, "--lr", 0.02, "--batch-size", 20, "--seed", 0, "--out", tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    about, _ = run("export", tmp_path / "digits.onnx", "--checkpoint", checkpoint, "--json")
-    (tmp_path / "digits.json").write_text(about)
-    files = []
+def test_their_first_lines_say_how_to_run_them():
+    """ruff format takes the indent away where every line behind the first one has it."""
+    for path in EXAMPLES.glob("*.py"):
+        lines = ast.get_docstring(ast.parse(path.read_text()), clean=False).splitlines()
+        assert any(line.startswith(f"    python examples/{path.name}") for line in lines), path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder with a network trained on digits, exported, and pictures: six digits, and two photographs."""
+    pytest.importorskip("onnx")
+    folder = tmp_path_factory.mktemp("served")
+    run("train", *SMALL, "--epochs", 4, "--lr", 0.02, "--batch-size", 20, "--seed", 0, "--out", folder / "run")
+    checkpoint = folder / "run" / "checkpoints" / "best.ckpt"
+    about, _ = run("export", folder / "digits.onnx", "--checkpoint", checkpoint, "--json")
+    (folder / "about.json").write_text(about)
+    side = json.loads(about)["image_size"]
     for i, pixels in enumerate(load_digits().images[:6]):
-        files.append(tmp_path / f"{i}.png")
-        side = json.loads(about)["image_size"]
-        Image.fromarray((pixels * 15.9).astype("uint8")).resize((side, side)).save(files[-1])
-    served = example(
-        "serve_onnx.py", tmp_path / "digits.onnx", *files, "--about", tmp_path / "digits.json",
-        before="sys.modules['torch'] = None",  # an import of it would fail
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((side, side)).save(folder / f"digit{i}.png")
+    for i, pixels in enumerate(load_sample_images().images):
+        Image.fromarray(pixels).save(folder / f"photo{i}.png")
+    return folder
+
+
+def serve(folder, runtime, files):
+    """What the example prints for each file, in a process that cannot import torch."""
+    stdout = example(
+        "serve_onnx.py", folder / "digits.onnx", *files, "--about", folder / "about.json", "--runtime", runtime,
+        before="sys.modules['torch'] = None",
     )  # fmt: skip
-    rows = json.loads(run("predict", checkpoint, *files, "--json")[0])
-    for line, row in zip(served.splitlines(), rows, strict=True):
-        assert line.startswith(f"{row['path']}: {row['top'][0]['class']} ")
+    lines = stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(file) for file in files]
+    return [re.findall(r"(\S+) ([\d.]+)%", line.split(": ")[1]) for line in lines]
+
+
+def test_serve_onnx_agrees_with_predict(served):
+    pytest.importorskip("onnxruntime")
+    files = sorted(served.glob("digit*.png"))
+    rows = json.loads(run("predict", served / "run" / "checkpoints" / "best.ckpt", *files, "--json")[0])
+    for best, row in zip(serve(served, "onnxruntime", files), rows, strict=True):
+        assert best[0][0] == row["top"][0]["class"]
+
+
+def test_serve_onnx_in_opencv(served):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("cv2")
+    files = sorted(served.glob("*.png"))
+    other = serve(served, "onnxruntime", files)
+    for best, expected in zip(serve(served, "opencv", files), other, strict=True):
+        assert [name for name, _ in best] == [name for name, _ in expected] and len(best) == 5
+        for (_, a), (_, b) in zip(best, expected, strict=True):
+            assert float(a) == pytest.approx(float(b), abs=0.11)  # printed with one decimal
+    assert len({best[0][0] for best in other}) > 2  # the pictures are told apart
 
 
 def test_segment_shapes(tmp_path):
