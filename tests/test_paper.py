@@ -243,6 +243,6 @@ def test_help_teaches():
 
 
 def test_figures_refuse_nothing(tmp_path):
-    for draw in (figures.trade_off, figures.beside_paper):
+    for draw, arguments in ((figures.trade_off, ()), (figures.beside_paper, ("thresholdnet_v1",))):
         with pytest.raises(ValueError, match="needs at least one row, got none"):
-            draw([], tmp_path / "a.png")
+            draw([], *arguments, tmp_path / "a.png")

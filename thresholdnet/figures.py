@@ -126,11 +126,13 @@ def trade_off(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
     _save(figure, path)
 
 
-def beside_paper(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """The paper's errors and step times beside ours, two bars a network each.
+def beside_paper(rows: Sequence[Mapping[str, Any]], base: str, path: str | Path, title: str = "") -> None:
+    """The paper's errors and step times beside ours, two bars a network; times as multiples of one network's.
 
     Args:
-        rows: mappings with network, paper_error and error (%), paper_step_ms and step_ms.
+        rows: mappings with network, paper_error and error (%), paper_of_base and of_base (step times over the base's;
+            None where there is none).
+        base: name of that network, for the axis.
         path: PNG file to write.
 
     Raises:
@@ -140,11 +142,13 @@ def beside_paper(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str
         raise ValueError("beside_paper needs at least one row, got none")
     figure = _figure(12, 1.6 + 0.55 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in zip(panels, ("error", "step_ms"), ("test error, %", "training step, ms"), strict=True):
+    labels = ("test error, %", f"training step, times that of {base} on the same machine")
+    for axes, key, label in zip(panels, ("error", "of_base"), labels, strict=True):
         for offset, what, colour, name in ((-0.2, f"paper_{key}", GREY, "paper"), (0.2, key, TRAIN, "ours")):
-            values = [row[what] for row in rows]
-            bars = axes.barh([i + offset for i in range(len(rows))], values, 0.38, color=colour, label=name)
-            axes.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, fontsize=8)
+            shown = [(i + offset, row[what]) for i, row in enumerate(rows) if row[what] is not None]
+            if shown:
+                bars = axes.barh(*zip(*shown, strict=True), 0.38, color=colour, label=name)
+                axes.bar_label(bars, [f"{value:.2f}" for _, value in shown], padding=3, fontsize=8)
         axes.set_xlabel(label)
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)

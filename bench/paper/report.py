@@ -59,7 +59,7 @@ def write(parts: dict[str, Any], folder: Path) -> list[Path]:
         if part == "sweep":
             figures.trade_off(found["rows"], picture, title)
         else:
-            figures.beside_paper([row for row in found["rows"] if row["seeds"]], picture, title)
+            figures.beside_paper([row for row in found["rows"] if row["seeds"]], BASE, picture, title)
         text += [to_markdown(as_table(part, found)), f"![{found['title']}]({picture.name})\n"]
         files.append(picture)
     for name, content in (("report.md", "\n".join(text)), ("report.json", json.dumps(parts, indent=1) + "\n")):
@@ -268,7 +268,7 @@ def _machine(machine: Row) -> str:
 def _settings(runs: Sequence[Row]) -> str:
     """The few words that a picture needs to stand alone."""
     data = "/".join(dict.fromkeys(run["data"] for run in runs))
-    words = [data, f"{_range(run['epochs'] for run in runs)} epochs", runs[0]["recipe"]["name"] + " recipe"]
+    words = [data, f"epochs: {_range(run['epochs'] for run in runs)}", runs[0]["recipe"]["name"] + " recipe"]
     limits = {run["limit"] for run in runs} - {None}
     return ", ".join([*words, *(f"{limit} images" for limit in sorted(limits))])
 
