@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..constants import device_constant  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
 from .tables import Group, Source, column_table, k_table, pixel_table
 
 
@@ -21,7 +21,7 @@ class DeviceTable(NamedTuple):
     chunks: int
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def device_table(
     sources: tuple[Source, ...],
     width: int,
@@ -42,7 +42,7 @@ def device_table(
     )
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def device_halo_table(
     sources: tuple[Source, ...], width: int, chunk: int, transposed: bool, device: torch.device
 ) -> DeviceTable:
@@ -65,13 +65,13 @@ def device_halo_table(
     )
 
 
-@lru_cache(maxsize=256)
+@device_constant(maxsize=256)
 def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
     table = pixel_table(batch, height, width, group)
     return _upload(table.taps_inside, device), _upload(table.first_pixel, device)
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def device_columns(
     outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ def device_columns(
     )
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     return _upload(np.array(offsets, np.int32), device)
 

@@ -16,6 +16,7 @@ from . import functional, links, memory, weights
 from .backends import backends
 from .blocks import ThresholdBlock
 from .convert import convert, to_reference
+from .graphs import graphed
 from .models import create_model, from_pretrained, list_models, save_pretrained
 from .plan import BlockPlan, plan_block
 
@@ -29,6 +30,6 @@ except PackageNotFoundError:  # a source checkout that was never installed
     __version__ = "0+source"
 
 __all__ = [
-    "BlockPlan", "ThresholdBlock", "backends", "convert", "create_model", "from_pretrained", "functional", "links",
-    "list_models", "memory", "plan_block", "save_pretrained", "to_reference", "weights",
+    "BlockPlan", "ThresholdBlock", "backends", "convert", "create_model", "from_pretrained", "functional", "graphed",
+    "links", "list_models", "memory", "plan_block", "save_pretrained", "to_reference", "weights",
 ]  # fmt: skip

@@ -6,12 +6,12 @@ an eps and a selection of channels of its own; so per-channel vectors are kept o
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .constants import device_constant
 from .plan import BlockPlan
 
 
@@ -86,7 +86,7 @@ class Columns:
         return buffer.index_copy(0, self.positions, found)[:-1]
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def _positions(plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each channel of the nodes stands in the layer's concatenation; its length where the layer lacks it."""
     starts, start = {}, 0
@@ -100,7 +100,7 @@ def _positions(plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torc
     return torch.tensor(places, device=device)
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def _channels(plan: BlockPlan, nodes: tuple[int, ...], device: torch.device) -> Tensor:
     """The nodes' channels among those of all nodes of the block."""
     starts = [sum(plan.node_widths[:node]) for node in range(len(plan.node_widths))]

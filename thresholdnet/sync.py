@@ -50,7 +50,8 @@ def active(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 def counts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Pixels of every rank [ranks], float64, for this rank's batch x [N, C, H, W]: one small collective."""
-    own = torch.tensor([x.shape[0] * x.shape[2] * x.shape[3]], dtype=torch.float64, device=x.device)
+    pixels = float(x.shape[0] * x.shape[2] * x.shape[3])
+    own = torch.full((1,), pixels, dtype=torch.float64, device=x.device)  # filled there: a CUDA graph takes no copy
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     return torch.cat(every)

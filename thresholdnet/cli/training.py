@@ -54,6 +54,9 @@ def train_command(
         str | None, typer.Option(help="bottleneck: make bottleneck outputs again in backward, for less memory still.")
     ] = None,
     sync_batchnorm: Annotated[bool, typer.Option("--sync-batchnorm", help="Statistics over all GPUs.")] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Forward and backward as CUDA graphs: for small images on one GPU.")
+    ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
     devices: Annotated[int, typer.Option(help="Processes on this machine; torchrun's numbers win.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
@@ -75,7 +78,7 @@ def train_command(
         "recipe_args": pairs("--recipe-arg", recipe_arg), "epochs": epochs, "batch_size": batch_size, "lr": lr,
         "seed": seed, "out_dir": out, "resume": resume, "save_every": save_every, "precision": precision, "ema": ema,
         "channels_last": channels_last, "fused": fused, "backend": backend, "recompute": recompute,
-        "sync_batchnorm": sync_batchnorm, "accelerator": accelerator,
+        "sync_batchnorm": sync_batchnorm, "cuda_graph": cuda_graph, "accelerator": accelerator,
         "devices": devices, "num_nodes": nodes, "workers": workers, "progress": progress, "quiet": as_json,
     }  # fmt: skip
     saved = TrainConfig.saved_in(out) if resume else None

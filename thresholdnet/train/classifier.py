@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import INFO_KEY, save_atomic
+from ..graphs import Graphed, graphed
 from ..loaders import IGNORE, mix_seed
 from .recipes import Recipe
 
@@ -43,6 +44,7 @@ class Classifier(pl.LightningModule):
         info: what checkpoints say about the run (model, classes, normalisation, ...); plain Python values.
         seed: of the random stream of each step (dropout).
         ema_decay: keep an exponential average of the weights and evaluate with it; None for none.
+        cuda_graph: train behind CUDA graphs, captured at the first batch of each size: an epoch has one size or two.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class Classifier(pl.LightningModule):
         *,
         seed: int = 0,
         ema_decay: float | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.ema = copy.deepcopy(model).requires_grad_(False).eval() if ema_decay is not None else None
         self.ema_decay = ema_decay
+        self.cuda_graph = cuda_graph
+        self.graphs: dict[int, Graphed] = {}  # by batch size; attributes of their own would enter the state dict
         self.recipe, self.steps_per_epoch, self.info, self.seed = recipe, steps_per_epoch, info, seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -122,7 +127,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch
-        logits = self.model(images)
+        logits = self.train_net(images)(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         with torch.no_grad():
             self.train_sums += _sums(loss.detach() * len(labels), logits, labels, self.train_sums)
@@ -131,6 +136,14 @@ class Classifier(pl.LightningModule):
         if self.device.type == "cpu" or self.global_step % FINITE_CHECK_STEPS == 0:
             self.check_finite()
         return loss
+
+    def train_net(self, images: Tensor) -> nn.Module:
+        """The network that trains on these images: behind a graph where one is wanted."""
+        if not self.cuda_graph:
+            return self.model
+        if len(images) not in self.graphs:
+            self.graphs[len(images)] = graphed(self.model, images)
+        return self.graphs[len(images)]
 
     def check_finite(self) -> None:
         """Raise ValueError once a loss was infinite or not a number; called before anything is saved, too."""

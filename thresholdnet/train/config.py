@@ -51,6 +51,8 @@ class TrainConfig:
         channels_last: memory format of weights and images.
         fused, backend, recompute: run the blocks in the engine (`ThresholdBlock`); a run may be resumed either way.
         sync_batchnorm: batch statistics over all GPUs.
+        cuda_graph: forward and backward as CUDA graphs (`thresholdnet.graphed`), for small images on one GPU; a run may
+            be resumed either way.
         accelerator: `"auto"`, `"cpu"`, `"gpu"` or `"mps"`.
         devices: processes on this machine; under torchrun its own numbers count.
         num_nodes: machines.
@@ -83,6 +85,7 @@ class TrainConfig:
     backend: str = "auto"
     recompute: str | None = None
     sync_batchnorm: bool = False
+    cuda_graph: bool = False
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
@@ -178,6 +181,10 @@ def process_counts(config: TrainConfig) -> tuple[int, int, int]:
         raise ValueError("sync_batchnorm needs GPUs: torch has no synchronised batch norm on the CPU")
     if config.precision == "16" and on_cpu:
         raise ValueError("precision 16 needs a GPU; use bf16 or 32 on the CPU")
+    if config.cuda_graph and (not torch.cuda.is_available() or config.accelerator in ("cpu", "mps")):
+        raise ValueError("cuda_graph needs a CUDA GPU, got none to train on")
+    if config.cuda_graph and devices * nodes > 1:
+        raise ValueError(f"cuda_graph needs one process, got {devices * nodes}")
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     return devices * nodes, rank, int(os.environ.get("LOCAL_RANK", "0"))
 

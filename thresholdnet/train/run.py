@@ -108,7 +108,9 @@ class _Run:
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         steps = -(-len(data.train) // recipe.batch_size)
-        self.module = Classifier(model, recipe, steps, self._info(), seed=config.seed, ema_decay=config.ema)
+        self.module = Classifier(
+            model, recipe, steps, self._info(), seed=config.seed, ema_decay=config.ema, cuda_graph=config.cuda_graph
+        )
         self.stop = stop
         self.bar = Bar(config.progress and not config.quiet and sys.stderr.isatty())
         self.checkpoints = Checkpoints(out / "checkpoints", config.save_every, self.stop)
@@ -228,6 +230,7 @@ class _Run:
             "data": self.config.data,
             "recipe": self.recipe.name,
             "fused": self.config.fused,
+            "cuda_graph": self.config.cuda_graph,
             "epochs": len(history),
             "best_epoch": best.get("epoch"),
             "best_accuracy": best.get("test_accuracy"),
