@@ -319,6 +319,7 @@ if __name__ == "__main__":
             "thresholdnet.models", "thresholdnet.train",
         ],
         package_dir={"thresholdnet.kernels": "kernels"},
+        package_data={"thresholdnet.kernels": ["tuned/*.json"]},
         ext_modules=LIBRARIES,
         cmdclass={"build_ext": Build},
         options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,7 +1,8 @@
 """Launch choice: tile sizes, warps, stages as pure functions of shapes, element type and GPU generation. No autotune.
 
-The table comes from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it), not
-yet from measured time. `capability` is (major, minor), or None in Triton's interpreter, which gets small tiles.
+The table comes from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it);
+what a GPU has measured goes before it (`tuned.py`). `capability` is (major, minor), or None in Triton's interpreter,
+which gets small tiles.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ from .operands import (
     uses_tf32,
 )
 from .tables import LANES, Group
+from .tuned import Shape, choice
 
 PLAIN, STATISTICS, BIAS, MASK = 0, 1, 2, 3
 
@@ -273,7 +274,10 @@ def weight_gradient(
         affine = (per_channel("affine[0]", affine[0], channels, dz), per_channel("affine[1]", affine[1], channels, dz))
     capability, weights = capability_of(dz.device), channels * kernel_size**2
     if config is None:
-        config = weight_gradient_config(capability, dtype_name(dz), out_channels, weights, affine is not None)
+        rule = weight_gradient_config(capability, dtype_name(dz), out_channels, weights, affine is not None)
+        form = "weight", dtype_name(dz), kernel_size, affine is not None
+        tuned = choice(dz.device, Shape(*form, channels, out_channels, *layout.images)).tile
+        config = tuned if isinstance(tuned, WeightGradientConfig) else rule
     table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
     columns = triton.cdiv(out_channels, config.columns) * config.columns
     all_k = table.chunks * config.chunk
@@ -414,16 +418,7 @@ def _convolve(
     batch, height, width = layout.images
     channels, accumulator, device = out.shape[1], accumulator_of(out), out.device
     if config is None:
-        config = convolution_config(
-            capability_of(device),
-            dtype_name(out),
-            channels,
-            kernel_size,
-            layout.pixels,
-            height,
-            width,
-            affine is not None,
-        )
+        config = _chosen_config(layout, weight.shape[1], kernel_size, out, affine is not None, transposed)
     group = config.group
     positions = group[0] * group[1]
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
@@ -463,6 +458,21 @@ def _convolve(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial, config, tiles
+
+
+def _chosen_config(
+    layout: Layout, read: int, kernel_size: int, out: Tensor, affine: bool, transposed: bool
+) -> ConvolutionConfig:
+    """The tile of this GPU's table, or the rule's."""
+    batch, height, width = layout.images
+    dtype, kind, channels = dtype_name(out), "gradient" if transposed else "forward", out.shape[1]
+    shape = Shape(kind, dtype, kernel_size, affine, read, channels, batch, height, width)
+    tuned = choice(out.device, shape).tile
+    if isinstance(tuned, ConvolutionConfig):
+        return tuned
+    return convolution_config(
+        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine
+    )
 
 
 def _merge_statistics(

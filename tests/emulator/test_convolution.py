@@ -29,7 +29,9 @@ def launched(emulated, monkeypatch):
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Each kernel in turn, whatever would be chosen; 1x1 kernels have one."""
-    monkeypatch.setattr(cuda_launch, "_form", lambda kernel_size, out: request.param if kernel_size == 3 else "gemm")
+    monkeypatch.setattr(
+        cuda_launch, "_form", lambda kind, kernel_size, *_: request.param if kernel_size == 3 else "gemm"
+    )
     return request.param
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..constants import device_constant
 from ..kernels.device_tables import device_halo_table, device_pixels, device_table
 from ..kernels.operands import (
     Layout,
@@ -26,11 +26,13 @@ from ..kernels.operands import (
     check_same_images,
     check_slots,
     check_weight,
+    dtype_name,
     lay_out,
     padded_width,
     per_channel,
 )
 from ..kernels.slots import padded, whole
+from ..kernels.tuned import Shape, choice
 
 FORMS = {"gemm": 0, "wide": 1, "upright": 2}
 """The own kernels, as csrc/cuda/conv.h numbers them: implicit product, or tiles of 8 x 16 and 16 x 8 pixels."""
@@ -43,7 +45,8 @@ PLAIN, STATISTICS, BIAS, MASK = 0, 1, 2, 3
 def convolution_form(kernel_size: int, out_channels: int, height: int, width: int, forced: str | None = None) -> str:
     """Which kernel convolves: "gemm", "wide" or "upright" of our own, or "library": gather, then torch's convolution.
 
-    The rules are predictions from a model of memory and tensor-core traffic (no GPU has measured them yet):
+    What a GPU measured goes before this (`kernels.tuned`). The rules are predictions from a model of memory and
+    tensor-core traffic:
 
     - 1x1: our own. It is bound by memory, and the gather would move every source twice more.
     - 3x3 of up to 48 channels: our own. The gather's time against the product's is 36 / channels; a product as thin
@@ -106,7 +109,7 @@ def conv(
         affine = _affine(affine, sum(widths), out)
     vectors = [] if bias is None else [per_channel("bias", bias, channels, out)]
     code = activation_code(activation)
-    form = _form(kernel_size, out)
+    form = _form("forward", kernel_size, sum(widths), out, affine is not None)
     if form != "library" and (affine is None or kernel_size == 1):
         epilogue = STATISTICS if statistics else PLAIN if bias is None else BIAS
         found = _convolve(layout, weight, out, form, epilogue, code, affine=affine, vectors=vectors)
@@ -146,7 +149,7 @@ def gradient(
     code = activation_code(activation) if mask is not None else 0
     transposed = [weight.detach().transpose(0, 1) for weight in weights]
     joined = torch.cat(transposed, 1) if transposed else out.new_empty(channels, 0, 1, 1)
-    form = _form(kernel_size, out) if dz else "gemm"
+    form = _form("gradient", kernel_size, joined.shape[1], out, False) if dz else "gemm"
     if form != "library":
         raw = None if mask is None else mask[0]
         epilogue = PLAIN if mask is None else MASK
@@ -255,9 +258,13 @@ def gradient_of_readers(
     return both[:, 0], both[:, 1]
 
 
-def _form(kernel_size: int, out: Tensor) -> str:
-    _, channels, height, width = out.shape
-    return convolution_form(kernel_size, channels, height, width, os.environ.get("THRESHOLDNET_CONV"))
+def _form(kind: str, kernel_size: int, read: int, out: Tensor, affine: bool) -> str:
+    """THRESHOLDNET_CONV's, else that of this GPU's table, else the rule's."""
+    batch, channels, height, width = out.shape
+    forced = os.environ.get("THRESHOLDNET_CONV")
+    shape = Shape(kind, dtype_name(out), kernel_size, affine, read, channels, batch, height, width)
+    tuned = None if forced else choice(out.device, shape).form
+    return tuned or convolution_form(kernel_size, channels, height, width, forced)
 
 
 def _convolve(
@@ -334,7 +341,7 @@ class _Places:
         self.of_channel = torch.tensor([i for i, c in enumerate(of_padded) if c < channels], device=device)
 
 
-@lru_cache(maxsize=4096)
+@device_constant(maxsize=4096)
 def _places(widths: tuple[int, ...], device: torch.device) -> _Places | None:
     """None where no slot is padded."""
     return _Places(widths, device) if any(width % 8 for width in widths) else None

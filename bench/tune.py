@@ -1,0 +1,361 @@
+"""Measure launch choices on this GPU and write the table that the launchers read: kernels/tuned/<gpu>.json.
+
+    python bench/tune.py                        the models and images of `thresholdnet bench --preset gpu`
+    python bench/tune.py --dry-run              list the shapes, measure nothing
+    python bench/tune.py --budget 300           stop after so many seconds; the same command goes on there
+    python bench/tune.py --filter 'weight.*3x3' shapes whose text holds this regular expression
+    python bench/tune.py --interpreter          two tiny shapes in Triton's interpreter: a trial of the tool, no times
+
+For every distinct shape of the models' linked convolutions (forward, data gradient, weight gradient) a handful of tiles
+of the Triton kernels, and for half formats the forms of the CUDA kernels with gather + library among them. A candidate
+whose result is not the rule's is out, and so is one less than 2 % faster than the rule: noise must not pick. The file
+is written whole after every shape. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
+SIZES = ((128, 224), (100, 32))  # batch, side
+MARGIN = 0.98  # of the rule's time that another choice must stay below
+REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """A shape with what its first convolution reads: widths of its sources, "rows" or "arena", mask and sums."""
+
+    shape: Any
+    widths: tuple[int, ...]
+    layout: str
+    masked: bool = False
+
+    def __str__(self) -> str:
+        s = self.shape
+        affine = " affine" if s.affine else ""
+        size = f"{s.kernel_size}x{s.kernel_size} {s.in_channels}->{s.out_channels}"
+        return f"{s.kind} {size} {s.batch}x{s.height}x{s.width} {s.dtype}{affine}"
+
+
+def works_of(model: str, batch: int, side: int, dtype: str) -> Iterator[Work]:
+    """What a training step of a fused model convolves, recorded from its operators on the meta device."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from thresholdnet import create_model
+    from thresholdnet.plan import BlockPlan
+
+    calls: list[tuple[tuple[int, ...], BlockPlan, int]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.thresholdnet.block.default:
+                plan = BlockPlan.from_text(args[3])
+                a_layer = 6 if plan.unit == "bottleneck" else 3
+                tail = args[1][-1].shape[0] if len(args[1]) > a_layer * plan.num_layers else 0
+                calls.append((tuple(args[0].shape), plan, tail))
+            return func(*args, **(kwargs or {}))
+
+    network = create_model(model, num_classes=10, fused=True, backend="native", device="meta")
+    with Record():
+        network.train()(torch.empty(batch, 3, side, side, device="meta"))
+    for (images, _, height, width), plan, tail in calls:
+        for kind, size, affine, read, wrote, masked in _convolutions(plan, tail):
+            shape = (kind, dtype, size, affine, sum(read), wrote, images, height, width)
+            rows = plan.unit == "bottleneck" or all(w % 32 == 0 for w in (*read, wrote))
+            yield Work(_shape(*shape), tuple(read), "rows" if rows else "arena", masked)
+
+
+def _convolutions(plan: Any, tail: int) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
+    """(kind, kernel size, affine, widths read, width written, masked) of a block's convolutions."""
+    widths = plan.node_widths
+    linked = [[widths[k] for k in sources] for sources in plan.links]
+    if plan.unit == "bottleneck":
+        for read, inner, width in zip(linked, plan.bottleneck_widths, plan.widths, strict=True):
+            for kind in ("forward", "weight"):
+                yield kind, 1, True, read, inner, False
+                yield kind, 3, False, [inner], width, False
+            yield "gradient", 3, False, [width], inner, True
+        return
+    for read, width in zip(linked, plan.widths, strict=True):
+        yield "forward", 3, False, read, width, False
+        yield "weight", 3, False, read, width, False
+    for node, readers in enumerate(plan.readers):
+        if readers:
+            yield "gradient", 3, False, [widths[r] for r in readers], widths[node], node > 0
+    if tail:
+        read = list(plan.output_widths)
+        yield "forward", 1, False, read, tail, False
+        yield "weight", 1, False, read, tail, False
+        for width in read:
+            yield "gradient", 1, False, [tail], width, False
+
+
+def _shape(*fields: Any) -> Any:
+    from thresholdnet.kernels.tuned import Shape
+
+    return Shape(*fields)
+
+
+def distinct(works: Iterator[Work], pattern: str = "") -> list[Work]:
+    """One work a shape, a masked one where there is one."""
+    found: dict[Any, Work] = {}
+    for work in works:
+        if re.search(pattern, str(work)) and (work.shape not in found or work.masked > found[work.shape].masked):
+            found[work.shape] = work
+    return list(found.values())
+
+
+def tiles(work: Work, capability: Any) -> list[Any]:
+    """The rule's tile first, then its neighbours that the kernels can run."""
+    from thresholdnet.kernels import configs, tuned
+
+    s = work.shape
+    pixels = s.batch * s.height * s.width
+    if s.kind == "weight":
+        rule: Any = configs.weight_gradient_config(
+            capability, s.dtype, s.out_channels, s.in_channels * s.kernel_size**2, s.affine
+        )
+        others = [replace(rule, swapped=not rule.swapped), replace(rule, rows=rule.rows // 2, stages=rule.stages + 1)]
+        others += [replace(rule, chunk=chunk, warps=8 if chunk == 128 else 4) for chunk in (64, 128)]
+    else:
+        choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
+        rule = configs.convolution_config(*choose, s.height, s.width, s.affine)
+        odd = configs.convolution_config(*choose, 1, 1, s.affine)  # what the rule takes where grouping does not fit
+        others = [odd, replace(rule, rows=rule.rows // 2), replace(rule, warps=12 - rule.warps)]
+        others += [replace(rule, stages=rule.stages + 1), replace(rule, stages=max(rule.stages - 1, 1))]
+        others += [replace(rule, chunk=rule.chunk // 2)]
+    kept = [rule]
+    for tile in others:
+        try:
+            tuned.check(s, tuned.Choice(tile))
+        except ValueError:
+            continue
+        kept += [tile] if tile not in kept else []
+    return kept
+
+
+def forms(work: Work) -> list[str]:
+    """The CUDA kernels' forms, the rule's first; none where they cannot run or have no choice."""
+    from thresholdnet.backends import csrc, cuda_launch
+
+    s = work.shape
+    if s.kind == "weight" or s.dtype not in ("bfloat16", "float16") or csrc.cuda_reason() is not None:
+        return []
+    rule = cuda_launch.convolution_form(s.kernel_size, s.out_channels, s.height, s.width)
+    thin = s.kernel_size == 3 and s.out_channels <= 32
+    return list(dict.fromkeys([rule, "gemm", *(("wide", "upright") if thin else ()), "library"]))
+
+
+class Bench:
+    """The operands of one work, and calls on them."""
+
+    def __init__(self, work: Work, device: Any):
+        import torch
+        from thresholdnet.kernels import slots
+
+        s, self.work = work.shape, work
+        torch.manual_seed(0)
+        self.dtype = getattr(torch, s.dtype)
+        made = (s.height, s.width)
+        common: dict[str, Any] = {"dtype": self.dtype, "device": device, "layout": work.layout}
+        self.sources = slots.allocate(s.batch, work.widths, *made, **common)
+        self.out, self.z = slots.allocate(s.batch, (s.out_channels, s.out_channels), *made, **common)
+        for slot in (*self.sources, self.out, self.z):
+            slots.write(slot, torch.randn(slot.shape, device=device))
+        shape = (s.out_channels, s.in_channels, s.kernel_size, s.kernel_size)
+        self.weight = (torch.randn(shape, device=device) / (s.in_channels * s.kernel_size**2) ** 0.5).to(self.dtype)
+        self.affine = tuple(torch.rand(2, s.in_channels, device=device)) if s.affine else None
+        vectors = torch.rand(4, s.out_channels, device=device)
+        self.mask = (self.z, *vectors) if work.masked else None
+        self.parts = [part.transpose(0, 1) for part in self.weight.split(work.widths, dim=1)]
+
+    def call(self, launch: Any, **options: Any) -> Callable[[], Any]:
+        """A call of one launcher's function; it returns what was computed."""
+        kind = self.work.shape.kind
+        if kind == "weight":
+            size = self.work.shape.kernel_size
+            return lambda: launch.weight_gradient(self.sources, self.out, size, affine=self.affine, **options)
+        if kind == "gradient":
+            return lambda: launch.gradient(self.sources, self.parts, self.out, mask=self.mask, **options)
+        return lambda: launch.conv(self.sources, self.weight, self.out, affine=self.affine, statistics=True, **options)
+
+    def result(self, call: Callable[[], Any]) -> Any:
+        """The tensor that a call makes, in float32."""
+        made = call()
+        return (made if self.work.shape.kind == "weight" else self.out).float().clone()
+
+
+def measure(work: Work, device: Any, tell: Callable[[str], None]) -> dict[str, Any]:
+    """One row of the table: times of every candidate that is right, and the choices."""
+    import torch
+    from thresholdnet.kernels import launch, tuned
+    from thresholdnet.kernels.device import capability_of
+
+    from thresholdnet.backends import cuda_launch
+    from thresholdnet.bench.clock import clock_for
+
+    bench, clock = Bench(work, device), clock_for(device)
+    repeats = REPEATS if device.type == "cuda" else 1
+
+    def timed(label: str, call: Callable[[], Any], truth: Any) -> tuple[float | None, Any]:
+        try:
+            found = bench.result(call)
+            bound = 1e-4 if bench.dtype == torch.float32 else 2e-2
+            if truth is not None and float((found - truth).norm() / truth.norm().clamp(min=1e-30)) > bound:
+                raise ValueError("its result is not the rule's")
+            return statistics.median(clock(call) for _ in range(repeats)), found
+        except Exception as error:  # a tile that needs too much of the GPU is no candidate, and no reason to stop
+            tell(f"  {label}: out, {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}")
+            return None, None
+
+    by_tile: dict[Any, float | None] = {}
+    truth = None
+    for candidate in tiles(work, capability_of(device)):
+        label = "tile " + json.dumps(asdict(candidate), separators=(",", ":"))
+        by_tile[candidate], found = timed(label, bench.call(launch, config=candidate), truth)
+        truth = found if truth is None else truth
+    by_form: dict[Any, float | None] = {}
+    for form in forms(work):
+        with forced(cuda_launch, form):
+            by_form[form], _ = timed(f"form {form}", bench.call(cuda_launch), truth)
+    row = tuned.as_row(work.shape, tuned.Choice(pick(by_tile), pick(by_form)))
+    times = {"tile": [{**asdict(tile), "ms": ms} for tile, ms in by_tile.items()]}
+    return row | {"times": times | {"form": [{"form": form, "ms": ms} for form, ms in by_form.items()]}}
+
+
+def pick(times: dict[Any, float | None]) -> Any:
+    """The fastest candidate, or the first one, the rule's, where no other is clearly faster; None where all are out."""
+    ran = {candidate: ms for candidate, ms in times.items() if ms is not None}
+    if not ran:
+        return None
+    best, rule = min(ran, key=lambda candidate: ran[candidate]), next(iter(times))
+    return rule if rule in ran and ran[best] >= MARGIN * ran[rule] else best
+
+
+@contextmanager
+def forced(module: Any, form: str) -> Iterator[None]:
+    """`cuda_launch` takes this form within."""
+    before = module._form
+    module._form = lambda *_: form
+    try:
+        yield
+    finally:
+        module._form = before
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="a model of the zoo; may repeat")
+    parser.add_argument("--size", action="append", metavar="BATCHxSIDE", help="such as 128x224; may repeat")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--filter", default="", help="regular expression of shapes, as --dry-run prints them")
+    parser.add_argument("--limit", type=int, help="at most so many shapes")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; no shape is begun after them")
+    parser.add_argument("--out", type=Path, help="the file; by default that which the launchers read")
+    parser.add_argument("--again", action="store_true", help="measure shapes that the file holds, too")
+    parser.add_argument("--interpreter", action="store_true", help="two tiny shapes on the CPU in Triton's interpreter")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be measured and stop")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON on stdout")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        return tune(options, started)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def tune(options: argparse.Namespace, started: float) -> int:
+    """Measure what is missing; returns the exit code."""
+    if options.interpreter:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from thresholdnet.kernels import tuned
+
+    from thresholdnet.checkpoint import write_atomic
+
+    if not (options.interpreter or options.dry_run or torch.cuda.is_available()):
+        raise RuntimeError("tune needs a CUDA device, got none: --interpreter tries the tool without, --dry-run lists")
+    device = torch.device("cpu" if options.interpreter or not torch.cuda.is_available() else "cuda")
+    gpu, capability = tuned.identity(device)
+    path = options.out or tuned.FOLDER / tuned.file_name(gpu, capability)
+    if options.interpreter and options.out is None:
+        raise ValueError("out must be given with --interpreter, got none: its times say nothing about a GPU")
+    works = distinct(_works(options), options.filter)[: options.limit]
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        tuned.read(path, gpu, capability)  # a damaged file, or another GPU's, is not written over
+        rows = json.loads(path.read_text())["rows"]
+    done = {tuple(row[name] for name in tuned.Shape._fields) for row in rows}
+    waiting = [work for work in works if options.again or tuple(work.shape) not in done]
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if options.dry_run:
+        summary = {"file": str(path), "shapes": [str(work) for work in waiting], "of": len(works)}
+        print(json.dumps(summary, indent=2) if options.json else "\n".join(summary["shapes"]))
+        tell(f"{len(waiting)} of {len(works)} shapes to measure, file: {path}")
+        return 0
+    measured, faster = 0, 0
+    for index, work in enumerate(waiting, start=1):
+        if time.monotonic() - started > options.budget:
+            tell(f"the budget of {options.budget:g} s is spent: the same command goes on here")
+            break
+        row = measure(work, device, tell)
+        rows = [old for old in rows if tuple(old[name] for name in tuned.Shape._fields) != tuple(work.shape)] + [row]
+        head = {"gpu": gpu, "capability": capability, "torch": torch.__version__, "interpreter": options.interpreter}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps({**head, "rows": rows}, indent=1) + "\n").encode())
+        measured += 1
+        gains = {kind: gain for kind, found in row["times"].items() if (gain := gain_of(found)) is not None}
+        faster += any(gain > 1 / MARGIN for gain in gains.values())
+        told = ", ".join(f"best {kind} x{gain:.2f} of the rule's speed" for kind, gain in gains.items())
+        tell(f"{index}/{len(waiting)} {work}: {told or 'nothing ran'}")
+    summary = {"file": str(path), "measured": measured, "left": len(waiting) - measured, "better_than_rule": faster}
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    tell(f"{measured} shapes measured, {faster} with something better than the rule, {summary['left']} left; {path}")
+    return 0
+
+
+def gain_of(found: list[dict[str, Any]]) -> float | None:
+    """Time of the first entry, the rule's, over that of the fastest; None where the rule's is missing."""
+    times = [entry["ms"] for entry in found if entry["ms"] is not None]
+    return found[0]["ms"] / min(times) if times and found[0]["ms"] is not None else None
+
+
+def _works(options: argparse.Namespace) -> Iterator[Work]:
+    if options.interpreter:
+        yield Work(_shape("forward", "float32", 3, False, 12, 8, 1, 4, 4), (8, 4), "arena")
+        yield Work(_shape("weight", "float32", 1, True, 12, 8, 1, 4, 4), (8, 4), "rows")
+        return
+    sizes = [_size(text) for text in options.size] if options.size else SIZES
+    for batch, side in sizes:
+        for model in options.model or MODELS:
+            yield from works_of(model, batch, side, options.dtype)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise ValueError(f"size must be BATCHxSIDE, such as 128x224, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
