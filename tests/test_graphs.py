@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import needs_gpu
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +22,6 @@ from thresholdnet import constants, engine, graphs
 from thresholdnet.backends import engine_for
 from thresholdnet.train import TrainConfig, classifier, train
 from thresholdnet.train import run as run_module
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")
 
 
 def imitated(model: nn.Module, own: torch.Tensor) -> graphs.Call:

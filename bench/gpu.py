@@ -1,0 +1,213 @@
+"""What a GPU is wanted for, most valuable first, in at most ten minutes and without network; all results below OUT.
+
+    bench/gpu.sh OUT                 build, check, sanitize, measure, tune
+    bench/gpu.sh OUT --list          the steps with their seconds, and stop
+    bench/gpu.sh OUT --only bench    the steps whose name holds this; may repeat
+    bench/gpu.sh OUT --interpreter   what of it runs on a CPU, Triton's interpreter in the GPU's place, on two shapes
+
+A step has a budget and is killed at its end; what it wrote by then counts. No step is begun that the time left does not
+hold. OUT gets a few plain files, as a machine that is lent for minutes returns them:
+
+    summary.json    {"machine", "seconds", "budget", "steps": [{"name", "rc", "seconds", "log", "tail"}]}; rc null: not
+                    begun, -9: killed at its budget; log: its name in logs.tar.gz; tail: the end of it
+    logs.tar.gz     everything that the steps printed
+    bench.json      `thresholdnet bench`, read by `thresholdnet bench --report`
+    tuned-<gpu>-sm<NN>.json   the launch table of bench/tune.py; goes to kernels/tuned/ once somebody has looked at it
+
+The exit code is 1 if a step failed; one that its budget ended has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 570.0  # seconds: a lent machine ends a command after 600
+RESERVE = 5.0  # of them, for packing
+TAIL = 3000  # characters of a log in the summary
+KILLED = -9
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with the seconds that it may take and, less than which left, it is not worth beginning."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    least: float = 10.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def gpu_steps(out: Path) -> list[Step]:
+    """The steps on a GPU, in order of value."""
+    import torch
+    from thresholdnet.kernels import tuned
+
+    python = sys.executable
+    gpu, capability = tuned.identity(torch.device("cuda"))
+    architecture = {"TORCH_CUDA_ARCH_LIST": f"{capability[0]}.{capability[1]}", "THRESHOLDNET_FORCE_CUDA": "1"}
+    command = (python, "-m", "thresholdnet")
+    bench = (*command, "bench", "--preset", "gpu", "--cuda-graph", "--out", str(out / "bench.json"), "--rounds", "7")
+    quick = ("eager_channels_last", "fused_native", "fused_triton", "fused_native_recompute")
+    table = out / f"tuned-{tuned.file_name(gpu, capability)}"
+    tune = (python, "bench/tune.py", "--out", str(table), "--json")
+    one_block = ("selftest", "--quick", "--dtype", "bf16", "--backend")
+    # Without its caching, each tensor is an allocation of its own: a step past its end is seen.
+    bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "0"}
+
+    def measured(pattern: str, providers: tuple[str, ...]) -> tuple[str, ...]:
+        return (*bench, "--filter", pattern, *(part for name in providers for part in ("--provider", name)))
+
+    steps = [
+        Step("machine", ("nvidia-smi",), 20),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 180, 30, architecture),
+        Step("info", (*command, "info"), 30),
+        Step("selftest", (*command, "selftest", "--json"), 90),
+        Step("tests", (python, "-m", "pytest", "-m", "gpu", "-x", "--no-header", *gpu_tests()), 60),
+        Step("bench train 224 v1", measured(r"v1 .*224.* train", quick), 60, 20),
+        Step("bench train 32", measured(r"x32x32 .*train", quick[:3]), 60, 20),
+        *(
+            Step(
+                f"{tool} {backend}", ("compute-sanitizer", "--tool", tool, *command, *one_block, backend), 60, 30, bare
+            )
+            for tool in ("memcheck", "racecheck")
+            for backend in ("native", "triton")
+        ),
+        Step("bench train 224", measured(r"(hardnet68|densenet121) .*224.* train", quick), 80, 20),
+        # grouping or not, table kernel or gather + library, halo or implicit product: at the widths that decide it
+        Step("tune 224 v1", (*tune, "--model", "thresholdnet_v1", "--size", "128x224", "--budget", "60"), 75, 20),
+        Step(
+            "bench compile v1", measured(r"v1 .*224.* train", ("eager_channels_last", "compile", *quick[1:3])), 90, 45
+        ),
+        Step("bench infer", measured(r"v1 .* infer", ("eager_folded", "fused_native", "fused_triton")), 40, 20),
+        Step("tune", (*tune, "--budget", "100"), 115, 20),
+    ]
+    if shutil.which("compute-sanitizer") is None:
+        steps = [step for step in steps if step.command[0] != "compute-sanitizer"]
+    return steps
+
+
+def interpreter_steps(out: Path) -> list[Step]:
+    """What of the steps a CPU can run, with Triton's interpreter in the GPU's place, on two shapes."""
+    python = sys.executable
+    command = (python, "-m", "thresholdnet")
+    interpreted = {"TRITON_INTERPRET": "1"}
+    tune = (python, "bench/tune.py", "--interpreter", "--out", str(out / "tuned-cpu-sm00.json"), "--json")
+    bench = (*command, "bench", "--preset", "quick", "--mode", "infer", "--rounds", "1", "--warmup", "0")
+    providers = ("--provider", "eager", "--provider", "fused_native", "--out", str(out / "bench.json"))
+    return [
+        Step("info", (*command, "info"), 60),
+        Step("tune", tune, 90, environment=interpreted),
+        Step("bench", (*bench, *providers), 90),
+        Step("tests", (python, "-m", "pytest", "-m", "gpu", "--no-header", *gpu_tests()), 90),
+    ]
+
+
+def gpu_tests() -> list[str]:
+    """The files that hold tests for a GPU."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [file.relative_to(ROOT).as_posix() for file in files if "needs_gpu" in file.read_text()]
+
+
+def run(step: Step, seconds: float, log: Path) -> int:
+    """A step's exit code; its whole process group is killed after `seconds`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | step.environment
+    with log.open("w") as to:
+        print("$", *step.command, flush=True, file=to)
+        try:
+            process = subprocess.Popen(
+                step.command, stdout=to, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            print(f"error: {error}", file=to)
+            return 127
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return KILLED
+        finally:  # also what a step left running, and at Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for all results")
+    parser.add_argument("--interpreter", action="store_true", help="on a CPU, in Triton's interpreter, on two shapes")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="steps whose name holds this")
+    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    options = parser.parse_args()
+    started = time.monotonic()
+    out: Path = options.out.resolve()
+    sys.path.insert(0, str(ROOT))
+    if not options.interpreter:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("error: gpu.sh needs a CUDA device, got none: --interpreter tries it without", file=sys.stderr)
+            return 2
+    steps = interpreter_steps(out) if options.interpreter else gpu_steps(out)
+    steps = [step for step in steps if not options.only or any(name in step.name for name in options.only)]
+    if options.list:
+        for step in steps:
+            print(f"{step.name}: {step.seconds:g} s")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, step in enumerate(steps, start=1):
+            log = Path(folder) / f"{index:02}-{step.name.replace(' ', '-')}.log"
+            left = options.budget - RESERVE - (time.monotonic() - started)
+            begun, code = time.monotonic(), None
+            if left >= min(step.least, step.seconds):
+                code = run(step, min(step.seconds, left), log)
+            seconds = time.monotonic() - begun
+            text = log.read_text(errors="replace") if log.exists() else ""
+            rows.append(
+                {"name": step.name, "rc": code, "seconds": round(seconds, 1), "log": log.name, "tail": text[-TAIL:]}
+            )
+            print(f"{step.name}: {_said(code)}, {seconds:.1f} s", flush=True)
+            _write(out, Path(folder), rows, options.budget, time.monotonic() - started)
+    print(f"written: {out / 'summary.json'}")
+    return int(any(row["rc"] not in (0, None, KILLED) for row in rows))
+
+
+def _said(code: int | None) -> str:
+    return {None: "not begun, too little time left", 0: "ok", KILLED: "stopped at its budget"}.get(code, f"rc {code}")
+
+
+def _write(out: Path, logs: Path, rows: list[dict[str, Any]], budget: float, seconds: float) -> None:
+    """Summary and logs, after every step: whoever stops this script keeps what there is."""
+    from thresholdnet.checkpoint import write_atomic
+
+    machine = {"python": sys.version.split()[0], "node": os.uname().nodename, "cpus": os.cpu_count()}
+    summary = {"machine": machine, "seconds": round(seconds, 1), "budget": budget, "steps": rows}
+    write_atomic(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    packed = out / "logs.tar.gz.tmp"
+    with tarfile.open(packed, "w:gz") as archive:
+        for log in sorted(logs.iterdir()):
+            archive.add(log, log.name)
+    packed.replace(out / "logs.tar.gz")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
