@@ -42,7 +42,8 @@ class Graphed(nn.Module):
         self.training = model.training  # not train(): modules inside may be in a mode of their own
         self.model = model
         self.ran = ""
-        self._modules_inside = list(model.modules())
+        # lists: walking the modules at every call would take longer than a small step
+        self._modules_inside, self._parameters_inside = list(model.modules()), list(model.parameters())
         self._autocast = autocast_dtype(sample.device)
         own = sample.detach().clone()  # what later batches are copied into
         with _unchanged(model, sample.device), _uncached_autocast(sample.device), holding() as self._constants:
@@ -57,7 +58,7 @@ class Graphed(nn.Module):
             made: Tensor = self.model(x)
             return made
         self.ran = "graph"
-        for parameter in self.model.parameters():
+        for parameter in self._parameters_inside:
             # .grad may be the very memory that the graph's backward overwrites; here gradients are being accumulated
             if parameter.grad is not None and self.training:
                 parameter.grad = parameter.grad.clone()
@@ -74,11 +75,11 @@ class Graphed(nn.Module):
 
     def _state(self) -> tuple[list[Any], ...]:
         """What of the model a capture takes for constant: modes, and which memory is read."""
-        parameters = list(self.model.parameters())
         return (
             [module.training for module in self._modules_inside],
-            [parameter.requires_grad for parameter in parameters],
-            [tensor.data_ptr() for tensor in (*parameters, *self.model.buffers())],
+            [parameter.requires_grad for parameter in self._parameters_inside],
+            [parameter.data_ptr() for parameter in self._parameters_inside],
+            [next(self.model.parameters(), None) is parameter for parameter in self._parameters_inside[:1]],
         )
 
 
