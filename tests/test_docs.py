@@ -1,6 +1,8 @@
 """The documentation builds without a warning, and its notebook runs."""
 
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,11 +23,52 @@ def test_documentation_builds(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING -" not in done.stderr
     pages = {path.parent.name for path in tmp_path.rglob("index.html")}
-    assert {"tutorial", "convert", "tools", "serving", "design", "kernels", "extending", "api"} <= pages
+    assert {
+        "install", "tutorial", "convert", "tools", "serving", "design", "kernels", "performance", "extending", "api",
+    } <= pages  # fmt: skip
     tutorial = (tmp_path / "tutorial" / "index.html").read_text()
     assert "fused features.denseblock4" in tutorial  # cells were executed
     assert 'class="jp-RenderedImage' in tutorial  # and drew
     assert "ThresholdBlock" in (tmp_path / "api" / "index.html").read_text()
+    _check_pictures(tmp_path)
+    _check_figures((tmp_path / "performance" / "index.html").read_text())
+    kernels = (tmp_path / "kernels" / "index.html").read_text()
+    assert "<code>gather_readers</code>" in kernels and "{{" not in kernels
+    extending = re.sub("<[^>]*>", "", (tmp_path / "extending" / "index.html").read_text())
+    assert "\ndef _harmonic(i" in html.unescape(extending) and "device_norm.normalise[" in extending
+
+
+def _check_pictures(site):
+    """Every picture that a page shows was drawn."""
+    shown = 0
+    for page in site.rglob("index.html"):
+        for source in re.findall(r'<img[^>]*src="([^"]*images/[^"]*)"', page.read_text()):
+            picture = page.parent / source
+            assert picture.stat().st_size > 5000, source
+            shown += 1
+    assert shown >= 7
+
+
+def _check_figures(page):
+    """The page holds what the files say, of losses too."""
+    for file in (ROOT / "bench" / "results").glob("*/*.json"):
+        rows = json.loads(file.read_text()).get("rows", [])
+        speeds = [row["ratios"]["eager_channels_last"] for row in rows if row["provider"] == "fused" and row["ratios"]]
+        for speed in speeds:
+            assert "{median:.2f} ({p20:.2f} to {p80:.2f})".format(**speed) in page, file
+    assert "<strong>slower</strong>" in page
+    account = json.loads((ROOT / "bench" / "results" / "memory" / "hardnet68-224-b128-bf16.json").read_text())
+    assert (
+        f"{account['fused']['kept'] / 2**20:,.0f} ({account['fused']['kept'] / account['eager']['kept']:.2f})" in page
+    )
+
+
+def test_the_code_of_the_page_on_patterns_runs():
+    (code,) = re.findall(r"```python\n(import.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
+    names = {}
+    exec(code, names)
+    assert names["block"].links[6] == (6, 3, 0)
+    assert names["kept"] > 0
 
 
 def test_the_notebook_is_kept_without_outputs():

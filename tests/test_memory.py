@@ -37,6 +37,15 @@ def test_kept_bytes_are_those_of_a_real_step(name):
     assert all(account.peak >= account.kept > sum(account.blocks.values()) for account in report.values())
 
 
+def test_over_time():
+    block = ThresholdBlock(16, links.threshold_ab(4, 2), 8, unit="bottleneck", fused=True)
+    report = tn.memory.account(block, (2, 16, 8, 8))
+    for mode, (forward, backward) in tn.memory.over_time(block, (2, 16, 8, 8)).items():
+        assert max(*forward, *backward) == pytest.approx(report[mode].peak, rel=0.01)  # small caches fill once
+        assert forward[-1] >= report[mode].kept - 2 * 16 * 8 * 8 * 2  # the images are kept, but not counted as alive
+        assert backward[-1] < forward[-1]
+
+
 def test_blocks_add_up_to_their_plans():
     block = ThresholdBlock(32, links.threshold_ab(8, 4), 16)
     report = tn.memory.account(block, (4, 32, 28, 28), torch.float32)

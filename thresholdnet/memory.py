@@ -54,10 +54,17 @@ def account(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = t
     Raises:
         TypeError, ValueError: not a module, a bad shape, or a shape that the model refuses.
     """
-    made = {}
-    for name, (twin, images, own) in _modes(model, input_shape, dtype):
-        made[name] = _step(twin, images, own)
-    return made
+    return {name: _step(*prepared)[0] for name, prepared in _modes(model, input_shape, dtype)}
+
+
+def over_time(
+    model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Bytes alive after each operation of a training step, forward and backward, by mode.
+
+    Arguments, modes and errors as in `account`; the largest number is its `peak`.
+    """
+    return {name: _step(*prepared)[1] for name, prepared in _modes(model, input_shape, dtype)}
 
 
 def kept(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
@@ -114,7 +121,8 @@ def _forward(
     return out, kept, owners
 
 
-def _step(model: nn.Module, images: Tensor, own: set[int]) -> Account:
+def _step(model: nn.Module, images: Tensor, own: set[int]) -> tuple[Account, tuple[list[int], list[int]]]:
+    """The account, and the bytes alive after each operation of forward and of backward."""
     inside: list[str] = []
     names = {module: name or "block" for name, module in model.named_modules() if isinstance(module, LinkedBlock)}
     for module, name in names.items():
@@ -127,8 +135,10 @@ def _step(model: nn.Module, images: Tensor, own: set[int]) -> Account:
             if owners[key]:
                 by_block[owners[key]] += size
         tracker.ignore_new(p for p in model.parameters())
+        forward = len(tracker.alive)
         out.sum().backward()
-    return Account(total, tracker.peak, tracker.moved, by_block)
+    alive = tracker.alive
+    return Account(total, max(alive, default=0), tracker.moved, by_block), (alive[:forward], alive[forward:])
 
 
 def _announce(module: nn.Module, name: str, inside: list[str]) -> None:
@@ -152,7 +162,8 @@ class _Tracker(TorchDispatchMode):
         super().__init__()
         self.own = own
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.moved = 0
+        self.moved = 0
+        self.alive: list[int] = []  # bytes after each operation
         self.parameter_shapes: set[torch.Size] = set()
 
     def ignore_new(self, parameters: Iterator[Tensor]) -> None:
@@ -179,7 +190,7 @@ class _Tracker(TorchDispatchMode):
             if key not in self.own and key not in self.live and tensor.shape not in self.parameter_shapes:
                 storage = tensor.untyped_storage()
                 self.live[key] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        self.alive.append(sum(size for _, size in self.live.values()))
 
 
 _ENGINE: dict[Any, Callable[..., Any]] = {

@@ -1,0 +1,119 @@
+"""What was measured, as Markdown: tables made from the files of bench/results when a page is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thresholdnet.bench import report, results
+from thresholdnet.bench.targets import BASE, OURS, target_of
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+
+
+def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of every file of `thresholdnet bench`, new ones first: its picture's name, its path, its contents."""
+    files = [file for file in RESULTS.glob("*/*.json") if "machine" in json.loads(file.read_text())]
+    for file in sorted(files, key=lambda file: file.name, reverse=True):
+        yield f"{file.parent.name}-{file.stem}.png", str(file.relative_to(RESULTS.parents[1])), results.read(file)
+
+
+def measured_runs() -> str:
+    """A section for every run: where, the picture, our rows with wins and losses, and all rows folded away."""
+    return "\n\n".join(_run(*run) for run in runs())
+
+
+def _run(picture: str, path: str, found: Mapping[str, Any]) -> str:
+    machine, rows = found["machine"], found["rows"]
+    ours = [row for row in rows if row["provider"] in OURS and BASE in (row["ratios"] or {})]
+    won = [row for row in ours if row["ratios"][BASE]["median"] > 1]
+    folded = report.markdown(found, Path(path).name).replace("\n", "\n    ")
+    return "\n".join(
+        [
+            f"### {machine.get('gpu') or machine['cpu']}, {Path(path).stem}",
+            "",
+            f"`{path}`, written by `{machine['command']}` with torch {machine['torch']} at commit "
+            f"`{str(machine['commit'])[:10]}`. Of {len(ours)} timed rows of ours, {len(won)} are faster than {BASE} "
+            f"and {len(ours) - len(won)} are not.",
+            "",
+            f"![Times and kept bytes of this run](images/{picture})",
+            "",
+            *_table(
+                ("step", "case", "provider", f"speed against {BASE} (p20 to p80)", "kept", "verdict"),
+                [_ours(row, rows) for row in ours],
+            ),
+            "",
+            '??? note "All rows, with times, rivals and targets"',
+            "",
+            f"    {folded}",
+        ]
+    )
+
+
+def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    speed, share = row["ratios"][BASE], report.kept_share(row, rows)
+    return [
+        row["mode"],
+        f"{row['model']}, {row['batch']} x {row['image']}², {row['dtype']}",
+        report.provider_name(row),
+        f"{speed['median']:.2f} ({speed['p20']:.2f} to {speed['p80']:.2f})",
+        "-" if share is None else f"{share:.2f}",
+        report.verdict(row, share, target_of(row)),
+    ]
+
+
+def memory() -> str:
+    """Bytes kept and needed by every account of bench/results/memory."""
+    lines = []
+    for file in sorted((RESULTS / "memory").glob("*.json")):
+        modes = json.loads(file.read_text())
+        eager = modes["eager"]
+        for mode, entry in modes.items():
+            if mode == "fused, recompute" and entry == modes["fused"]:
+                continue  # no bottleneck units
+            cells = [f"{entry[key] / 2**20:,.0f} ({entry[key] / eager[key]:.2f})" for key in ("kept", "peak", "moved")]
+            lines.append([f"`{file.stem}`", mode, *cells])
+    return "\n".join(_table(("file", "mode", "kept", "peak", "moved"), lines))
+
+
+def compiled() -> str:
+    """What the compile tables say, a line a version of Triton."""
+    lines = []
+    for file in sorted((RESULTS / "compile").glob("*.json")):
+        found = json.loads(file.read_text())
+        forms = found["forms"].values()
+        lines.append(
+            [
+                f"`{file.name}`",
+                f"{len(forms)}",
+                f"{sum(bool(form['faults']) for form in forms)}",
+                f"{max(form['registers'] for form in forms)}",
+                f"{max(form['stack'] for form in forms)}",
+                f"{max(form['shared'] for form in forms) / 1024:.0f}",
+            ]
+        )
+    return "\n".join(_table(("file", "forms", "with faults", "registers", "stack bytes", "shared KiB"), lines))
+
+
+def trained() -> str:
+    """Every training run of bench/results."""
+    lines = []
+    for file in sorted(RESULTS.glob("*/*/result.json")):
+        run = json.loads(file.read_text())
+        lines.append(
+            [
+                f"`{file.parent.relative_to(RESULTS)}`",
+                run["model"],
+                run["data"],
+                run["recipe"],
+                f"{run['epochs']}",
+                f"{run['last_accuracy']:.2%}",
+            ]
+        )
+    return "\n".join(_table(("folder", "model", "data", "recipe", "epochs", "test accuracy"), lines))
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
