@@ -1,66 +1,337 @@
-"""The bench command for real on tiny steps: rows, a second call that finds them done, the report, bad input."""
+"""`thresholdnet bench` on tiny networks: real steps, checked before they are timed; blocks; resuming; bad input."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
+import torch
+from test_cli import run
 
-from thresholdnet.bench.providers import PROVIDERS
-from thresholdnet.bench.report import COLOURS
-from thresholdnet.bench.targets import OURS
+from thresholdnet import bench
+from thresholdnet.backends import native
+from thresholdnet.bench import arithmetic, baselines
+from thresholdnet.bench.clock import Neighbours, ProcessorClock, largest_cache
+from thresholdnet.bench.measure import network
+from thresholdnet.bench.stages import stages
 
-TINY = [
-    "--preset", "quick", "--model", "thresholdnet_ab:width_mult=0.25", "--image", "32", "--batch", "2", "--rounds", "2",
-    "--warmup", "1", "--provider", "eager", "--provider", "eager_channels_last", "--provider", "checkpoint",
-    "--provider", "fused",
-]  # fmt: skip
-
-
-def run(*arguments):
-    """Exit code, stdout, stderr of the command."""
-    command = [sys.executable, "-m", "thresholdnet", "bench", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
-    return done.returncode, done.stdout, done.stderr
+TINY = "thresholdnet_ab:width_mult=0.25,layers=[2,3],transitions=[16,16],growth_rates=[6,10],threshold=2"
+FEW = ("eager", "eager_channels_last", "fused_native")
+ONCE = bench.Settings(rounds=1, warmup=0)
 
 
-def test_rows_resume_and_report(tmp_path):
-    file = tmp_path / "tiny.json"
-    code, out, error = run(*TINY, "--out", file, "--json")
-    assert code == 0, error
-    found = json.loads(file.read_text())
-    assert json.loads(out)["rows"] == found["rows"]
-    assert {row["mode"] for row in found["rows"]} == {"train", "infer"}
-    for row in found["rows"]:
-        if (row["provider"], row["mode"]) == ("checkpoint", "infer"):
-            continue  # nothing to keep, nothing to check-point
-        assert row["runs"] == 2 and 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"], row
-    kept = {row["provider"]: row["saved_bytes"] for row in found["rows"] if row["mode"] == "train"}
-    assert kept["fused"] < 0.5 * kept["eager"]
-
-    assert run(*TINY, "--out", file)[0] == 0
-    assert json.loads(file.read_text())["rows"] == found["rows"]  # nothing was timed again
-
-    code, out, error = run("--report", file)
-    assert code == 0, error
-    assert out.count("| fused |") == 2 and file.with_suffix(".png").stat().st_size > 10_000
+def one_case(mode, model=TINY, image=32, batch=4, dtype="fp32"):
+    return bench.Case(model, image, batch, dtype, mode)
 
 
-def test_dry_run_lists_the_cases():
-    code, out, _ = run("--preset", "cpu", "--dry-run", "--filter", "hardnet68")
-    assert code == 0 and "hardnet68" in out and "densenet121" not in out
+def by_provider(rows):
+    return {row["provider"]: row for row in rows}
 
 
-def test_every_provider_can_be_drawn():
-    assert PROVIDERS.keys() <= COLOURS.keys()
-    assert {name for name in PROVIDERS if name.startswith("fused")} == set(OURS)
+def options(*providers):
+    return [part for name in providers for part in ("--provider", name)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The command on the tiny network, train and infer: its file's content and path, and what it printed."""
+    file = tmp_path_factory.mktemp("bench") / "run.json"
+    stdout, _ = run("bench", "--model", TINY, "--rounds", 2, "--warmup", 1, "--out", file)
+    return json.loads(file.read_text()), file, stdout
+
+
+def test_rows_have_the_fixed_format(measured):
+    content, _, stdout = measured
+    machine = content["machine"]
+    assert machine["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
+    assert {"cpu", "gpu", "driver", "triton", "cuda", "commit", "dirty", "python", "command"} <= set(machine)
+    assert {row["mode"] for row in content["rows"]} == {"train", "infer"}
+    for row in content["rows"]:
+        keys = {"model", "image", "batch", "dtype", "mode", "provider", "graph", "ms_median", "ms_p20", "ms_p80",
+                "peak_bytes", "saved_bytes", "runs"}  # fmt: skip
+        assert keys <= set(row) and row["graph"] is False and row["model"] == TINY
+        if row["ms_median"] is None:
+            assert row["runs"] == 0 and row["reason"] and row["reason"] in stdout
+            continue
+        assert row["runs"] == len(row["ms"]) == 2
+        assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+        assert all(entry["error"] <= entry["bound"] for entry in row["check"].values())
+        assert row["peak_bytes"] > 0 and row["peak_by"]
+
+
+def test_who_can_run_did_and_the_others_say_why(measured):
+    rows = {(row["provider"], row["mode"]): row for row in measured[0]["rows"]}
+    timed = {key for key, row in rows.items() if row["ms_median"] is not None}
+    for name in ("eager", "eager_channels_last", "eager_padded8", "fused_native"):
+        assert {(name, "train"), (name, "infer")} <= timed
+    assert ("checkpoint", "train") in timed and ("eager_folded", "infer") in timed
+    assert rows["fused_native_recompute", "train"]["reason"] == "the model has no bottleneck units to recompute"
+    assert rows["checkpoint", "infer"]["reason"] == "checkpoints save memory in training alone"
+    assert rows["fused_native", "train"]["backend"] == "native" and rows["eager", "train"]["backend"] is None
+    kept = {name: rows[name, "train"]["saved_bytes"] for name in ("eager_channels_last", "checkpoint", "fused_native")}
+    assert kept["fused_native"] < kept["checkpoint"] < kept["eager_channels_last"]
+
+
+def test_ratios_are_those_of_the_rows_own_times(measured):
+    rows = measured[0]["rows"]
+    for row in rows:
+        for name, ratio in row["ratios"].items():
+            other = next(r for r in rows if r["provider"] == name and r["mode"] == row["mode"])
+            quotients = sorted(b / a for a, b in zip(row["ms"], other["ms"], strict=True))
+            assert ratio["median"] == pytest.approx(sum(quotients) / 2)
+            assert quotients[0] <= ratio["p20"] <= ratio["p80"] <= quotients[1]
+
+
+def test_a_finished_file_is_left_alone(measured):
+    _, file, _ = measured
+    before = file.read_text()
+    run("bench", "--model", TINY, "--rounds", 2, "--warmup", 1, "--out", file)
+    assert file.read_text() == before
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """Ctrl-C in the second case: the file is whole and holds the first; the same command adds the rest alone."""
+    file = tmp_path / "run.json"
+    arguments = ("bench", "--model", TINY, *options("eager", "eager_channels_last"), "--rounds", 1, "--warmup", 0,
+                 "--out", file)  # fmt: skip
+    measure = bench.jobs.measure
+
+    def stopped(case, *others):
+        if case.mode == "infer":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(bench.jobs, "measure", stopped)
+    run(*arguments, code=130)
+    half = json.loads(file.read_text())["rows"]
+    assert [row["mode"] for row in half] == ["train", "train"]
+    monkeypatch.setattr(bench.jobs, "measure", measure)
+    run(*arguments)
+    whole = json.loads(file.read_text())["rows"]
+    assert [row["mode"] for row in whole] == ["train", "train", "infer", "infer"] and whole[:2] == half
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_more_providers_measure_a_case_again_as_a_whole(tmp_path):
+    file = tmp_path / "run.json"
+    common = ("bench", "--model", TINY, "--mode", "infer", "--rounds", 1, "--warmup", 0, "--out", file)
+    run(*common, *options("eager", "eager_channels_last"))
+    first = by_provider(json.loads(file.read_text())["rows"])
+    run(*common, *options("fused_native"))
+    second = by_provider(json.loads(file.read_text())["rows"])
+    assert set(second) == set(FEW) and second["eager"]["ms"] != first["eager"]["ms"]
+    assert set(second["fused_native"]["ratios"]) == {"eager", "eager_channels_last"}
+
+
+def test_another_machine_does_not_go_on_in_the_same_file(measured, tmp_path):
+    content, _, _ = measured
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(content | {"machine": content["machine"] | {"torch": "1.1.0"}}))
+    assert "was measured with torch '1.1.0', now it is" in run("bench", "--out", file, "--dry-run", code=2)[1]
+
+
+# ---------------------------------------------------------------- blocks alone
+
+
+def test_a_block_alone_is_a_case_of_its_own():
+    case = one_case("train", model=f"{TINY}/stages.1")
+    (stage,) = stages(case)
+    assert str(case) == f"{TINY}/stages.1 4x32x32 fp32 train" and case.network == TINY
+    providers = (*FEW, "eager_padded8", "checkpoint", "fused_winograd", "compile_folded")
+    rows = by_provider(bench.measure(case, providers, ONCE))
+    for name in (*FEW, "checkpoint", "fused_winograd"):
+        row = rows[name]
+        assert row["ms_median"] > 0 and row["model"] == case.model and set(row["check"]) == {"output", "gradients"}
+        macs = sum(9 * read * written for read, written in zip(stage.plan.link_widths, stage.plan.widths, strict=True))
+        assert row["flops"] == 3 * 2 * macs * 4 * stage.side**2
+        assert row["tflops"] == pytest.approx(row["flops"] / row["ms_median"] / 1e9)
+    assert rows["fused_native"]["saved_bytes"] < 0.5 * rows["eager"]["saved_bytes"]
+    assert rows["eager_padded8"]["reason"].startswith("a block alone has no 1x1 transition behind it")
+
+
+def test_the_gradient_of_a_blocks_input_is_checked(monkeypatch):
+    leave = native.Verbs.leave
+
+    def wrong(self, nodes):  # one node leaves alone in backward: the input's gradient
+        return leave(self, nodes) * (1.5 if len(nodes) == 1 else 1.0)
+
+    monkeypatch.setattr(native.Verbs, "leave", wrong)
+    row = by_provider(bench.measure(one_case("train", model=f"{TINY}/stages.1"), FEW, ONCE))["fused_native"]
+    assert row["ms_median"] is None and row["reason"].startswith("wrong: gradients off by")
+
+
+def test_levels_are_listed(tmp_path):
+    arguments = ("bench", "--preset", "cpu", "--model", "hardnet68", "--image", 224, "--dry-run", "--out",
+                 tmp_path / "x.json")  # fmt: skip
+    blocks = run(*arguments, "--level", "block", "--filter", "stages.2 8x.* train")[0]
+    assert "hardnet68/stages.2 8x224x224 fp32 train: eager, eager_channels_last" in blocks and "1 of 1 cases" in blocks
+    layers = run(*arguments, "--level", "layer", "--filter", "stages.2 8x.* layer 16")[0]
+    assert "hardnet68/stages.2 8x224x224 fp32 layer 16 3x3 gather: eager, eager_channels_last, fused_native\n" in layers
+    both = run(*arguments, "--level", "layer", "--level", "model", "--filter", "layer 16|train")[0]
+    assert "hardnet68 8x224x224 fp32 train: " in both and "layer 16 3x3 convolution" in both
+    every = json.loads(run(*arguments, "--level", "layer", "--every-layer", "--json")[0])["cases"]
+    three = json.loads(run(*arguments, "--level", "layer", "--json")[0])["cases"]
+    assert set(three) < set(every) and any("layer 5" in case for case in every)
+    assert not (tmp_path / "x.json").exists()
+
+
+# ---------------------------------------------------------------- right before fast
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_broken_provider_gets_no_time(mode, monkeypatch):
+    name = {"train": "normalise", "infer": "leave"}[mode]
+    right = getattr(native.Verbs, name)
+
+    def wrong(*arguments, **named):
+        made = right(*arguments, **named)
+        made[:, 0] *= 1.5  # of one channel: BatchNorm behind the block would undo a factor of all
+        return made
+
+    monkeypatch.setattr(native.Verbs, name, wrong)
+    rows = by_provider(bench.measure(one_case(mode), FEW, ONCE))
+    broken = rows["fused_native"]
+    assert broken["ms_median"] is None and broken["runs"] == 0 and "ms" not in broken and broken["ratios"] == {}
+    assert broken["reason"].startswith("wrong: ")
+    assert rows["eager"]["runs"] == 1 and "fused_native" not in rows["eager"]["ratios"]
+
+
+def test_nan_is_wrong(monkeypatch):
+    monkeypatch.setattr(native.Verbs, "leave", lambda self, nodes: torch.cat(list(nodes), 1) * float("nan"))
+    row = by_provider(bench.measure(one_case("infer"), FEW, ONCE))["fused_native"]
+    assert row["ms_median"] is None and "output off by nan" in row["reason"]
+
+
+def test_who_fails_in_a_round_leaves_its_reason(monkeypatch):
+    calls = []
+    right = native.Verbs.leave
+
+    def fails_later(self, nodes):
+        calls.append(1)
+        if len(calls) > 2 * 3:  # three calls of two blocks each before the rounds: first, peak, check
+            raise RuntimeError("out of memory\nand more")
+        return right(self, nodes)
+
+    monkeypatch.setattr(native.Verbs, "leave", fails_later)
+    settings = replace(ONCE, rounds=2)
+    rows = by_provider(bench.measure(one_case("infer"), FEW, settings))
+    assert rows["fused_native"]["ms_median"] is None and rows["fused_native"]["reason"] == "RuntimeError: out of memory"
+    assert rows["eager"]["runs"] == 2
+
+
+def test_padding_keeps_the_weights():
+    model = network(one_case("train"), torch.device("cpu"))
+    wide, real = baselines.padded(network(one_case("train"), torch.device("cpu")))
+    assert all(width % 8 == 0 for block in baselines.blocks(wide) for width in block.widths)
+    ours, theirs = dict(model.named_parameters()), dict(wide.named_parameters())
+    assert list(ours) == list(theirs) and real
+    for name, parameter in ours.items():
+        grown = theirs[name]
+        if name in real:
+            assert torch.equal(grown[real[name]].view_as(parameter), parameter)
+            assert grown[~real[name]].count_nonzero() == 0
+        else:
+            assert torch.equal(grown, parameter)
+
+
+# ---------------------------------------------------------------- arithmetic and clocks
+
+
+def test_percentiles_and_ratios():
+    assert arithmetic.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    with pytest.raises(ValueError, match="at least one value"):
+        arithmetic.spread([])
+    # by round 2, 2, 2, although the medians' ratio is another: a slow round slows both
+    assert arithmetic.paired_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    assert arithmetic.paired_ratio([3.0, 20.0, 40.0], [1.0, 10.0, 40.0])["median"] == 2.0
+    with pytest.raises(ValueError, match="as many times on both sides, got 1 and 2"):
+        arithmetic.paired_ratio([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_order_turns_and_alternates(count):
+    orders = [arithmetic.order(count, index) for index in range(2 * count)]
+    assert all(sorted(made) == list(range(count)) for made in orders)
+    for place in range(count):  # over 2 n rounds everybody was twice in every place
+        assert sorted(made[place] for made in orders) == sorted([*range(count)] * 2)
+
+
+def test_the_clock_flushes_before_it_starts():
+    clock = ProcessorClock(flush=4096)
+    seen = []
+    assert clock(lambda: (seen.append(int(clock.flush[0])), time.sleep(0.002))) >= 2.0
+    assert seen == [1] and clock.flush.numel() == 1024
+    assert ProcessorClock().flush.numel() == 0
+    assert 2**15 <= largest_cache() <= 2**33
+
+
+def test_other_processes_are_noticed():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        watched = Neighbours()
+        time.sleep(1.0)
+        share = watched.share()
+    finally:
+        busy.kill()
+        busy.wait()
+    if share is None:
+        pytest.skip("this system has no /proc/stat")
+    assert 0.2 / (os.cpu_count() or 1) < share <= 1.0
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_help_names_every_provider_and_level():
+    text = " ".join(run("bench", "--help")[0].split())
+    for name, provider in bench.PROVIDERS.items():
+        assert f"{name} {provider.what}" in text
+    for name, meaning in bench.LEVELS.items():
+        assert f"{name} {meaning}" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--provider", "eagre"], "eager"), (["--rounds", "0"], "got 0"), (["--model", "no_such_model"], "no_such_model")],
+    ("arguments", "sentence"),
+    [
+        (("--preset", "cpus"), "preset 'cpus' is unknown; did you mean cpu"),
+        (("--filter", "nothing like it"), "filter must match one of 2 cases, such as 'thresholdnet_ab"),
+        (("--filter", "("), "filter must be a regular expression, got '('"),
+        (("--provider", "fussed"), "provider 'fussed' is unknown; did you mean fused"),
+        (("--level", "layers"), "level 'layers' is unknown; did you mean layer"),
+        (("--level", "layer", "--provider", "compile"), "for single operations, got compile"),
+        (
+            ("--level", "block", "--model", "resnet50"),
+            "must have linked blocks where they are measured alone, got 'res",
+        ),
+        (("--model", "densenet12"), "model 'densenet12' is unknown; did you mean densenet121"),
+        (("--model", "densenet121:growth=4"), "model densenet121 takes drop_rate, got 'growth'"),
+        (("--model", "densenet121:4"), "model must be NAME or NAME:KEY=VALUE,KEY=VALUE, got 'densenet121:4'"),
+        (("--model", "densenet121/3"), "model must name its block as NAME/stages.NUMBER, got 'densenet121/3'"),
+        (
+            ("--model", "hardnet68/stages.9", "--level", "block"),
+            "has the blocks stages.0, stages.1, stages.2, stages.3",
+        ),
+        (("--rounds", "0"), "rounds must be at least 1, got 0"),
+        (("--batch", "0"), "batch must be at least 1, got 0"),
+        (("--dtype", "int8"), "dtype 'int8' is unknown"),
+        (("--mode", "test"), "mode 'test' is unknown; known: train, infer"),
+        (("--name", "a/b"), "name must hold letters, digits and . _ + - alone, got 'a/b'"),
+        (("--device", "tpu"), "device 'tpu' is unknown"),
+        (("file.json",), "files must come with --report, got file.json without it"),
+        (("--report",), "report must be given at least one file of results, got none"),
+        (("--report", "missing.json"), "missing.json: No such file or directory"),
+    ],
 )
-def test_bad_input_is_one_sentence(arguments, message, tmp_path):
-    code, _, error = run("--preset", "quick", "--out", tmp_path / "x.json", *arguments)
-    assert code == 2 and message in error and "Traceback" not in error
+def test_wrong_arguments_get_one_sentence(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, stderr = run("bench", "--dry-run", *arguments, code=2)
+    assert sentence in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there():
+    assert "device must be one that torch can use here, got 'cuda'" in run("bench", "--device", "cuda", code=2)[1]
+    assert "cuda-graph needs a device of CUDA, got 'cpu'" in run("bench", "--cuda-graph", code=2)[1]

@@ -36,13 +36,13 @@ def checkpointed(model: nn.Module, name: str, classes: int) -> nn.Module:
     """A network whose backward computes parts of its layers again.
 
     A DenseNet becomes torchvision's with memory_efficient=True, which repeats concatenation, BatchNorm, ReLU and 1x1
-    convolution of each layer. Other networks do the same in their bottleneck layers, and repeat a whole Conv-BN-ReLU
-    layer; recomputed BatchNorms see the batch twice, as in torchvision's.
+    convolution of each layer. Other networks, and single blocks, do the same in their bottleneck layers, and repeat a
+    whole Conv-BN-ReLU layer; recomputed BatchNorms see the batch twice, as in torchvision's.
 
     Raises:
         Unavailable: no linked blocks, or torchvision is missing.
     """
-    if name.startswith("densenet"):
+    if name.startswith("densenet") and not isinstance(model, ThresholdBlock):
         return _memory_efficient(model, name, classes)
     if not any(blocks(model)):
         raise Unavailable("the model has no blocks of ours to checkpoint")
@@ -116,6 +116,8 @@ def padded(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         key = f"{name}.transition.conv.weight"
         conv.weight, real[key] = _spread(conv.weight, None, kept)
         conv.in_channels = len(kept)
+    if not real:
+        raise Unavailable("a block alone has no 1x1 transition behind it, which would read the padded widths")
     return model, real
 
 

@@ -1,13 +1,11 @@
-"""What is measured: a step of one model on images of one size, in one dtype and one mode; and named lists of cases."""
+"""Steps that are measured: of one model, or of one block, on images of one size, in one dtype and one mode; presets."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..checks import integer, one_of
 from ..memory import DTYPES
@@ -22,12 +20,17 @@ class Case:
     """One kind of step.
 
     Attributes:
-        model: a name of the zoo, with its arguments behind a colon: "thresholdnet_ab:width_mult=0.25,threshold=4".
-        image: side of the images in pixels.
+        model: a name of the zoo, with its arguments behind a colon: "thresholdnet_ab:width_mult=0.25,threshold=4"; and
+            behind a slash the stage whose block alone is meant: "thresholdnet_v1/stages.3".
+        image: side of the network's images in pixels.
         batch: images a step.
         dtype: "fp32", "bf16", "fp16" or "fp64": of weights and images.
-        mode: "train" (gradients set to None, forward, cross entropy, backward) or "infer" (eval, no_grad, forward).
+        mode: "train" (gradients set to None, forward, cross entropy, backward) or "infer" (eval, no_grad, forward). A
+            block alone has no loss: a gradient comes from outside, and goes on to the block's input.
     """
+
+    table: ClassVar[str] = "rows"
+    """Where a file of results keeps its rows."""
 
     model: str
     image: int
@@ -38,6 +41,8 @@ class Case:
     def __post_init__(self) -> None:
         name, arguments = self.architecture()
         one_of("model", name, list_models())
+        if self.stage is not None and not re.fullmatch(r"stages\.\d+", self.stage):
+            raise ValueError(f"model must name its block as NAME/stages.NUMBER, got {self.model!r}")
         unknown = [key for key in arguments if key not in model_arguments(name)]
         if unknown:
             raise ValueError(f"model {name} takes {', '.join(model_arguments(name))}, got {unknown[0]!r}")
@@ -48,9 +53,9 @@ class Case:
 
     def architecture(self) -> tuple[str, dict[str, Any]]:
         """The model's name and its arguments."""
-        name, _, text = self.model.partition(":")
+        name, _, text = self.network.partition(":")
         arguments: dict[str, Any] = {}
-        for pair in filter(None, text.split(",")):
+        for pair in filter(None, re.split(r",(?![^\[]*\])", text)):  # not at the commas inside a list
             key, equals, value = pair.partition("=")
             if not (key and equals and value):
                 raise ValueError(f"model must be NAME or NAME:KEY=VALUE,KEY=VALUE, got {self.model!r}")
@@ -59,6 +64,16 @@ class Case:
             except json.JSONDecodeError:
                 arguments[key] = value
         return name, arguments
+
+    @property
+    def network(self) -> str:
+        """`model` without the block."""
+        return self.model.partition("/")[0]
+
+    @property
+    def stage(self) -> str | None:
+        """The stage whose block alone is meant, None for the whole network."""
+        return self.model.partition("/")[2] if "/" in self.model else None
 
     @property
     def classes(self) -> int:
@@ -119,40 +134,3 @@ PRESETS = {
     ),
 }  # fmt: skip
 """cpu and gpu: the cases of the project's targets, batch and image each; quick: a trial of some seconds."""
-
-
-def select(
-    preset: str,
-    *,
-    models: Sequence[str] = (),
-    images: Sequence[int] = (),
-    batches: Sequence[int] = (),
-    dtypes: Sequence[str] = (),
-    modes: Sequence[str] = (),
-    pattern: str | None = None,
-) -> list[Case]:
-    """The cases of a preset; a list that is given takes the place of the preset's own.
-
-    Args:
-        images, batches: every image size with every batch; one of them alone replaces that half of the preset's sizes.
-        pattern: a regular expression that a case's text, such as "hardnet68 8x224x224 fp32 train", must hold.
-
-    Raises:
-        ValueError: an unknown name, a number out of range, a broken expression, or nothing left to measure.
-    """
-    chosen = PRESETS[one_of("preset", preset, PRESETS)]
-    sizes: Mapping[tuple[int, int], None] = dict.fromkeys(
-        (new_image, new_batch)
-        for image, batch in chosen.sizes
-        for new_image in images or (image,)
-        for new_batch in batches or (batch,)
-    )
-    rows = itertools.product(models or chosen.models, sizes, dtypes or chosen.dtypes, modes or chosen.modes)
-    cases = [Case(model, image, batch, dtype, mode) for model, (image, batch), dtype, mode in rows]
-    try:
-        kept = [case for case in cases if re.search(pattern or "", str(case))]
-    except re.error as error:
-        raise ValueError(f"filter must be a regular expression, got {pattern!r} ({error})") from error
-    if not kept:
-        raise ValueError(f"filter must match one of {len(cases)} cases, such as {str(cases[0])!r}, got {pattern!r}")
-    return kept

@@ -1,4 +1,4 @@
-"""Time of one step: by the processor's clock, or by events on the GPU behind a flushed cache."""
+"""Time of one step: by the processor's clock, or by events on the GPU; single operations behind a flushed cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ import torch
 
 Step = Callable[[], Any]
 
-FLUSH_FACTOR = 2  # buffer to write between steps, in sizes of the GPU's L2 cache
+FLUSH_FACTOR = 2  # buffer to write between steps, in sizes of the largest cache
+UNKNOWN_CACHE = 2**25  # bytes, where the system does not say
 
 
 class ProcessorClock:
-    """perf_counter around a call. Caches hold what the step before left in them, as in training."""
+    """perf_counter around a call.
+
+    Args:
+        flush: bytes to write before every call, so that it finds nothing of its operands in the caches; none by
+            default: caches hold what the step before left in them, as in training.
+    """
+
+    def __init__(self, flush: int = 0):
+        self.flush = torch.zeros(flush // 4, dtype=torch.int32)
 
     def __call__(self, step: Step) -> float:
         """Milliseconds of one call."""
+        self.flush.add_(1)  # reads too: memory that is only written may bypass the caches
         start = time.perf_counter_ns()
         step()
         return (time.perf_counter_ns() - start) / 1e6
@@ -46,16 +56,27 @@ class EventClock:
         return start.elapsed_time(end)
 
 
-def clock_for(device: torch.device) -> ProcessorClock | EventClock:
-    """The clock of a device."""
-    return EventClock(device) if device.type == "cuda" else ProcessorClock()
+Clock = ProcessorClock | EventClock
+
+
+def clock_for(device: torch.device, cold: bool = False) -> Clock:
+    """The clock of a device; `cold`: a CPU's caches are flushed before each call, as a GPU's always are."""
+    if device.type == "cuda":
+        return EventClock(device)
+    return ProcessorClock(FLUSH_FACTOR * largest_cache() if cold else 0)
+
+
+def largest_cache() -> int:
+    """Bytes of the first core's largest cache, as Linux tells them."""
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=UNKNOWN_CACHE)
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """The garbage collector runs before, and not within."""
+    """The garbage collector does not run within."""
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

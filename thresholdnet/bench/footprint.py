@@ -18,7 +18,7 @@ def saved_bytes(runner: Runner) -> int:
     """Bytes of all storages that autograd holds between forward and backward; parameters, buffers, images left out."""
     if not runner.train:
         return 0
-    own = {_key(t) for t in (*runner.model.parameters(), *runner.model.buffers(), runner.images, runner.labels)}
+    own = {_key(t) for t in (*runner.model.parameters(), *runner.model.buffers(), runner.images, runner.target)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:  # autograd holds the tensor itself, so no other one gets its address
@@ -30,7 +30,7 @@ def saved_bytes(runner: Runner) -> int:
     with runner.within():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = runner.call(runner.images)
-        runner.loss(out).backward()
+        runner.backward(out)
     runner.clear()
     return sum(kept.values())
 
@@ -80,7 +80,7 @@ def _accumulate(runner: Runner) -> None:
     with runner.within(), torch.set_grad_enabled(runner.train):
         out = runner.call(runner.images)
         if runner.train:
-            runner.loss(out).backward()
+            runner.backward(out)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import graphs
 from ..backends import backends, csrc, winograd
+from ..blocks import ThresholdBlock
 from ..checks import one_of
 from ..models import fuse_blocks
 from . import baselines
@@ -28,8 +29,9 @@ class Runner:
     """A step that is ready to run.
 
     Args:
-        model: whose gradients a training step makes.
-        images: [N, 3, H, W], on the model's device, in its dtype.
+        model: whose gradients a training step makes; a network, or a block alone, into which a fixed gradient comes and
+            from which one of its input goes on.
+        images: [N, C, H, W], on the model's device, in its dtype.
         train: a training step, else an inference step.
         call: images -> logits; the model itself by default.
         within: context that every step runs in.
@@ -48,8 +50,9 @@ class Runner:
         real: Mapping[str, Tensor] | None = None,
     ):
         self.model = model.train(train)
-        self.images = images
-        self.labels = torch.arange(images.shape[0], device=images.device) % LABELS
+        self.alone = isinstance(model, ThresholdBlock)
+        self.images = images.detach().requires_grad_(train) if self.alone else images
+        self.target = _arriving(images, model.out_channels) if isinstance(model, ThresholdBlock) else _labels(images)
         self.train = train
         self.call = model if call is None else call  # no `or`: a compiled model has no truth value
         self.within = within
@@ -63,12 +66,15 @@ class Runner:
                     return self.call(self.images)
             self.clear()
             out = self.call(self.images)
-            self.loss(out).backward()
+            self.backward(out)
             return out.detach()
 
-    def loss(self, out: Tensor) -> Tensor:
-        """Cross entropy with fixed labels."""
-        return F.cross_entropy(out.float() if out.dtype != torch.float64 else out, self.labels)
+    def backward(self, out: Tensor) -> None:
+        """From cross entropy with fixed labels, or from a fixed gradient of a block's output."""
+        if self.alone:
+            out.backward(self.target)
+        else:
+            F.cross_entropy(out.float() if out.dtype != torch.float64 else out, self.target).backward()
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -76,8 +82,8 @@ class Runner:
         self.images.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """Of all parameters, in eager's order, without what a provider padded them with."""
-        found = []
+        """Of all parameters, in eager's order, without what a provider padded them with; and of a block's input."""
+        found = [self.images.grad] if self.images.grad is not None else []
         for name, parameter in self.model.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             found.append(grad[self.real[name]] if name in self.real else grad)
@@ -96,7 +102,7 @@ class Graphed(Runner):
 
     def __init__(self, runner: Runner):
         super().__init__(runner.model, runner.images, runner.train, runner.call, runner.within, runner.real)
-        self.images, self.labels = runner.images, runner.labels
+        self.images, self.target = runner.images, runner.target
         before = torch.cuda.memory_reserved()
         self.clear()
         self._replay, self._out = graphs.capture(super().step)
@@ -106,6 +112,19 @@ class Graphed(Runner):
         self._replay()
         out: Tensor = self._out
         return out
+
+
+def _labels(images: Tensor) -> Tensor:
+    return torch.arange(images.shape[0], device=images.device) % LABELS
+
+
+def _arriving(x: Tensor, channels: int) -> Tensor:
+    """A gradient of a block's output: numbers that every dtype holds, in the memory format of the block's input."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randint(-4, 5, (x.shape[0], channels, *x.shape[2:]), generator=generator) / 4
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    return values.to(x.device, x.dtype).contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
@@ -218,7 +237,8 @@ def _with_winograd() -> AbstractContextManager[None]:
     return _winograd(True)
 
 
-def _without_winograd() -> AbstractContextManager[None]:
+def without_winograd() -> AbstractContextManager[None]:
+    """A context in which "native" is the library's convolution, whatever the environment says."""
     return _winograd(False)
 
 
@@ -250,11 +270,11 @@ PROVIDERS: dict[str, Provider] = {
     "fused": Provider("fused blocks, best backend", _fused),
     "fused_recompute": Provider("the same with bottleneck outputs recomputed", _with(_fused, recompute="bottleneck")),
     "fused_native": Provider(
-        "fused blocks on the native backend", _with(_fused, backend="native", within=_without_winograd)
+        "fused blocks on the native backend", _with(_fused, backend="native", within=without_winograd)
     ),
     "fused_native_recompute": Provider(
         "the same with bottleneck outputs recomputed",
-        _with(_fused, backend="native", recompute="bottleneck", within=_without_winograd),
+        _with(_fused, backend="native", recompute="bottleneck", within=without_winograd),
     ),
     "fused_winograd": Provider("fused blocks on the native backend, Winograd convolutions", _fused_winograd),
     "fused_triton": Provider("fused blocks on the Triton backend", _with(_fused, backend="triton")),

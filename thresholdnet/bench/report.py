@@ -1,204 +1,206 @@
-"""A file of results as a Markdown table and as a picture. Losses stand there like wins, and are marked."""
+"""A file of results as Markdown. Every ratio comes from rows of that one file; losses stand there like wins, marked."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from .rounds import label_of
+from .targets import BASE, OURS, TARGETS, Row, share
 
-from .targets import BASE, OURS, Target, target_of
-
-Row = Mapping[str, Any]
-COLOURS = {
-    "eager": "#9aa0a6", "eager_channels_last": "#5f6368", "compile": "#e0a030", "compile_max_autotune": "#b07818",
-    "checkpoint": "#b58bc8", "fused": "#4878a8", "fused_recompute": "#2a7f4f", "fused_winograd": "#d1495b",
-    "fused_native": "#76a5cf", "fused_triton": "#17becf", "eager_padded8": "#bdc1c6", "eager_folded": "#3c4043",
-    "compile_folded": "#f2c879", "fused_native_recompute": "#7fc29b", "fused_triton_recompute": "#0e7c86",
-}  # fmt: skip
-SHORT = {"fp32": "", "bf16": "\nbf16", "fp16": "\nfp16", "fp64": "\nfp64"}
+STEPS = {"train": "Training step", "infer": "Inference step"}
+AGAINST = (BASE, "eager", "compile")
+NAMED = 8  # cases that share a reason, by name
 
 
 def markdown(results: Mapping[str, Any], name: str = "") -> str:
-    """One table a mode: time, ratios, kept bytes, the target, what became of it; below, who has no time and why.
+    """Tables of networks, blocks and single operations, of targets, and of who has no time, with the reason.
 
     Args:
         results: what `results.read` returns.
         name: of the file, for the title.
     """
-    machine, rows = results["machine"], results["rows"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-    dirty = " with changes" if machine.get("dirty") else ""
-    lines = [f"**{name or 'bench'}**: {where}, torch {machine['torch']}, commit {str(machine['commit'])[:10]}{dirty}"]
-    for mode, title in (("train", "Training step"), ("infer", "Inference step")):
-        chosen = [row for row in rows if row["mode"] == mode]
-        if chosen:
-            lines += ["", f"{title}", "", *_table(chosen, rows)]
-    lines += [
-        "",
-        "Times are medians (p20 to p80) in ms; speed is the reference's time over the row's, the median of paired "
-        f"rounds (p20 to p80): above 1 is faster. Kept: from forward to backward, as a share of {BASE}'s. "
-        f"Targets: must / aim, of the speed against {BASE} and of that share.",
-    ]
-    lines += _without_time(rows)
-    loads = [row["other_load"] for row in rows if row.get("other_load") is not None]
+    rows, layers = results["rows"], results["layers"]
+    lines = [f"**{name or 'bench'}**: {where(results['machine'])}, commit {_commit(results['machine'])}"]
+    for title, chosen in tables(rows).items():
+        timed = [row for row in chosen if row["ms_median"] is not None]
+        if timed:
+            lines += ["", f"### {title}", "", *_steps(timed, rows)]
+    if rows:
+        lines += [
+            "",
+            "Times are medians (p20 to p80) of the rounds in ms. Against another: its time over the row's, the median "
+            "of paired rounds (p20 to p80), with the same graph treatment; above 1 is faster. Kept: from forward to "
+            f"backward; peak: of the step beyond weights, gradients and images; shares are of {BASE}'s.",
+        ]
+    lines += _targets(rows) + _layers(results) + _without_time([*rows, *layers])
+    loads = [row["other_load"] for row in (*rows, *layers) if row.get("other_load") is not None]
     if loads:
-        lines.append(f"\nOther processes used up to {max(loads):.0%} of the machine's CPU while a case was timed.")
+        lines += ["", f"Other processes used up to {max(loads):.0%} of the machine's CPU while a case was timed."]
     return "\n".join(lines) + "\n"
 
 
-def _table(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    header = ("case", "provider", "ms", f"speed against {BASE}", "against eager", "against compile", "kept MB (share)",
-              "target: speed", "target: kept", "verdict")  # fmt: skip
-    lines = [_line(header), _line(["---", "---", *["---:"] * 5, "---", "---", "---"])]
+def where(machine: Mapping[str, Any]) -> str:
+    """ "AMD EPYC, 2 of 2 cores, torch 2.14.1"."""
+    place = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    return f"{place}, torch {machine['torch']}"
+
+
+def _commit(machine: Mapping[str, Any]) -> str:
+    return f"{str(machine['commit'])[:10]}{' with changes' if machine.get('dirty') else ''}"
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by what they are steps of, titles in words: whole networks and blocks, training and inference."""
+    made = {}
+    for alone, of in ((False, ""), (True, " of a block alone")):
+        for mode, title in STEPS.items():
+            chosen = [row for row in rows if row["mode"] == mode and ("/" in row["model"]) == alone]
+            if chosen:
+                made[f"{title}{of}"] = chosen
+    return made
+
+
+def _steps(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    products = any(row.get("tflops") for row in chosen)
+    header = ["case", "provider", "ms", *(f"against {name}" for name in AGAINST), "kept MB (share)", "peak MB (share)"]
+    lines = _head([*header, *(["GFLOP/s"] if products else []), "verdict"], left=2)
     for row in chosen:
-        if row["ms_median"] is None:
-            continue
-        target = target_of(row)
-        share = kept_share(row, rows)
-        kept = "-" if not row["saved_bytes"] else f"{row['saved_bytes'] / 1e6:,.0f} ({_or_dash(share)})"
-        cells = [
-            _case(row),
-            provider_name(row),
-            f"{row['ms_median']:,.1f} ({row['ms_p20']:,.1f} to {row['ms_p80']:,.1f})",
-        ]
-        cells += [_speed(row["ratios"].get(reference)) for reference in (BASE, "eager", "compile")]
-        speed, bytes_ = (target.speed, target.kept) if target else (None, None)
-        lines.append(_line([*cells, kept, _pair(speed), _pair(bytes_), verdict(row, share, target)]))
+        cells = [case(row), label(row), _time(row)]
+        cells += [_ratio(row["ratios"].get(label_of(name, row["graph"]))) for name in AGAINST]
+        cells += [_bytes(row, rows, "saved_bytes"), _bytes(row, rows, "peak_bytes")]
+        cells += [f"{1e3 * row['tflops']:,.1f}"] if products else []
+        lines.append(_line([*cells, verdict(row)]))
     return lines
 
 
-def verdict(row: Row, share: float | None, target: Target | None) -> str:
-    """ "faster" or "**slower**" than the base, and how the row stands to its target; empty for rivals."""
-    ratio = row["ratios"].get(BASE, {}).get("median")
-    if row["provider"] not in OURS or ratio is None:
+def verdict(row: Row) -> str:
+    """ "faster" or "**slower**" than the base with the same graph treatment; empty for rivals."""
+    ratio = row["ratios"].get(label_of(BASE, row["graph"]))
+    if not row["provider"].startswith(OURS) or ratio is None:
         return ""
-    words = ["faster" if ratio > 1 else "**slower**"]
-    if target is not None and target.speed is not None:
-        words.append(_against("speed", ratio, target.speed, more=True))
-    if target is not None and target.kept is not None and share is not None:
-        words.append(_against("kept", share, target.kept, more=False))
-    return ", ".join(words)
+    return "faster" if ratio["median"] > 1 else "**slower**"
 
 
-def _against(what: str, value: float, bounds: tuple[float, float], more: bool) -> str:
-    reached = [value >= bound if more else value <= bound for bound in bounds]
-    return f"{what}: aim met" if reached[1] else f"{what}: must met" if reached[0] else f"{what}: **missed**"
+def _targets(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for target in TARGETS:
+        for row in rows:
+            value = target.got(row, rows) if target.means(row) else None
+            if value is not None:
+                bounds = [f"{bound:g}" for bound in target.bounds]
+                lines.append(_line([target.text, row["provider"], *bounds, f"{value:.3g}", target.verdict(value)]))
+    if not lines:
+        return []
+    return ["", "### Targets", "", *_head(["quantity", "provider", "must", "aim", "got", "verdict"], left=2), *lines]
 
 
-def kept_share(row: Row, rows: Sequence[Row]) -> float | None:
-    """Kept bytes over those of the base in the same case."""
-    base = _same_case(row, rows, BASE)
-    if base is None or not base["saved_bytes"] or row["saved_bytes"] is None:
-        return None
-    return float(row["saved_bytes"] / base["saved_bytes"])
+def _layers(results: Mapping[str, Any]) -> list[str]:
+    timed = [row for row in results["layers"] if row["ms_median"] is not None]
+    if not timed:
+        return []
+    lines = ["", "### Operations of single layers", "", *_summary(timed), ""]
+    header = [
+        "layer",
+        "operation",
+        "provider",
+        "ms",
+        f"against {BASE}",
+        "GFLOP/s",
+        "GB/s",
+        "of the roofline",
+        "verdict",
+    ]
+    lines += _head(header, left=3)
+    for row in timed:
+        gflops = f"{1e3 * row['tflops']:,.1f}" if row["flops"] else "-"
+        cells = [layer(row), row["operation"], label(row), _time(row)]
+        cells += [_ratio(row["ratios"].get(label_of(BASE, row["graph"]))), gflops, f"{row['gbs']:,.1f}"]
+        lines.append(_line([*cells, f"{row['roofline_share']:.2f}", verdict(row)]))
+    lines += [
+        "",
+        "Caches are cold. GB/s count operands and results once each. Of the roofline: the least time that bytes and "
+        "FLOPs allow, over the measured one.",
+    ]
+    for dtype, peak in results["peaks"].items():
+        lines.append(
+            f"Roofline of {dtype}: {1e3 * peak['tflops']:,.0f} GFLOP/s, {peak['gbs']:,.1f} GB/s ({peak['source']})."
+        )
+    return lines
 
 
-def _same_case(row: Row, rows: Sequence[Row], provider: str) -> Row | None:
-    keys = ("model", "image", "batch", "dtype", "mode")
-    same = (other for other in rows if other["provider"] == provider and all(other[k] == row[k] for k in keys))
-    return next((other for other in same if not other["graph"]), None)
+def _summary(timed: Sequence[Row]) -> list[str]:
+    """Every operation's typical speed and share, over all layers that were measured."""
+    lines = _head(
+        ["operation", "provider", "layers", f"against {BASE}, geometric mean", "of the roofline, median"], left=2
+    )
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in timed:
+        groups.setdefault((row["operation"], label(row)), []).append(row)
+    for (operation, name), rows in groups.items():
+        found = [row["ratios"].get(label_of(BASE, row["graph"])) for row in rows]
+        speeds = [ratio["median"] for ratio in found if ratio is not None]
+        speed = f"{statistics.geometric_mean(speeds):.2f}" if speeds else "-"
+        typical = f"{statistics.median(row['roofline_share'] for row in rows):.2f}"
+        lines.append(_line([operation, name, str(len(rows)), speed, typical]))
+    return lines
 
 
 def _without_time(rows: Sequence[Row]) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["ms_median"] is None:
-            reasons.setdefault((provider_name(row), row["reason"]), []).append(f"{_case(row)} {row['mode']}")
+            what = f"{layer(row)} {row['operation']}" if "operation" in row else f"{case(row)} {row['mode']}"
+            reasons.setdefault((label(row), row["reason"]), []).append(what)
     if not reasons:
         return []
     return ["", "Without a time:", ""] + [
-        f"- {provider}, {'; '.join(cases)}: {reason}" for (provider, reason), cases in reasons.items()
+        f"- {provider}: {reason} ({_few(cases)})" for (provider, reason), cases in reasons.items()
     ]
 
 
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Time of a training step and of an inference step, and bytes that training keeps; the base is 1.
-
-    Args:
-        results: what `results.read` returns.
-        path: PNG file to write.
-    """
-    rows = results["rows"]
-    panels = [
-        ("train", "ms_median", "training step: time"), ("infer", "ms_median", "inference step: time"),
-        ("train", "saved_bytes", "training step: bytes kept for backward"),
-    ]  # fmt: skip
-    shown = [panel for panel in panels if any(row["mode"] == panel[0] and row[panel[1]] for row in rows)]
-    names = list(dict.fromkeys(provider_name(row) for row in rows if row["ms_median"] is not None))
-    groups = list(dict.fromkeys(_group(row) for row in rows))
-    width = min(max(7.0, 1.6 + 0.27 * len(groups) * (len(names) + 1.5)), 24)
-    figure = Figure(figsize=(width, 0.9 + 2.9 * max(len(shown), 1)), dpi=120)
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(max(len(shown), 1), 1, squeeze=False)[:, 0]
-    for axes, (mode, key, title) in zip(all_axes, shown, strict=False):
-        _panel(axes, [row for row in rows if row["mode"] == mode], key, groups, names)
-        axes.set_title(f"{title}, {BASE} = 1", fontsize=10, loc="left")
-    handles: list[Any] = [Axes.bar(all_axes[0], 0, 0, color=_colour(name), hatch=_hatch(name)) for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False, fontsize=9)
-    figure.savefig(str(path), format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
+def _few(cases: Sequence[str]) -> str:
+    more = len(cases) - NAMED
+    return "; ".join(cases[:NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _panel(axes: Axes, rows: Sequence[Row], key: str, groups: Sequence[str], names: Sequence[str]) -> None:
-    bar = 0.84 / len(names)
-    for row in rows:
-        base = _same_case(row, rows, BASE)
-        if base is None or not base[key] or not row[key]:
-            continue
-        ratio = row["ratios"].get(BASE)
-        value = 1 / ratio["median"] if key == "ms_median" and ratio else row[key] / base[key]
-        name = provider_name(row)
-        x = groups.index(_group(row)) + (names.index(name) - (len(names) - 1) / 2) * bar
-        axes.bar(x, value, bar * 0.92, color=_colour(name), hatch=_hatch(name))
-        if key == "ms_median" and ratio:
-            low, high = 1 / ratio["p80"], 1 / ratio["p20"]
-            axes.plot([x, x], [low, high], color="#222222", linewidth=0.9)
-            value = max(value, high)
-        axes.annotate(f"{1 / ratio['median'] if key == 'ms_median' and ratio else value:.2f}", (x, value), (0, 2),
-                      textcoords="offset points", ha="center", va="bottom", rotation=90, fontsize=7)  # fmt: skip
-    axes.axhline(1, color="#222222", linewidth=0.9, linestyle="--", zorder=0.5)
-    axes.set_xticks(range(len(groups)), groups, fontsize=9)
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.margins(y=0.16)
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
+def label(row: Row) -> str:
+    """ "eager", "eager+graph"."""
+    return label_of(row["provider"], row["graph"])
 
 
-def provider_name(row: Row) -> str:
-    """With its graph treatment."""
-    return f"{row['provider']} + graph" if row["graph"] else str(row["provider"])
-
-
-def _colour(name: str) -> str:
-    return COLOURS[name.removesuffix(" + graph")]
-
-
-def _hatch(name: str) -> str:
-    return "///" if name.endswith(" + graph") else ""
-
-
-def _group(row: Row) -> str:
-    return f"{row['model'].replace(':', chr(10))}\n{row['batch']} x {row['image']}²{SHORT[row['dtype']]}"
-
-
-def _case(row: Row) -> str:
+def case(row: Row) -> str:
+    """ "hardnet68, 8x224², fp32"."""
     return f"{row['model']}, {row['batch']}x{row['image']}², {row['dtype']}"
 
 
-def _speed(ratio: Mapping[str, float] | None) -> str:
+def layer(row: Row) -> str:
+    """ "hardnet68/stages.2 layer 4 3x3, 202 to 34, 8x28², fp32"."""
+    channels = f"{row['read']} to {row['written']}"
+    kernel = f"{row['kernel']}x{row['kernel']}"
+    return f"{row['model']} layer {row['layer']} {kernel}, {channels}, {row['batch']}x{row['side']}², {row['dtype']}"
+
+
+def _time(row: Row) -> str:
+    digits = 1 if row["ms_median"] >= 10 else 3
+    return f"{row['ms_median']:,.{digits}f} ({row['ms_p20']:,.{digits}f} to {row['ms_p80']:,.{digits}f})"
+
+
+def _ratio(ratio: Mapping[str, float] | None) -> str:
     return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
 
 
-def _pair(values: tuple[float, float] | None) -> str:
-    return "" if values is None else f"{values[0]:g} / {values[1]:g}"
+def _bytes(row: Row, rows: Sequence[Row], key: str) -> str:
+    if not row[key]:
+        return "-"
+    part = share(row, rows, key)
+    return f"{row[key] / 1e6:,.1f}" + ("" if part is None else f" ({part:.3f})")
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _head(cells: Sequence[str], left: int) -> list[str]:
+    rule = ["---"] * left + ["---:"] * (len(cells) - left - 1) + ["---"]
+    return [_line(cells), _line(rule)]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,10 +1,20 @@
 """The file of a run, bench/results/<machine>/<date>-<name>.json, whole after every case, and taken up where it ends.
 
-{"machine": {...}, "rows": [...]}; a row has model, image, batch, dtype, mode, provider, graph; ms_median, ms_p20,
-ms_p80 over its runs (null without a time, then "reason" says why); peak_bytes and saved_bytes, with peak_by and
-saved_by for how they were found; threads, other_load; first_call_s, compile_cache_hits, backend; check (errors and
-their bounds); ms (a round each); ratios {reference: {median, p20, p80}}, above 1 where the row is faster than the
-reference.
+{"machine": {...}, "rows": [...], "layers": [...], "peaks": {...}}. A row has
+- model (with its block where that alone ran: "thresholdnet_v1/stages.3"), image, batch, dtype, mode, provider, graph;
+  device, threads, backend;
+- ms_median, ms_p20, ms_p80 over its runs (null without a time, then "reason" says why); ms, a round each;
+- ratios {label of a baseline: {median, p20, p80}}, above 1 where the row is faster than that;
+- peak_bytes and saved_bytes; peak_by and saved_by, which say how they were found;
+- check (errors and their bounds); first_call_s, compile_cache_hits;
+- load_before and load_after (load averages), other_load (share of the CPU that other processes took while it was
+  timed), and a warning where that is much;
+- flops of its convolutions and tflops, of a block alone.
+
+"layers" holds single operations: model with its block, image, batch, dtype, layer, kernel, operation, provider, graph,
+times, ratios and load as above; side, sources (channels each), read and written (channels); flops, bytes, bound_ms (by
+the roofline), tflops, gbs, roofline_share; check, one entry a result. "peaks" is the roofline by dtype: tflops, gbs and
+where they are from. Files without operations lack both.
 """
 
 from __future__ import annotations
@@ -24,6 +34,7 @@ import torch
 from .. import info
 from ..checkpoint import write_atomic
 from .cases import Case
+from .layers import Operation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SAME = ("name", "cpu", "cores", "threads", "gpu", "torch", "triton", "commit")
@@ -89,6 +100,8 @@ class Results:
         self.path = path
         self.machine = machine
         self.rows: list[dict[str, Any]] = []
+        self.layers: list[dict[str, Any]] = []
+        self.peaks: dict[str, dict[str, Any]] = {}
         if path.exists():
             found = read(path)
             for key in SAME:
@@ -97,28 +110,37 @@ class Results:
                         f"{path} was measured with {key} {found['machine'].get(key)!r}, now it is {machine[key]!r}: "
                         "give this run another --name"
                     )
-            self.rows = found["rows"]
+            self.rows, self.layers, self.peaks = found["rows"], found["layers"], found["peaks"]
 
-    def has(self, case: Case, providers: Iterable[str], graphs: Iterable[bool]) -> bool:
-        """Whether the case is finished for all of these providers."""
-        done = {(row["provider"], row["graph"]) for row in self.of(case)}
+    def has(self, job: Case | Operation, providers: Iterable[str], graphs: Iterable[bool]) -> bool:
+        """Whether a step or an operation is finished for all of these providers."""
+        done = {(row["provider"], row["graph"]) for row in self.of(job)}
         return done.issuperset((name, graph) for name in providers for graph in graphs)
 
-    def of(self, case: Case) -> list[dict[str, Any]]:
-        """Rows of a case."""
-        return [row for row in self.rows if case.fields.items() <= row.items()]
+    def of(self, job: Case | Operation) -> list[dict[str, Any]]:
+        """Rows of a step or an operation."""
+        return [row for row in self._table(job) if job.fields.items() <= row.items()]
 
-    def add(self, case: Case, rows: Sequence[dict[str, Any]]) -> None:
-        """Put these rows in place of the case's earlier ones and write the file: whole, or not at all."""
-        earlier = self.of(case)
-        self.rows = [row for row in self.rows if row not in earlier] + list(rows)
+    def add(self, job: Case | Operation, rows: Sequence[dict[str, Any]]) -> None:
+        """Put these rows in place of the job's earlier ones and write the file: whole, or not at all."""
+        earlier, table = self.of(job), self._table(job)
+        table[:] = [row for row in table if row not in earlier] + list(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n"
-        write_atomic(self.path, text.encode())
+        write_atomic(self.path, (json.dumps(self.document, indent=1) + "\n").encode())
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What the file holds."""
+        layers = {"layers": self.layers, "peaks": self.peaks} if self.layers else {}
+        return {"machine": self.machine, "rows": self.rows, **layers}
+
+    def _table(self, job: Case | Operation) -> list[dict[str, Any]]:
+        table: list[dict[str, Any]] = getattr(self, job.table)
+        return table
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results.
+    """A file of results; tables that an older one lacks are empty.
 
     Raises:
         OSError: it cannot be read.
@@ -127,12 +149,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         rows = [(row["provider"], row["model"], row["mode"]) for row in found["rows"]]
-        found["machine"].items()
+        found = {"layers": [], "peaks": {}, **found, "machine": dict(found["machine"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a file that thresholdnet bench wrote, got something else") from error
-    if not rows:
+    if not rows and not found["layers"]:
         raise ValueError(f"{path} must hold at least one row, got none")
-    return dict(found)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,0 +1,100 @@
+"""One operation of a layer, measured like a step: checked first, then timed in rounds beside the others, caches cold.
+
+The truth is plain torch in float64, on operands that the dtype under test holds. Each result is held on its own against
+what plain torch in channels_last does in that dtype: at most `check.FACTOR` times its error, or the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import graphs
+from ..memory import dtype_of
+from . import check, rounds
+from .baselines import Unavailable
+from .clock import clock_for
+from .forms import Operands, operands, ours, plain
+from .layers import Operation
+from .peaks import Peak
+from .rounds import Entry, Row, Settings, Tell
+
+PROVIDERS: dict[str, str | None] = {
+    "eager": None, "eager_channels_last": None, "fused_native": "native", "fused_triton": "triton",
+}  # fmt: skip
+"""Providers of whole steps that do single operations too, and the backends behind them."""
+
+
+def measure_operation(
+    op: Operation, providers: Sequence[str], settings: Settings, peak: Peak, tell: Tell | None = None
+) -> list[Row]:
+    """Check and time one operation.
+
+    Args:
+        providers: names of `PROVIDERS`.
+        peak: what the machine can do in the operation's dtype.
+
+    Returns:
+        One row for each provider, see `results.py`; without times where it cannot run or is wrong.
+    """
+    tell = tell or (lambda text, share: None)
+    device, dtype = torch.device(settings.device), dtype_of(op.dtype)
+    entries = rounds.entries_of(providers, settings)
+    tell("plain torch's results", 0.0)
+    try:
+        given = operands(op, dtype, device)
+        truth = plain(op, given.to(torch.float64, False))()
+        allowed = _bounds(op, given, dtype, truth)
+    except Exception as error:  # such as memory that runs out: nobody can be checked
+        for entry in entries:
+            entry.said["reason"] = f"plain torch itself: {rounds.reason(error)}"
+    else:
+        for entry in entries:
+            tell(f"checks {entry.label}", 0.1)
+            try:
+                _admit(entry, op, given.to(dtype, entry.provider != "eager"), truth, allowed)
+            except Exception as error:  # whatever a compiler raises is the reason in that row, not the end of the run
+                entry.said["reason"] = rounds.reason(error)
+        del given, truth
+    with torch.no_grad():
+        conditions = rounds.run(entries, settings, clock_for(device, cold=True), tell)
+    common = {
+        **op.fields, "side": op.stage.side, "sources": list(op.widths), "read": op.read, "written": op.written,
+        "device": device.type, "threads": torch.get_num_threads(), **conditions, "flops": op.flops,
+        "bytes": op.bytes, "bound_ms": peak.bound_ms(op.flops, op.bytes),
+    }  # fmt: skip
+    rows = [common | entry.row(entries) for entry in entries]
+    for row in rows:
+        ms = row["ms_median"]
+        if ms is not None:
+            row |= {"tflops": op.flops / ms / 1e9, "gbs": op.bytes / ms / 1e6, "roofline_share": row["bound_ms"] / ms}
+    return rows
+
+
+def _bounds(op: Operation, given: Operands, dtype: torch.dtype, truth: Sequence[Tensor]) -> list[float]:
+    """What error each result may have."""
+    own = check_each(plain(op, given.to(dtype, True))(), truth)
+    return [max(check.FACTOR * error, check.FLOORS[op.dtype]["operation"]) for error in own]
+
+
+def check_each(made: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """The relative error of every result."""
+    return [check.rms([a], [b]) for a, b in zip(made, truth, strict=True)]
+
+
+def _admit(entry: Entry, op: Operation, o: Operands, truth: Sequence[Tensor], allowed: Sequence[float]) -> None:
+    """Build, run and check a provider's form; it may be timed afterwards. Raises what stands against it."""
+    backend = PROVIDERS[entry.provider]
+    with torch.no_grad():
+        form = plain(op, o) if backend is None else ours(backend, op, o)
+        found = check_each(form(), truth)
+        entry.said["check"] = [{"error": error, "bound": bound} for error, bound in zip(found, allowed, strict=True)]
+        for index, (error, bound) in enumerate(zip(found, allowed, strict=True)):
+            if not error <= bound:  # a NaN is wrong as well
+                raise Unavailable(
+                    f"wrong: result {index + 1} of {len(found)} off by {error:.1e} of plain torch's root mean square, "
+                    f"{bound:.1e} is allowed"
+                )
+        entry.step = graphs.capture(form)[0] if entry.graph else form
