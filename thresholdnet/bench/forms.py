@@ -116,7 +116,7 @@ def plain(op: Operation, o: Operands) -> Form:
     if op.operation == "gather":
         return lambda: [read()]
     if op.operation == "statistics":
-        return lambda: list(torch.var_mean(o.z, (0, 2, 3), correction=0))
+        return lambda: list(torch.batch_norm_update_stats(o.z, None, None, 0.0))  # what BatchNorm itself calls
     if op.operation == "normalise":
         return lambda: [normal(o.z)]
     if op.operation == "norm_backward":
@@ -205,7 +205,7 @@ def ours(backend: str, op: Operation, o: Operands) -> Form:
     if op.operation in ("statistics", "normalise", "norm_backward"):
         z = verbs.arrive(o.z, written)
         if op.operation == "statistics":
-            return lambda: list(reversed(verbs.moments(z)))
+            return lambda: list(verbs.moments(z))
         if op.operation == "normalise":
             affine = batch_norm(o.gamma, o.beta, o.mean, o.variance, EPS, True).affine
             return lambda: [verbs.normalise(z, affine, activation, into=activated)]

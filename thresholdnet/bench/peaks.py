@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..memory import dtype_of
 from .clock import clock_for
 
 COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes, beyond the caches
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
+CONVOLVED = {"cpu": (8, 256, 28), "cuda": (64, 512, 28)}  # batch, channels, side
 REPEATS = 7
 
 
@@ -86,20 +89,42 @@ def of_card(name: str, dtype: str, tf32: bool) -> Peak | None:
     return None
 
 
-def measured(place: torch.device, dtype: str, copied: int | None = None, side: int | None = None) -> Peak:
-    """The best of a few large copies and square matrix products.
+def measured(
+    place: torch.device,
+    dtype: str,
+    copied: int | None = None,
+    side: int | None = None,
+    images: tuple[int, int, int] | None = None,
+) -> Peak:
+    """The best of a few large copies, and of square matrix products and wide 3x3 convolutions: either may be faster.
 
     Args:
-        copied: bytes of the copy; `side` of the matrices; the device's own by default.
+        copied: bytes of the copy.
+        side: of the matrices.
+        images: batch, channels (read and written) and side of the convolution; all three the device's own by default.
     """
+    side = side or SIDE[place.type]
+    batch, channels, pixels = images or CONVOLVED[place.type]
     source = torch.ones(copied or COPIED[place.type], dtype=torch.int8, device=place)
     target = torch.empty_like(source)
     gbs = 2 * source.numel() / _best(place, lambda: target.copy_(source)) / 1e6
-    side = side or SIDE[place.type]
-    a, b = (torch.randn(side, side, device=place).to(dtype_of(dtype)) for _ in range(2))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=place).to(dtype_of(dtype))
+
+    a, b = random(side, side), random(side, side)
+    x, weight = (
+        t.contiguous(memory_format=torch.channels_last)
+        for t in (random(batch, channels, pixels, pixels), random(channels, channels, 3, 3))
+    )
     with torch.no_grad():
-        tflops = 2 * side**3 / _best(place, lambda: torch.mm(a, b)) / 1e9
-    return Peak(tflops, gbs, f"measured: product of {side} x {side} matrices, copy of {source.numel() >> 20} MiB")
+        product = 2 * side**3 / _best(place, lambda: torch.mm(a, b)) / 1e9
+        convolution = 18 * x.numel() * channels / _best(place, lambda: F.conv2d(x, weight, padding=1)) / 1e9
+    how = (
+        f"the faster of a product of {side} x {side} matrices and a 3x3 convolution of {channels} channels on "
+        f"{batch} x {pixels}²; a copy of {source.numel() >> 20} MiB"
+    )
+    return Peak(max(product, convolution), gbs, f"measured: {how}")
 
 
 def _best(place: torch.device, call: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ..figures import GREY, INK, TEST, TRAIN, _figure, _save
 from .layers import OPERATIONS, PRODUCTS
@@ -158,6 +158,9 @@ def roofline(rows: Sequence[Row], peaks: Mapping[str, Any], title: str, path: Pa
         _products(left, products, peaks)
     left.set(xscale="log", yscale="log", xlabel="intensity: FLOP per byte, operands and result moved once",
              ylabel="GFLOP/s")  # fmt: skip
+    for axis in (left.xaxis, left.yaxis):  # 60, not 6 x 10^1
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     left.set_title("products: measured, under the roofline", fontsize=10)
     shown = [name for name in OPERATIONS if any(row["operation"] == name for row in rows)]
     offsets = np.linspace(-0.27, 0.27, len(names)) if len(names) > 1 else np.zeros(1)
