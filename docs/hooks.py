@@ -15,7 +15,7 @@ import measured
 import pictures
 from mkdocs.structure.files import File, Files
 
-from thresholdnet.bench import report
+from thresholdnet.bench import plots
 
 
 def kernel_operands() -> str:
@@ -40,8 +40,17 @@ def source(file: str, *functions: str) -> str:
     return "```python\n" + "\n\n\n".join(parts) + "\n```"
 
 
+DRAWN: dict[str, list[str]] = {}
+"""Of every run the names of its pictures; filled by `on_files`, which comes first."""
+
+
+def measured_runs() -> str:
+    """See `measured.measured_runs`."""
+    return measured.measured_runs(DRAWN)
+
+
 FILLED = {
-    "kernel_operands": kernel_operands, "measured_runs": measured.measured_runs, "memory": measured.memory,
+    "kernel_operands": kernel_operands, "measured_runs": measured_runs, "memory": measured.memory,
     "compiled": measured.compiled, "trained": measured.trained, "source": source,
 }  # fmt: skip
 
@@ -53,9 +62,10 @@ def on_files(files: Files, config: Any) -> Files:
         for name, draw in pictures.PICTURES.items():
             draw(Path(folder) / name)
             drawn[name] = (Path(folder) / name).read_bytes()
-        for name, _, found in measured.runs():
-            report.plot(found, Path(folder) / name)
-            drawn[name] = (Path(folder) / name).read_bytes()
+        for begin, _, found in measured.runs():
+            files_of_run = plots.draw(found, Path(folder) / begin)
+            DRAWN[begin] = [file.name for file in files_of_run]
+            drawn |= {file.name: file.read_bytes() for file in files_of_run}
     for name, content in drawn.items():
         files.append(File.generated(config, f"images/{name}", content=content))
     return files

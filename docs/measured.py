@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from thresholdnet.bench import report, results
-from thresholdnet.bench.targets import BASE, OURS, target_of
+from thresholdnet.bench.targets import BASE, OURS, TARGETS, share
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
 
 def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Of every file of `thresholdnet bench`, new ones first: its picture's name, its path, its contents."""
+    """Of every file of `thresholdnet bench`, new ones first: how its pictures' names begin, its path, its contents."""
     files = [file for file in RESULTS.glob("*/*.json") if "machine" in json.loads(file.read_text())]
     for file in sorted(files, key=lambda file: file.name, reverse=True):
-        yield f"{file.parent.name}-{file.stem}.png", str(file.relative_to(RESULTS.parents[1])), results.read(file)
+        yield f"{file.parent.name}-{file.stem}", str(file.relative_to(RESULTS.parents[1])), results.read(file)
 
 
-def measured_runs() -> str:
-    """A section for every run: where, the picture, our rows with wins and losses, and all rows folded away."""
-    return "\n\n".join(_run(*run) for run in runs())
+def measured_runs(drawn: Mapping[str, Sequence[str]]) -> str:
+    """A section for every run: where, the pictures, our steps with wins and losses, and all rows folded away.
+
+    Args:
+        drawn: per run, by the beginning of its pictures' names, those pictures.
+    """
+    return "\n\n".join(_run(drawn[begin], path, found) for begin, path, found in runs())
 
 
-def _run(picture: str, path: str, found: Mapping[str, Any]) -> str:
+def _run(drawn: Sequence[str], path: str, found: Mapping[str, Any]) -> str:
     machine, rows = found["machine"], found["rows"]
-    ours = [row for row in rows if row["provider"] in OURS and BASE in (row["ratios"] or {})]
+    ours = [row for row in rows if row["provider"].startswith(OURS) and BASE in (row["ratios"] or {})]
     won = [row for row in ours if row["ratios"][BASE]["median"] > 1]
-    folded = report.markdown(found, Path(path).name).replace("\n", "\n    ")
+    whole = report.markdown(found, Path(path).name)
+    folded = re.sub("^### (.*)$", r"**\1**", whole, flags=re.MULTILINE).replace("\n", "\n    ")
     return "\n".join(
         [
             f"### {machine.get('gpu') or machine['cpu']}, {Path(path).stem}",
             "",
             f"`{path}`, written by `{machine['command']}` with torch {machine['torch']} at commit "
-            f"`{str(machine['commit'])[:10]}`. Of {len(ours)} timed rows of ours, {len(won)} are faster than {BASE} "
+            f"`{str(machine['commit'])[:10]}`. Of {len(ours)} timed steps of ours, {len(won)} are faster than {BASE} "
             f"and {len(ours) - len(won)} are not.",
             "",
-            f"![Times and kept bytes of this run](images/{picture})",
+            *(f"![Measured: {name}](images/{name})" for name in drawn),
             "",
             *_table(
                 ("step", "case", "provider", f"speed against {BASE} (p20 to p80)", "kept", "verdict"),
@@ -53,14 +59,19 @@ def _run(picture: str, path: str, found: Mapping[str, Any]) -> str:
 
 
 def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    speed, share = row["ratios"][BASE], report.kept_share(row, rows)
+    speed, kept = row["ratios"][BASE], share(row, rows, "saved_bytes")
+    verdicts = [report.verdict(row)]
+    for target in TARGETS:
+        value = target.got(row, rows) if target.means(row) else None
+        if value is not None:
+            verdicts.append(f"{target.what.removesuffix('_bytes')}: {target.verdict(value)}")
     return [
         row["mode"],
-        f"{row['model']}, {row['batch']} x {row['image']}², {row['dtype']}",
-        report.provider_name(row),
+        report.case(row),
+        report.label(row),
         f"{speed['median']:.2f} ({speed['p20']:.2f} to {speed['p80']:.2f})",
-        "-" if share is None else f"{share:.2f}",
-        report.verdict(row, share, target_of(row)),
+        "-" if kept is None else f"{kept:.2f}",
+        ", ".join(verdicts),
     ]
 
 

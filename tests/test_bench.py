@@ -307,7 +307,7 @@ def test_help_names_every_provider_and_level():
             "must have linked blocks where they are measured alone, got 'res",
         ),
         (("--model", "densenet12"), "model 'densenet12' is unknown; did you mean densenet121"),
-        (("--model", "densenet121:growth=4"), "model densenet121 takes drop_rate, got 'growth'"),
+        (("--model", "densenet121:growth=4"), "model densenet121 takes drop_rate, small_stem, got 'growth'"),
         (("--model", "densenet121:4"), "model must be NAME or NAME:KEY=VALUE,KEY=VALUE, got 'densenet121:4'"),
         (("--model", "densenet121/3"), "model must name its block as NAME/stages.NUMBER, got 'densenet121/3'"),
         (

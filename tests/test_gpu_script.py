@@ -112,7 +112,8 @@ def test_the_steps_of_a_gpu(script, tmp_path, monkeypatch):
             continue
         pattern = s.command[s.command.index("--filter") + 1]
         assert bench.select("gpu", pattern=pattern), s.name
-        bench.known([b for a, b in zip(s.command, s.command[1:], strict=False) if a == "--provider"])
+        named = [b for a, b in zip(s.command, s.command[1:], strict=False) if a == "--provider"]
+        assert set(named) <= set(bench.PROVIDERS), s.name
     assert sum(s.seconds for s in steps[:7]) <= script.BUDGET
     monkeypatch.setattr(script.shutil, "which", lambda name: None)
     assert not [s for s in script.gpu_steps(tmp_path) if s.command[0] == "compute-sanitizer"]
