@@ -4,26 +4,10 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
-
-import thresholdnet as tn
-from thresholdnet import ThresholdBlock, links
+from twins import MODELS, pair
 
 HALVES = [torch.float16, torch.bfloat16]
-MODELS = ["conv_bn_relu", "bottleneck", "densenet"]
-
-
-def _pair(name):
-    """A plain model of images [N, 5, 8, 8], and the same fused."""
-    torch.manual_seed(0)
-    if name == "densenet":
-        settings = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 6, "bn_size": 2, "num_classes": 3}
-        plain = torchvision.models.DenseNet(**settings)
-        plain.features.conv0 = nn.Conv2d(5, 6, 3, padding=1, bias=False)
-        return plain, tn.convert(copy.deepcopy(plain), report=None)
-    plain = ThresholdBlock(5, links.threshold_ab(4, 2), 4, unit=name)
-    return plain, copy.deepcopy(plain).fuse(True, "native")
 
 
 def _train(model, half, poison=None, steps=4):
@@ -64,7 +48,7 @@ def _gradient(model, half):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_unscaled_gradients_are_as_near_to_float32_as_plain_ones(name, half):
-    plain, fused = _pair(name)
+    plain, fused = pair(name)
     exact = _gradient(copy.deepcopy(plain), None)
     theirs, ours = ((_gradient(m, half) - exact).norm() / exact.norm() for m in (plain, fused))
     print(f"{name} {half}: off by {ours:.4f}, plain by {theirs:.4f}")
@@ -75,7 +59,7 @@ def test_unscaled_gradients_are_as_near_to_float32_as_plain_ones(name, half):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_are_taken_and_the_scale_grows(name, half):
-    plain, fused = _pair(name)
+    plain, fused = pair(name)
     losses, _, taken, scale = _train(fused, half)
     assert taken == [True] * 4 and scale == 2.0**11  # once, after three good steps
     assert losses[0] == pytest.approx(_train(plain, half)[0][0], rel=0.02)
@@ -84,7 +68,7 @@ def test_steps_are_taken_and_the_scale_grows(name, half):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_infinite_loss_skips_its_step(name, half):
-    _, fused = _pair(name)
+    _, fused = pair(name)
     losses, weights, taken, scale = _train(fused, half, poison=1)
     assert taken == [True, False, True, True] and scale == 2.0**9
     assert all(weight.isfinite().all() for weight in weights)
@@ -94,7 +78,7 @@ def test_an_infinite_loss_skips_its_step(name, half):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_beyond_half_precision_skip_their_step(name):
     """A scale that takes the block's own float16 gradients over 65504: found, halved, and training goes on."""
-    _, model = _pair(name)
+    _, model = pair(name)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-14)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     x, skipped = torch.randn(8, 5, 8, 8), []

@@ -4,30 +4,20 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from twins import MODELS, pair
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, links
 from thresholdnet.transforms import FORWARD_MODE
 
 F64 = torch.float64
-MODELS = ["conv_bn_relu", "bottleneck", "densenet"]
 
 
 def _pair(name):
     """A plain model in eval mode, and the same fused; images [N, 5, 8, 8] in."""
-    torch.manual_seed(0)
-    if name == "densenet":
-        settings = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 6, "bn_size": 2, "num_classes": 3}
-        plain = torchvision.models.DenseNet(**settings)
-        plain.features.conv0 = nn.Conv2d(5, 6, 3, padding=1, bias=False)
-        fused = tn.convert(copy.deepcopy(plain), report=None)
-    else:
-        plain = ThresholdBlock(5, links.threshold_ab(4, 2), 4, unit=name)
-        fused = copy.deepcopy(plain).fuse(True, "native")
+    plain, fused = pair(name)
     for model in (plain, fused):
         torch.manual_seed(1)
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
