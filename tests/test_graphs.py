@@ -96,9 +96,9 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 def test_what_cannot_be_captured_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 6, 6)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
-        tn.graphed(3, x)  # type: ignore[arg-type]
+        tn.graphed(3, x)
     with pytest.raises(TypeError, match=r"sample must be a torch.Tensor, got list"):
-        tn.graphed(small(), [1])  # type: ignore[arg-type]
+        tn.graphed(small(), [1])
     hooks = small()
     hooks[1].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"model must have no hooks, which a graph does not call, got some on '1'"):

@@ -183,7 +183,7 @@ def test_minutes_stop_the_run_as_a_signal_would(tmp_path: Path, unbroken: tuple[
     assert same_weights(tmp_path / "run", unbroken[0])
     for minutes, error in ((-1, ValueError), ("8", TypeError)):
         with pytest.raises(error, match="minutes must be"):
-            train(tiny(tmp_path / "no"), minutes=minutes)  # type: ignore[arg-type]
+            train(tiny(tmp_path / "no"), minutes=minutes)
 
 
 def test_second_interrupt_ends_at_once() -> None:
@@ -229,7 +229,7 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="ema must be below 1"):
         TrainConfig(ema=1.0)
     with pytest.raises(TypeError, match="devices must be an integer"):
-        TrainConfig(devices="two")  # type: ignore[arg-type]
+        TrainConfig(devices="two")
     with pytest.raises(ValueError, match="sync_batchnorm needs GPUs"):
         train(TrainConfig(accelerator="cpu", sync_batchnorm=True))
     with pytest.raises(ValueError, match="precision 16 needs a GPU"):

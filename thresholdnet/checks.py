@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import Any
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
@@ -51,3 +53,21 @@ def _inside(name: str, value: float, low: float | None, high: float | None) -> f
     else:
         required = f"from {low} to {high}"
     raise ValueError(f"{name} must be {required}, got {value}")
+
+
+def key_values(texts: Iterable[str], required: str, given: str | None = None) -> dict[str, Any]:
+    """["threshold=4", "above=harmonic"] -> {"threshold": 4, "above": "harmonic"}; values are JSON where they parse.
+
+    Raises:
+        ValueError: a text is no KEY=VALUE: `required`, got `given`, which is that text by default.
+    """
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"{required}, got {given or text!r}")
+        try:
+            pairs[key] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[key] = value
+    return pairs

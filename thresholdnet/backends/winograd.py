@@ -92,9 +92,8 @@ class Verbs(native.Verbs):
     ) -> tuple[Tensor, Moments | None]:
         """See `native.Verbs.conv`."""
         kind, layer = into
-        readers = self.chosen.forward.get(layer) if kind in ("node", "raw") else None
-        if self._alone(weight.shape[1], weight.shape[0], weight.shape[2]):
-            readers = [1]
+        shared = self.chosen.forward.get(layer) if kind in ("node", "raw") else None
+        readers = self._readers(shared, weight.shape[1], weight.shape[0], weight.shape[2])
         if readers is None:
             return super().conv(
                 sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics
@@ -116,8 +115,8 @@ class Verbs(native.Verbs):
         kind, self.layer = into
         behind_block = bool(weights) and weights[0].shape[2] == 1  # a 1x1 convolution of the output, see the engine
         of_each = self.chosen.gradient.get(self.layer) if kind == "gradient" and not behind_block else None
-        if weights and self._alone(weights[0].shape[0], weights[0].shape[1], weights[0].shape[2]):
-            of_each = [1]
+        if weights:
+            of_each = self._readers(of_each, weights[0].shape[0], weights[0].shape[1], weights[0].shape[2])
         if of_each is None:
             return super().gradient(readers, weights, add, into=into, masked=masked, activation=activation)
         g = self._convolve(readers, of_each, weights, transposed=True, add=add)
@@ -133,9 +132,8 @@ class Verbs(native.Verbs):
         activation: str = "relu",
     ) -> Tensor:
         """See `native.Verbs.weight_gradient`."""
-        readers = self.chosen.weight.get(self.layer) if kernel_size == 3 else None
-        if self._alone(sources[0].shape[1], dz.shape[1], kernel_size):
-            readers = [1]
+        shared = self.chosen.weight.get(self.layer) if kernel_size == 3 else None
+        readers = self._readers(shared, sources[0].shape[1], dz.shape[1], kernel_size)
         if readers is None:
             return super().weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
         read = self.transforms.of(sources, readers)
@@ -145,9 +143,13 @@ class Verbs(native.Verbs):
         self.transforms.done(sources)
         return made
 
-    def _alone(self, read: int, written: int, kernel_size: int) -> bool:
-        """Whether this is a bottleneck layer's 3x3 convolution, or a gradient of it, and faster in Winograd's form."""
-        return self.bottleneck and kernel_size == 3 and pays(read, written, *self.images)
+    def _readers(self, shared: Sequence[int] | None, read: int, written: int, kernel_size: int) -> Sequence[int] | None:
+        """How many Winograd convolutions read each operand of this one; None: it is the library's.
+
+        A conv_bn_relu layer's are `shared`. A bottleneck layer's 3x3 convolution is alone with what it reads.
+        """
+        alone = self.bottleneck and kernel_size == 3 and pays(read, written, *self.images)
+        return [1] if alone else shared
 
     def _convolve(
         self,

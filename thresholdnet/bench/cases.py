@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from ..checks import integer, one_of
+from ..checks import integer, key_values, one_of
 from ..memory import DTYPES
 from ..models import list_models, model_arguments
 
@@ -54,16 +53,8 @@ class Case:
     def architecture(self) -> tuple[str, dict[str, Any]]:
         """The model's name and its arguments."""
         name, _, text = self.network.partition(":")
-        arguments: dict[str, Any] = {}
-        for pair in filter(None, re.split(r",(?![^\[]*\])", text)):  # not at the commas inside a list
-            key, equals, value = pair.partition("=")
-            if not (key and equals and value):
-                raise ValueError(f"model must be NAME or NAME:KEY=VALUE,KEY=VALUE, got {self.model!r}")
-            try:
-                arguments[key] = json.loads(value)
-            except json.JSONDecodeError:
-                arguments[key] = value
-        return name, arguments
+        pairs = filter(None, re.split(r",(?![^\[]*\])", text))  # not at the commas inside a list
+        return name, key_values(pairs, "model must be NAME or NAME:KEY=VALUE,KEY=VALUE", self.model)
 
     @property
     def network(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ try:
     from rich.table import Table as RichTable
 except ImportError as error:
     sys.exit(f"error: the command line needs: pip install 'thresholdnet[train]' ({error})")
+
+from ..checks import key_values
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,17 +33,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU
 
 
 def pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """["threshold=4", "above=harmonic"] -> {"threshold": 4, "above": "harmonic"}; values are JSON where they parse."""
-    pairs: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not (key and equals and value):
-            raise ValueError(f"{option} must be KEY=VALUE, got {text!r}")
-        try:
-            pairs[key] = json.loads(value)
-        except json.JSONDecodeError:
-            pairs[key] = value
-    return pairs
+    """What an option that may repeat says, see `checks.key_values`."""
+    return key_values(texts or (), f"{option} must be KEY=VALUE")
 
 
 def print_table(table: RichTable) -> None:
