@@ -8,7 +8,9 @@ A failure prints the smallest case found: `check_block(BlockCase(...))` runs it 
 the file that the first line names, should it end the process.
 
 What may differ: two orders of summation. A BatchNorm over a few pixels amplifies rounding without bounds, so plain
-torch runs a second time with the last bits of its input and parameters shaken: what that moves, rounding may move.
+torch runs a second time with the last bits of its input, its parameters and the results of its convolutions shaken:
+what that moves, rounding may move. (The results, since neither a library's convolution nor its matrix product sums all
+rows in one order: where dead channels make all pixels equal, their results need not be, and the variance is rounding.)
 """
 
 from __future__ import annotations
@@ -94,10 +96,13 @@ def shaken(tensor: Tensor, unit: float, seed: int) -> Tensor:
 
 
 def shake(module: nn.Module, unit: float, seed: int) -> Any:
-    """Shake all parameters; returns the module."""
+    """Shake all parameters, and from now on the results of all convolutions; returns the module."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters(), start=1):
             parameter.copy_(shaken(parameter, unit, seed + number))
+    for number, child in enumerate(module.modules(), start=1000):
+        if isinstance(child, nn.Conv2d):
+            child.register_forward_hook(lambda m, x, z, number=number: shaken(z, unit, seed + number))
     return module
 
 
