@@ -3,7 +3,7 @@
     bench/gpu.sh OUT                 build, check, sanitize, measure, tune
     bench/gpu.sh OUT --list          the steps with their seconds, and stop
     bench/gpu.sh OUT --only bench    the steps whose name holds this; may repeat
-    bench/gpu.sh OUT --interpreter   what of it runs on a CPU, Triton's interpreter in the GPU's place, on two shapes
+    bench/gpu.sh OUT --interpreter   what of it runs on a CPU, Triton's interpreter in the GPU's place, on tiny shapes
 
 A step has a budget and is killed at its end; what it wrote by then counts. No step is begun that the time left does not
 hold. OUT gets a few plain files, as a machine that is lent for minutes returns them:
@@ -103,7 +103,7 @@ def gpu_steps(out: Path) -> list[Step]:
 
 
 def interpreter_steps(out: Path) -> list[Step]:
-    """What of the steps a CPU can run, with Triton's interpreter in the GPU's place, on two shapes."""
+    """What of the steps a CPU can run, with Triton's interpreter in the GPU's place, on tiny shapes."""
     python = sys.executable
     command = (python, "-m", "thresholdnet")
     interpreted = {"TRITON_INTERPRET": "1"}
@@ -152,7 +152,7 @@ def main() -> int:
         prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder for all results")
-    parser.add_argument("--interpreter", action="store_true", help="on a CPU, in Triton's interpreter, on two shapes")
+    parser.add_argument("--interpreter", action="store_true", help="on a CPU, in Triton's interpreter, on tiny shapes")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="steps whose name holds this")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")

@@ -4,12 +4,13 @@
     python bench/tune.py --dry-run              list the shapes, measure nothing
     python bench/tune.py --budget 300           stop after so many seconds; the same command goes on there
     python bench/tune.py --filter 'weight.*3x3' shapes whose text holds this regular expression
-    python bench/tune.py --interpreter          two tiny shapes in Triton's interpreter: a trial of the tool, no times
+    python bench/tune.py --interpreter          three tiny shapes in Triton's interpreter: a trial of the tool, no times
 
-For every distinct shape of the models' linked convolutions (forward, data gradient, weight gradient) a handful of tiles
-of the Triton kernels, and for half formats the forms of the CUDA kernels with gather + library among them. A candidate
-whose result is not the rule's is out, and so is one less than 2 % faster than the rule: noise must not pick. The file
-is written whole after every shape. Leave the machine alone meanwhile.
+For every distinct shape of the models' linked convolutions (forward, data gradient, weight gradient, and the gradient
+that a group of 1x1 readers sends) a handful of tiles of the Triton kernels, and for half formats the forms of the CUDA
+kernels with gather + library among them. A candidate whose result is not the rule's is out, and so is one less than 2 %
+faster than the rule: noise must not pick. The file is written whole after every shape. Leave the machine alone
+meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 SIZES = ((128, 224), (100, 32))  # batch, side
+HALF = ("bfloat16", "float16")
 MARGIN = 0.98  # of the rule's time that another choice must stay below
 REPEATS = 20
 
@@ -74,7 +76,8 @@ def works_of(model: str, batch: int, side: int, dtype: str) -> Iterator[Work]:
     for (images, _, height, width), plan, tail in calls:
         for kind, size, affine, read, wrote, masked in _convolutions(plan, tail):
             shape = (kind, dtype, size, affine, sum(read), wrote, images, height, width)
-            rows = plan.unit == "bottleneck" or all(w % 32 == 0 for w in (*read, wrote))
+            dense = plan.unit == "bottleneck" or all(w % 32 == 0 for w in (*read, wrote))
+            rows = dense and kind != "readers"
             yield Work(_shape(*shape), tuple(read), "rows" if rows else "arena", masked)
 
 
@@ -88,6 +91,7 @@ def _convolutions(plan: Any, tail: int) -> Iterator[tuple[str, int, bool, list[i
                 yield kind, 1, True, read, inner, False
                 yield kind, 3, False, [inner], width, False
             yield "gradient", 3, False, [width], inner, True
+        yield from _sent(plan)
         return
     for read, width in zip(linked, plan.widths, strict=True):
         yield "forward", 3, False, read, width, False
@@ -101,6 +105,31 @@ def _convolutions(plan: Any, tail: int) -> Iterator[tuple[str, int, bool, list[i
         yield "weight", 1, False, read, tail, False
         for width in read:
             yield "gradient", 1, False, [tail], width, False
+
+
+def _sent(plan: Any) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
+    """What the engine's groups of readers send, in the form of `_convolutions`: to each layer of the group, then on."""
+    from thresholdnet.backends.slotted import readers_at_once
+
+    layers, inner = plan.num_layers, plan.bottleneck_widths
+    at_once = readers_at_once(plan) if len(set(inner)) == 1 else 1
+    arriving, waiting = set(plan.outputs), list[int]()
+
+    def send(targets: set[int]) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
+        readers = [reader for reader in waiting if not targets.isdisjoint(plan.links[reader - 1])]
+        reached = targets.intersection(node for reader in readers for node in plan.links[reader - 1])
+        arriving.update(reached)
+        if readers:
+            read = [inner[reader - 1] for reader in readers]
+            yield "readers", 1, False, read, sum(plan.node_widths[node] for node in reached), False
+
+    for layer in range(layers, 0, -1):
+        yield from send({layer})
+        if layer in arriving:  # else a dead end
+            waiting.append(layer)
+        if (layers - layer + 1) % at_once == 0 or layer == 1:
+            yield from send(set(range(layer)))
+            waiting.clear()
 
 
 def _shape(*fields: Any) -> Any:
@@ -130,6 +159,12 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         )
         others = [replace(rule, swapped=not rule.swapped), replace(rule, rows=rule.rows // 2, stages=rule.stages + 1)]
         others += [replace(rule, chunk=chunk, warps=8 if chunk == 128 else 4) for chunk in (64, 128)]
+        others += [replace(rule, programs=programs) for programs in (1, 2, 6)]
+    elif s.kind == "readers":
+        rule = configs.readers_config(capability, s.dtype, pixels)
+        others = [configs.ReadersConfig(64, 64, 4, 3), configs.ReadersConfig(128, 64, 8, 2)]
+        others += [replace(rule, columns=columns) for columns in (32, 128)]
+        others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
         rule = configs.convolution_config(*choose, s.height, s.width, s.affine)
@@ -137,6 +172,7 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         others = [odd, replace(rule, rows=rule.rows // 2), replace(rule, warps=12 - rule.warps)]
         others += [replace(rule, stages=rule.stages + 1), replace(rule, stages=max(rule.stages - 1, 1))]
         others += [replace(rule, chunk=rule.chunk // 2)]
+        others += [replace(tile, vector=4) for tile in (rule, odd)] if s.dtype in HALF else []
     kept = [rule]
     for tile in others:
         try:
@@ -152,7 +188,7 @@ def forms(work: Work) -> list[str]:
     from thresholdnet.backends import csrc, cuda_launch
 
     s = work.shape
-    if s.kind == "weight" or s.dtype not in ("bfloat16", "float16") or csrc.cuda_reason() is not None:
+    if s.kind in ("weight", "readers") or s.dtype not in HALF or csrc.cuda_reason() is not None:
         return []
     rule = cuda_launch.convolution_form(s.kernel_size, s.out_channels, s.height, s.width)
     thin = s.kernel_size == 3 and s.out_channels <= 32
@@ -178,13 +214,18 @@ class Bench:
         shape = (s.out_channels, s.in_channels, s.kernel_size, s.kernel_size)
         self.weight = (torch.randn(shape, device=device) / (s.in_channels * s.kernel_size**2) ** 0.5).to(self.dtype)
         self.affine = tuple(torch.rand(2, s.in_channels, device=device)) if s.affine else None
-        vectors = torch.rand(4, s.out_channels, device=device)
-        self.mask = (self.z, *vectors) if work.masked else None
+        self.vectors = torch.rand(4, s.out_channels, device=device)
+        self.mask = (self.z, *self.vectors) if work.masked else None
         self.parts = [part.transpose(0, 1) for part in self.weight.split(work.widths, dim=1)]
 
     def call(self, launch: Any, **options: Any) -> Callable[[], Any]:
         """A call of one launcher's function; it returns what was computed."""
         kind = self.work.shape.kind
+        if kind == "readers":
+            scale, shift, mean, rstd = self.vectors
+            each = [scale] * len(self.parts), [shift] * len(self.parts)
+            sent = self.sources, self.parts, [self.out], [self.z]
+            return lambda: launch.gradient_of_readers(*sent, *each, mean, rstd, add=True, **options)
         if kind == "weight":
             size = self.work.shape.kernel_size
             return lambda: launch.weight_gradient(self.sources, self.out, size, affine=self.affine, **options)
@@ -194,8 +235,11 @@ class Bench:
 
     def result(self, call: Callable[[], Any]) -> Any:
         """The tensor that a call makes, in float32."""
-        made = call()
-        return (made if self.work.shape.kind == "weight" else self.out).float().clone()
+        if self.work.shape.kind == "weight":
+            return call().float().clone()
+        self.out.zero_()  # readers add to it
+        call()
+        return self.out.float().clone()
 
 
 def measure(work: Work, device: Any, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -267,7 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; no shape is begun after them")
     parser.add_argument("--out", type=Path, help="the file; by default that which the launchers read")
     parser.add_argument("--again", action="store_true", help="measure shapes that the file holds, too")
-    parser.add_argument("--interpreter", action="store_true", help="two tiny shapes on the CPU in Triton's interpreter")
+    parser.add_argument(
+        "--interpreter", action="store_true", help="three tiny shapes on the CPU in Triton's interpreter"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would be measured and stop")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON on stdout")
     options = parser.parse_args(arguments)
@@ -343,6 +389,7 @@ def _works(options: argparse.Namespace) -> Iterator[Work]:
     if options.interpreter:
         yield Work(_shape("forward", "float32", 3, False, 12, 8, 1, 4, 4), (8, 4), "arena")
         yield Work(_shape("weight", "float32", 1, True, 12, 8, 1, 4, 4), (8, 4), "rows")
+        yield Work(_shape("readers", "float32", 1, False, 16, 12, 1, 4, 4), (8, 8), "arena")
         return
     sizes = [_size(text) for text in options.size] if options.size else SIZES
     for batch, side in sizes:

@@ -20,7 +20,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class ConvolutionConfig:
-    """Tile of one program: `rows` x (`columns` + `columns2`), K in steps of `chunk`; `group`: pixels of a row."""
+    """Tile of one program: `rows` x (`columns` + `columns2`), K in steps of `chunk`.
+
+    group: pixels (height, width) of a row. vector: elements of one asynchronous copy, if 16 bytes hold as many; smaller
+    copies pass through the L1 cache.
+    """
 
     rows: int
     columns: int
@@ -29,6 +33,7 @@ class ConvolutionConfig:
     warps: int = 4
     stages: int = 3
     group: Group = (1, 1)
+    vector: int = 8
 
     @property
     def all_columns(self) -> int:
@@ -38,7 +43,10 @@ class ConvolutionConfig:
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
-    """Tile of one program: `chunk` K rows x `columns` output channels, pixels in steps of `rows`."""
+    """Tile of one program: `chunk` K rows x `columns` output channels, pixels in steps of `rows`.
+
+    programs: into how many for each multiprocessor the pixels are split.
+    """
 
     rows: int
     chunk: int
@@ -46,6 +54,7 @@ class WeightGradientConfig:
     warps: int = 4
     stages: int = 3
     swapped: bool = False
+    programs: int = 3
 
 
 @dataclass(frozen=True)
@@ -144,10 +153,10 @@ def weight_gradient_config(
 
 
 def weight_gradient_splits(capability: Capability, config: WeightGradientConfig, tiles: int, pixels: int) -> int:
-    """Into how many ranges of pixels a weight gradient of `tiles` tiles is split: about 3 programs a multiprocessor."""
+    """Into how many ranges of pixels a weight gradient of `tiles` tiles is split."""
     if capability is None:
-        return min(3, -(-pixels // config.rows))
-    wanted = 3 * MULTIPROCESSORS.get(capability[0], 108) // max(tiles, 1)
+        return min(config.programs, -(-pixels // config.rows))
+    wanted = config.programs * MULTIPROCESSORS.get(capability[0], 108) // max(tiles, 1)
     return max(1, min(wanted, -(-pixels // (4 * config.rows))))
 
 

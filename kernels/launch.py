@@ -372,7 +372,10 @@ def gradient_of_readers(
     if read.pixels == 0:
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
     if config is None:
-        config = readers_config(capability_of(first.device), dtype_name(first), read.pixels)
+        shape = Shape("readers", dtype_name(first), 1, False, readers * depth, channels, *read.images)
+        tuned = choice(first.device, shape).tile
+        rule = readers_config(capability_of(first.device), dtype_name(first), read.pixels)
+        config = tuned if isinstance(tuned, ReadersConfig) else rule
     part = min(256, max(16, triton.next_power_of_2(padded_width(depth))))
     parts = triton.cdiv(padded_width(depth), part)
     out_at8, feature_at8, column_channel, column_of = device_columns(
@@ -454,7 +457,7 @@ def _convolve(
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, TILE_COLUMNS2=config.columns2, TILE_K=config.chunk,
             GROUP_H=group[0], GROUP_W=group[1], GROUP_CHANNELS=padded if positions > 1 else 0,
             TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None, ACTIVATION=activation,
-            EPILOGUE=epilogue, ADD=add, TF32=uses_tf32(out), VECTOR=copy_elements(out),
+            EPILOGUE=epilogue, ADD=add, TF32=uses_tf32(out), VECTOR=min(config.vector, copy_elements(out)),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial, config, tiles

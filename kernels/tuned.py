@@ -22,21 +22,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .configs import DTYPES, ConvolutionConfig, WeightGradientConfig
+from .configs import DTYPES, ConvolutionConfig, ReadersConfig, WeightGradientConfig
 from .tables import MAX_TAPS
 
 FOLDER = Path(__file__).parent / "tuned"
-KINDS = ("forward", "gradient", "weight")
 FORMS = ("gemm", "wide", "upright", "library")
 
-Tile = ConvolutionConfig | WeightGradientConfig
+Tile = ConvolutionConfig | WeightGradientConfig | ReadersConfig
+TILES: dict[str, type[Tile]] = {
+    "forward": ConvolutionConfig, "gradient": ConvolutionConfig, "weight": WeightGradientConfig,
+    "readers": ReadersConfig,
+}  # fmt: skip
+"""The tile of each kind of shape."""
 
 
 class Shape(NamedTuple):
     """What a choice is made for: a convolution of in_channels to out_channels over batch x height x width pixels.
 
     kind: "forward"; "gradient", the data gradient of a slot of out_channels, gathered from in_channels of its readers;
-    or "weight", the weight gradient of that forward convolution. affine: an affine and an activation on load.
+    "weight", the weight gradient of that forward convolution; or "readers", what a group of 1x1 readers behind
+    BatchNorm send to slots of out_channels together, from in_channels of all readers together. affine: an affine and an
+    activation on load.
     """
 
     kind: str
@@ -127,13 +133,13 @@ def check(shape: Shape, chosen: Choice) -> None:
         kind = {"kind": str, "dtype": str, "affine": bool}.get(name, int)
         if type(value) is not kind or (type(value) is int and value < 1):
             raise ValueError(f"{name} of a row must be {'at least 1' if kind is int else kind.__name__}, got {value!r}")
-    for name, allowed in (("kind", KINDS), ("dtype", DTYPES), ("kernel_size", (1, 3))):
+    for name, allowed in (("kind", tuple(TILES)), ("dtype", DTYPES), ("kernel_size", (1, 3))):
         if getattr(shape, name) not in allowed:
             raise ValueError(f"{name} of a row must be one of {allowed}, got {getattr(shape, name)!r}")
     if chosen.form is not None:
         thin = shape.kernel_size == 3 and shape.out_channels <= 32
         forms = FORMS if thin else tuple(form for form in FORMS if form not in ("wide", "upright"))
-        if shape.kind == "weight" or chosen.form not in forms:
+        if shape.kind in ("weight", "readers") or chosen.form not in forms:
             raise ValueError(f"form of a {shape.kind} row must be one of {forms}, got {chosen.form!r}")
     if chosen.tile is not None:
         _check_tile(shape, chosen.tile)
@@ -146,27 +152,29 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Choice]:
         fields = dict(row["tile"])
         if "group" in fields:
             fields["group"] = tuple(fields["group"])
-        tile = (WeightGradientConfig if shape.kind == "weight" else ConvolutionConfig)(**fields)
+        tile = TILES.get(shape.kind, ConvolutionConfig)(**fields)  # `check` names an unknown kind
     chosen = Choice(tile, row.get("form"))
     check(shape, chosen)
     return shape, chosen
 
 
 def _check_tile(shape: Shape, tile: Tile) -> None:
-    limits = {"rows": (16, 256), "columns": (16, 256), "chunk": (16, 128), "warps": (1, 16)}
-    if isinstance(tile, ConvolutionConfig) and tile.columns2 != 0:
-        limits["columns2"] = (16, 256)
+    limits = {"rows": (16, 256), "columns": (16, 256), "warps": (1, 16)}
+    if not isinstance(tile, ReadersConfig):
+        limits["chunk"] = (16, 128)
+    if isinstance(tile, ConvolutionConfig):
+        limits |= {"vector": (4, 8)} | ({"columns2": (16, 256)} if tile.columns2 != 0 else {})
     for name, (least, most) in limits.items():
         value = getattr(tile, name)
         if type(value) is not int or not least <= value <= most or value & (value - 1):
             raise ValueError(f"{name} of a tile must be a power of two from {least} to {most}, got {value!r}")
-    if type(tile.stages) is not int or not 1 <= tile.stages <= 8:
-        raise ValueError(f"stages of a tile must be 1 to 8, got {tile.stages!r}")
-    if isinstance(tile, WeightGradientConfig):
-        if type(tile.swapped) is not bool:
-            raise ValueError(f"swapped of a tile must be true or false, got {tile.swapped!r}")
-        return
-    if tile.group == (1, 1):
+    for name in ("stages", "programs"):
+        value = getattr(tile, name, 1)
+        if type(value) is not int or not 1 <= value <= 8:
+            raise ValueError(f"{name} of a tile must be 1 to 8, got {value!r}")
+    if isinstance(tile, WeightGradientConfig) and type(tile.swapped) is not bool:
+        raise ValueError(f"swapped of a tile must be true or false, got {tile.swapped!r}")
+    if not isinstance(tile, ConvolutionConfig) or tile.group == (1, 1):
         return
     high, wide = tile.group
     fits = shape.kernel_size == 3 and shape.height % high == 0 and shape.width % wide == 0

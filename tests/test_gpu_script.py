@@ -39,7 +39,7 @@ def step(script, name, code, seconds=20.0, **options):
 
 
 def test_the_rehearsal_leaves_results(tmp_path):
-    """The tuner's two shapes through the interpreter, by the script itself."""
+    """The tuner's three shapes through the interpreter, by the script itself."""
     environment = os.environ | {"PYTHON": sys.executable}
     command = [str(SCRIPT), str(tmp_path / "out"), "--interpreter", "--budget", "120", "--only", "tune"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
@@ -49,10 +49,10 @@ def test_the_rehearsal_leaves_results(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     (found,) = summary["steps"]
     assert (found["name"], found["rc"], found["log"]) == ("tune", 0, "01-tune.log") and summary["budget"] == 120
-    assert "2 shapes measured" in found["tail"] and found["seconds"] <= summary["seconds"]
+    assert "3 shapes measured" in found["tail"] and found["seconds"] <= summary["seconds"]
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert logs.getnames() == ["01-tune.log"]
-    assert len(json.loads((out / "tuned-cpu-sm00.json").read_text())["rows"]) == 2
+    assert len(json.loads((out / "tuned-cpu-sm00.json").read_text())["rows"]) == 3
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from thresholdnet.kernels import tuned
-from thresholdnet.kernels.configs import ConvolutionConfig, WeightGradientConfig
+from thresholdnet.kernels.configs import ConvolutionConfig, ReadersConfig, WeightGradientConfig
 
 from thresholdnet.backends import cuda_launch
 
@@ -19,8 +19,12 @@ WEIGHT = SHAPE._replace(kind="weight", kernel_size=1, affine=True)
 ROWS = {
     SHAPE: tuned.Choice(ConvolutionConfig(128, 64, 32, group=(2, 2)), "library"),
     SHAPE._replace(kind="gradient"): tuned.Choice(None, "wide"),
-    WEIGHT: tuned.Choice(WeightGradientConfig(64, 128, 32, swapped=True)),
+    WEIGHT: tuned.Choice(WeightGradientConfig(64, 128, 32, swapped=True, programs=6)),
+    SHAPE._replace(kind="readers", kernel_size=1): tuned.Choice(ReadersConfig(128, 64, 8, 2)),
 }
+
+
+WEIGHT_TILE = {"rows": 64, "chunk": 64, "columns": 16}
 
 
 def document(*rows, **changes):
@@ -95,7 +99,7 @@ def tile(**changes):
         (document(row(affine=1)), "affine of a row must be bool, got 1"),
         (document(row(form="fast")), "form of a forward row must be one of"),
         (document(row(out_channels=40, form="wide")), "form of a forward row"),
-        (document(row(kind="weight", tile={"rows": 64, "chunk": 64, "columns": 16})), "form of a weight row"),
+        (document(row(kind="weight", tile=WEIGHT_TILE)), "form of a weight row"),
         (document(tile(rows=48)), "rows of a tile must be a power of two from 16 to 256, got 48"),
         (document(tile(columns=512)), "columns of a tile"),
         (document(tile(columns2=8)), "columns2 of a tile"),
@@ -104,6 +108,12 @@ def tile(**changes):
         (document(tile(group=[3, 1])), "group of a tile must divide"),
         (document(tile(group=[4, 4])), "group of a tile must divide"),
         (document(tile(group=[2])), "ValueError"),
+        (document(tile(vector=16)), "vector of a tile must be a power of two from 4 to 8, got 16"),
+        (document(row(kind="readers", form="gemm", tile={"rows": 64, "columns": 64})), "form of a readers row"),
+        (
+            document(row(kind="weight", form=None, tile={**WEIGHT_TILE, "programs": 0})),
+            "programs of a tile must be 1 to",
+        ),
         (document(tile(shape=3)), "unexpected keyword argument 'shape'"),
     ],
 )
@@ -145,6 +155,12 @@ def test_the_tuner_lists_shapes_and_says_what_it_needs(monkeypatch, capsys):
     assert len(set(shapes)) == len(shapes)
     assert "forward 3x3 64->14 2x16x16 bfloat16" in shapes  # its first linked layer
     assert {text.split()[0] for text in shapes} == {"forward", "gradient", "weight"}
+    bottleneck = ["--model", "thresholdnet_v1", "--size", "2x64", "--dry-run", "--filter", "readers.*16x16", "--json"]
+    assert tune.main(bottleneck) == 0
+    found = json.loads(capsys.readouterr().out)["shapes"]
+    # six layers in groups of two: a layer sends to its partner, both to what both read
+    assert set(found) == {f"readers 1x1 {read}->{wrote} 2x16x16 bfloat16"
+                          for read, wrote in ((128, 32), (256, 192), (256, 128), (256, 64))}  # fmt: skip
     assert any(" 1x1 " in text for text in shapes), "convolutions behind a block are linked ones too"
     assert tune.main([*common, "--dry-run", "--filter", "weight 3x3 64->14"]) == 0
     assert json.loads(capsys.readouterr().out)["shapes"] == ["weight 3x3 64->14 2x16x16 bfloat16"]

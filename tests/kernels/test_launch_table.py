@@ -8,7 +8,7 @@ import pytest
 import torch
 from poisoned import fill, rows
 from thresholdnet.kernels import launch, tuned
-from thresholdnet.kernels.configs import ConvolutionConfig, WeightGradientConfig
+from thresholdnet.kernels.configs import ConvolutionConfig, ReadersConfig, WeightGradientConfig
 from tolerances import assert_near
 
 import thresholdnet as tn
@@ -21,7 +21,7 @@ FORWARD = tuned.Shape("forward", "float32", 3, False, 24, 20, 1, 2, 4)
 OTHER = {
     "forward": ConvolutionConfig(16, 16, 0, 16),
     "gradient": ConvolutionConfig(16, 32, 16, 16),
-    "weight": WeightGradientConfig(16, 16, 16),
+    "weight": WeightGradientConfig(16, 16, 16, programs=2),
 }
 
 
@@ -73,11 +73,30 @@ def test_a_row_is_used_and_computes_the_same(table, monkeypatch):
     assert all(map(torch.equal, run(), wanted)) and 16 not in used, "rows of another shape are not used"
 
 
+def test_readers_take_their_row(table, monkeypatch):
+    torch.manual_seed(0)
+    _, (dz, out, raw) = rows(1, 2, 4, (8, 12, 12), torch.float32)
+    fill(dz), fill(raw)
+    one = torch.ones(12)
+    call = [dz], [torch.randn(8, 12, 1, 1)], [out], [raw], [one], [one], one, one
+    wanted = [*launch.gradient_of_readers(*call, add=False), out.clone()]
+    used = []
+    columns = launch.device_columns
+    monkeypatch.setattr(launch, "device_columns", lambda *a: used.append(a[2]) or columns(*a))
+    table(
+        tuned.as_row(tuned.Shape("readers", "float32", 1, False, 8, 12, 1, 2, 4), tuned.Choice(ReadersConfig(16, 32)))
+    )
+    found = [*launch.gradient_of_readers(*call, add=False), out.clone()]
+    assert used == [32], "the row's columns"
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, torch.float32)
+
+
 @pytest.mark.parametrize("unit", ("conv_bn_relu", "bottleneck"))
 def test_the_tuner_measures_what_a_block_convolves(unit, monkeypatch):
     asked = set()
     monkeypatch.setattr(launch, "choice", lambda device, shape: asked.add(tuple(shape)) or tuned.NOTHING)
-    links = tn.links.threshold_ab(2, 1)
+    links = tn.links.threshold_ab(5, 1)
     block = tn.ThresholdBlock(6, links, growth_rate=4, unit=unit, fused=True, backend="triton")
     x, tail = torch.randn(1, 6, 2, 2, requires_grad=True), None
     if block.takes_tail:
@@ -99,15 +118,19 @@ def test_the_tuner_goes_on_where_it_was_stopped(tmp_path, capsys):
     }  # fmt: skip
     first = json.loads(out.read_text())["rows"]
     assert tune.main(["--interpreter", "--out", str(out), "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["shapes"] == ["weight 1x1 12->8 1x4x4 float32 affine"]
+    assert json.loads(capsys.readouterr().out)["shapes"] == [
+        "weight 1x1 12->8 1x4x4 float32 affine", "readers 1x1 16->12 1x4x4 float32"
+    ]  # fmt: skip
     assert tune.main(["--interpreter", "--out", str(out), "--budget", "0"]) == 0
     assert "the budget of 0 s is spent" in capsys.readouterr().err
     assert tune.main(["--interpreter", "--out", str(out)]) == 0
     second = json.loads(out.read_text())["rows"]
-    assert second[0] == first[0] and len(second) == 2
+    assert second[0] == first[0] and len(second) == 3
     assert all(entry["ms"] > 0 for row in second for entry in row["times"]["tile"])
     table = tuned.read(out, "cpu", (0, 0))
-    assert {shape.kind for shape in table} == {"forward", "weight"} and all(row.tile for row in table.values())
+    assert {shape.kind for shape in table} == {"forward", "weight", "readers"} and all(
+        row.tile for row in table.values()
+    )
     out.write_text("{}")
     assert tune.main(["--interpreter", "--out", str(out)]) == 2 and out.read_text() == "{}"
 

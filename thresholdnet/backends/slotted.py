@@ -29,9 +29,7 @@ class Verbs:
 
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         self.plan, self.like = plan, x
-        # One read-modify-write of the gradient serves so many readers. Predicted, not measured: 4 from a dozen layers
-        # on, 2 for the shallow blocks, whose time does not fall beyond.
-        self.readers_at_once = 4 if plan is not None and plan.num_layers >= 12 else 2
+        self.readers_at_once = 2 if plan is None else readers_at_once(plan)
         self.arenas: dict[str, list[Tensor]] = {}
         self.memory: dict[str, Tensor] = {}  # the allocation behind each kind's slots
 
@@ -195,6 +193,14 @@ class Verbs:
             batch, widths, height, width, dtype=self.like.dtype, device=self.like.device,
             layout=layout or ("rows" if rows else "arena"), memory=memory,
         )  # fmt: skip
+
+
+def readers_at_once(plan: BlockPlan) -> int:
+    """How many readers one read-modify-write of the gradient serves.
+
+    Predicted, not measured: 4 from a dozen layers on, 2 for the shallow blocks, whose time does not fall beyond.
+    """
+    return 4 if plan.num_layers >= 12 else 2
 
 
 def output_holds_features(plan: BlockPlan) -> bool:
