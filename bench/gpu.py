@@ -1,6 +1,6 @@
 """What a GPU is wanted for, most valuable first, in at most ten minutes and without network; all results below OUT.
 
-    bench/gpu.sh OUT                 build, check, sanitize, measure, tune
+    bench/gpu.sh OUT                 build, check, sanitize, measure, tune, ask
     bench/gpu.sh OUT --list          the steps with their seconds, and stop
     bench/gpu.sh OUT --only bench    the steps whose name holds this; may repeat
     bench/gpu.sh OUT --interpreter   what of it runs on a CPU, Triton's interpreter in the GPU's place, on tiny shapes
@@ -12,6 +12,7 @@ hold. OUT gets a few plain files, as a machine that is lent for minutes returns 
                     begun, -9: killed at its budget; log: its name in logs.tar.gz; tail: the end of it
     logs.tar.gz     everything that the steps printed
     bench.json, bench-compile.json   `thresholdnet bench`, read by `thresholdnet bench --report`
+    questions.json  the answers of bench/questions.py
     tuned-<gpu>-sm<NN>.json   the launch table of bench/tune.py; goes to kernels/tuned/ once somebody has looked at it
 
 The exit code is 1 if a step failed; one that its budget ended has not.
@@ -66,6 +67,7 @@ def gpu_steps(out: Path) -> list[Step]:
     compiled = ("eager_channels_last", "compile", "fused_native", "fused_triton")
     table = out / f"tuned-{tuned.file_name(gpu, capability)}"
     tune = (python, "bench/tune.py", "--out", str(table), "--json")
+    questions = (python, "bench/questions.py", "--out", str(out / "questions.json"))
     one_block = ("selftest", "--quick", "--dtype", "bf16", "--backend")
     # Without its caching, each tensor is an allocation of its own: a step past its end is seen.
     bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "0"}
@@ -92,6 +94,7 @@ def gpu_steps(out: Path) -> list[Step]:
         Step("bench train 224", measured(r"(hardnet68|densenet121) .*224.* train", quick), 80, 20),
         # grouping or not, table kernel or gather + library, halo or implicit product: at the widths that decide it
         Step("tune 224 v1", (*tune, "--model", "thresholdnet_v1", "--size", "128x224", "--budget", "60"), 75, 20),
+        Step("questions", (*questions, "--budget", "90"), 110, 20),
         # in a file of its own: a case that is measured again takes the place of its earlier rows
         Step("bench compile v1", measured(r"v1 .*224.* train", compiled, "bench-compile.json"), 90, 45),
         Step("bench infer", measured(r"v1 .* infer", ("eager_folded", "fused_native", "fused_triton")), 40, 20),
@@ -109,11 +112,13 @@ def interpreter_steps(out: Path) -> list[Step]:
     interpreted = {"TRITON_INTERPRET": "1"}
     tune = (python, "bench/tune.py", "--interpreter", "--out", str(out / "tuned-cpu-sm00.json"), "--json")
     bench = (*command, "bench", "--preset", "quick", "--mode", "infer", "--rounds", "1", "--warmup", "0")
+    questions = (python, "bench/questions.py", "--interpreter", "--out", str(out / "questions.json"))
     providers = ("--provider", "eager", "--provider", "fused_native", "--out", str(out / "bench.json"))
     return [
         Step("info", (*command, "info"), 60),
         Step("tune", tune, 90, environment=interpreted),
         Step("bench", (*bench, *providers), 90),
+        Step("questions", questions, 180),
         Step("tests", (python, "-m", "pytest", "-m", "gpu", "--no-header", *gpu_tests()), 90),
     ]
 

@@ -163,8 +163,8 @@ def tiles(work: Work, capability: Any) -> list[Any]:
     elif s.kind == "readers":
         rule = configs.readers_config(capability, s.dtype, pixels)
         others = [configs.ReadersConfig(64, 64, 4, 3), configs.ReadersConfig(128, 64, 8, 2)]
-        others += [replace(rule, columns=columns) for columns in (32, 128)]
-        others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
+        others += [replace(rule, columns=128), replace(rule, stages=rule.stages + 1)]
+        others += [replace(rule, warps=12 - rule.warps)]
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
         rule = configs.convolution_config(*choose, s.height, s.width, s.affine)

@@ -115,5 +115,7 @@ def test_the_steps_of_a_gpu(script, tmp_path, monkeypatch):
         named = [b for a, b in zip(s.command, s.command[1:], strict=False) if a == "--provider"]
         assert set(named) <= set(bench.PROVIDERS), s.name
     assert sum(s.seconds for s in steps[:7]) <= script.BUDGET
+    names = [s.name for s in steps]
+    assert names.index("tune 224 v1") < names.index("questions") < names.index("tune")
     monkeypatch.setattr(script.shutil, "which", lambda name: None)
     assert not [s for s in script.gpu_steps(tmp_path) if s.command[0] == "compute-sanitizer"]

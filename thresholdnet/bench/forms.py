@@ -74,18 +74,18 @@ class Operands:
 
 def operands(op: Operation, dtype: torch.dtype, device: torch.device) -> Operands:
     """The operands of an operation: values that the dtype holds, NCHW."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     side = op.stage.side
 
     def pixels(channels: int) -> Tensor:
-        return torch.randn(op.batch, channels, side, side, generator=generator).to(device, dtype)
+        return torch.randn(op.batch, channels, side, side, generator=generator, device=device).to(dtype)
 
     def weight(written: int, read: int) -> Tensor:
-        made = torch.randn(written, read, op.kernel, op.kernel, generator=generator)
-        return (made / (op.read * op.kernel**2) ** 0.5).to(device, dtype)
+        made = torch.randn(written, read, op.kernel, op.kernel, generator=generator, device=device)
+        return (made / (op.read * op.kernel**2) ** 0.5).to(dtype)
 
     def vector(low: float, high: float) -> Tensor:
-        return torch.empty(op.normalised).uniform_(low, high, generator=generator).to(device)
+        return torch.empty(op.normalised, device=device).uniform_(low, high, generator=generator)
 
     readers = [(width, op.written) for width in op.widths]
     return Operands(

@@ -16,7 +16,7 @@ from ..memory import dtype_of
 from . import check, rounds
 from .baselines import Unavailable
 from .clock import clock_for
-from .forms import Operands, operands, ours, plain
+from .forms import Form, Operands, operands, ours, plain
 from .layers import Operation
 from .peaks import Peak
 from .rounds import Entry, Row, Settings, Tell
@@ -46,7 +46,7 @@ def measure_operation(
     try:
         given = operands(op, dtype, device)
         truth = plain(op, given.to(torch.float64, False))()
-        allowed = _bounds(op, given, dtype, truth)
+        allowed = bounds(plain(op, given.to(dtype, True))(), truth, op.dtype)
     except Exception as error:  # such as memory that runs out: nobody can be checked
         for entry in entries:
             entry.said["reason"] = f"plain torch itself: {rounds.reason(error)}"
@@ -54,7 +54,8 @@ def measure_operation(
         for entry in entries:
             tell(f"checks {entry.label}", 0.1)
             try:
-                _admit(entry, op, given.to(dtype, entry.provider != "eager"), truth, allowed)
+                with torch.no_grad():
+                    admit(entry, _form(op, given.to(dtype, entry.provider != "eager"), entry.provider), truth, allowed)
             except Exception as error:  # whatever a compiler raises is the reason in that row, not the end of the run
                 entry.said["reason"] = rounds.reason(error)
         del given, truth
@@ -73,10 +74,14 @@ def measure_operation(
     return rows
 
 
-def _bounds(op: Operation, given: Operands, dtype: torch.dtype, truth: Sequence[Tensor]) -> list[float]:
-    """What error each result may have."""
-    own = check_each(plain(op, given.to(dtype, True))(), truth)
-    return [max(check.FACTOR * error, check.FLOORS[op.dtype]["operation"]) for error in own]
+def _form(op: Operation, o: Operands, provider: str) -> Form:
+    backend = PROVIDERS[provider]
+    return plain(op, o) if backend is None else ours(backend, op, o)
+
+
+def bounds(own: Sequence[Tensor], truth: Sequence[Tensor], dtype: str) -> list[float]:
+    """What error each result may have where plain torch's `own` in a dtype are these."""
+    return [max(check.FACTOR * error, check.FLOORS[dtype]["operation"]) for error in check_each(own, truth)]
 
 
 def check_each(made: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
@@ -84,17 +89,14 @@ def check_each(made: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     return [check.rms([a], [b]) for a, b in zip(made, truth, strict=True)]
 
 
-def _admit(entry: Entry, op: Operation, o: Operands, truth: Sequence[Tensor], allowed: Sequence[float]) -> None:
-    """Build, run and check a provider's form; it may be timed afterwards. Raises what stands against it."""
-    backend = PROVIDERS[entry.provider]
-    with torch.no_grad():
-        form = plain(op, o) if backend is None else ours(backend, op, o)
-        found = check_each(form(), truth)
-        entry.said["check"] = [{"error": error, "bound": bound} for error, bound in zip(found, allowed, strict=True)]
-        for index, (error, bound) in enumerate(zip(found, allowed, strict=True)):
-            if not error <= bound:  # a NaN is wrong as well
-                raise Unavailable(
-                    f"wrong: result {index + 1} of {len(found)} off by {error:.1e} of plain torch's root mean square, "
-                    f"{bound:.1e} is allowed"
-                )
-        entry.step = graphs.capture(form)[0] if entry.graph else form
+def admit(entry: Entry, form: Form, truth: Sequence[Tensor], allowed: Sequence[float]) -> None:
+    """Run and check an entry's form; it may be timed afterwards. Raises what stands against it."""
+    found = check_each(form(), truth)
+    entry.said["check"] = [{"error": error, "bound": bound} for error, bound in zip(found, allowed, strict=True)]
+    for index, (error, bound) in enumerate(zip(found, allowed, strict=True)):
+        if not error <= bound:  # a NaN is wrong as well
+            raise Unavailable(
+                f"wrong: result {index + 1} of {len(found)} off by {error:.1e} of plain torch's root mean square, "
+                f"{bound:.1e} is allowed"
+            )
+    entry.step = graphs.capture(form)[0] if entry.graph else form
