@@ -97,6 +97,29 @@ std::vector<Part<E>> parts_of(const char* op, const Tensors& before, const Tenso
   return parts;
 }
 
+// The parts of a concatenation, each with its part of the affine over all channels.
+template <class E>
+std::vector<Part<E>> affine_parts(
+    const char* op, const Tensors& sources, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+    const Tensor& like, Pixels p) {
+  using A = typename Wide<E>::type;
+  if (scale.has_value() != shift.has_value()) refuse(op, ": scale and shift must come together");
+  const int64_t channels = channels_of(op, sources, like, p);
+  const A* factor = scale ? vector<A>(op, "scale", *scale, channels, like) : nullptr;
+  const A* constant = shift ? vector<A>(op, "shift", *shift, channels, like) : nullptr;
+  std::vector<Part<E>> parts(sources.size());
+  int64_t start = 0;
+  for (size_t j = 0; j < parts.size(); ++j) {
+    Part<E>& part = parts[j];
+    part.channels = sources[j].size(1);
+    part.in = reading<E>(op, numbered("source", j), sources[j], like, p);
+    part.scale = factor ? factor + start : nullptr;
+    part.shift = constant ? constant + start : nullptr;
+    start += part.channels;
+  }
+  return parts;
+}
+
 constexpr int64_t LARGEST_STEP = int64_t{1} << 30;  // of windows: devices may count in 32 bits
 
 inline Pool pool_of(const char* op, const Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
@@ -152,25 +175,13 @@ struct Operators {
     const char* op = "gather";
     const Pixels p = pixels_of(op, "out", out);
     channels_must(op, "out", out, channels_of(op, sources, out, p));
-    if (scale.has_value() != shift.has_value()) refuse(op, ": scale and shift must come together");
     by_type(op, out, [&](auto element) {
       using E = decltype(element);
       using A = typename Wide<E>::type;
       const auto act = range_of<A>(op, activation);
       const auto to = writing<E>(op, "out", out, out, p);
-      const A* factor = scale ? vector<A>(op, "scale", *scale, out.size(1), out) : nullptr;
-      const A* constant = shift ? vector<A>(op, "shift", *shift, out.size(1), out) : nullptr;
-      std::vector<Part<E>> parts(sources.size());
-      int64_t start = 0;
-      for (size_t j = 0; j < parts.size(); ++j) {
-        Part<E>& part = parts[j];
-        part.channels = sources[j].size(1);
-        part.in = reading<E>(op, numbered("source", j), sources[j], out, p);
-        part.scale = factor ? factor + start : nullptr;
-        part.shift = constant ? constant + start : nullptr;
-        start += part.channels;
-      }
-      Device(op, out).gather(parts, start, act, to, p.rows());
+      const auto parts = affine_parts<E>(op, sources, scale, shift, out, p);
+      Device(op, out).gather(parts, out.size(1), act, to, p.rows());
     });
   }
 

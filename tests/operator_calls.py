@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import F64, LAST, seeds, sides, widths
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from thresholdnet.backends import elementwise
 
-OPERATORS = ("gather", "moments", "mask_sums", "send", "linear", "max_pool2d", "max_pool2d_backward")
+OPERATORS = (
+    "gather", "moments", "mask_sums", "send", "linear", "max_pool2d", "max_pool2d_backward", "weight_gradient",
+)  # fmt: skip
 WINOGRAD_OPERATORS = ("winograd_transform", "winograd_weights", "winograd_conv", "winograd_weight_gradient")
 
 
@@ -46,11 +49,13 @@ def operator_cases(draw: Any, names: Sequence[str] = OPERATORS) -> OperatorCase:
     kernel = draw(st.integers(1, 5))
     padding = draw(st.integers(0, kernel // 2))
     side = st.one_of(sides, st.integers(1, 24)).map(lambda size: max(size, kernel - 2 * padding))
+    sums = name == "weight_gradient"
+    channels = tuple(draw(st.lists(st.one_of(widths, st.integers(0, 80)), min_size=1, max_size=5)))
     return OperatorCase(
         name=name,
-        widths=tuple(draw(st.lists(st.one_of(widths, st.integers(0, 80)), min_size=1, max_size=5))),
-        size=(draw(st.integers(1 if name == "moments" else 0, 3)), draw(side), draw(side)),
-        dtype=draw(st.sampled_from([torch.float32, F64, torch.bfloat16])),
+        widths=channels if any(channels) or not sums else (1,),
+        size=(draw(st.integers(1 if sums or name == "moments" else 0, 3)), draw(side), draw(side)),
+        dtype=draw(st.sampled_from([torch.float32, F64, *([] if sums else [torch.bfloat16])])),
         activation=draw(st.sampled_from([1, 2])),
         sliced=tuple(draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4))),
         optional=draw(st.booleans()),
@@ -137,6 +142,16 @@ class Call:
         # of values up to 4 and squares up to 16
         bound = torch.full((2, self.total), 16.0, dtype=F64)
         return [z], [], [], (torch.stack(elementwise.moments(z.double())), bound)
+
+    def weight_gradient(self) -> Any:
+        sources, dz = [self.pixels(width, ALL) for width in self.case.widths], self.pixels(5 * self.case.window[1] - 4)
+        affine = self.vectors(2) if self.case.optional else None
+        act, kernel = self.case.activation if affine else 0, self.case.window[0] | 1
+        read = elementwise.gather(double(sources), tuple(double(affine)) if affine else None, ACTIVATIONS[act])
+        shape = (dz.shape[1], self.total, kernel, kernel)
+        wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
+        bound = conv2d_weight(read.abs(), shape, dz.double().abs(), padding=kernel // 2)
+        return [sources, *(affine or [None, None]), act, dz, kernel], [], [], (wanted, bound)
 
     def mask_sums(self) -> Any:
         g, z = self.pixels(self.total), self.pixels(self.total, FEW)

@@ -9,7 +9,7 @@ from tolerances import assert_close
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from thresholdnet import ThresholdBlock, links
-from thresholdnet.backends import taps
+from thresholdnet.backends import csrc, taps
 
 F64 = torch.float64
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -68,4 +68,5 @@ def test_blocks_equal_the_plain_block(size, unit, activation, monkeypatch):
         results.append([y, own.grad, inference, *(p.grad for p in block.parameters())])
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs)
-    assert ran == {"conv", "data_gradient", "weight_gradient"}
+    of_weights = csrc.reason() is not None or max(size) == 1  # else the C++ library's, which is faster from 2 pixels on
+    assert ran == {"conv", "data_gradient"} | ({"weight_gradient"} if of_weights else set())

@@ -11,6 +11,8 @@
 #include "rows.inl"
 #define WINOGRAD avx512_winograd
 #include "winograd.inl"
+#define WEIGHT_GRADIENTS avx512_weight_gradients
+#include "weight_gradient.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

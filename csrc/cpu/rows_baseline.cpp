@@ -5,3 +5,5 @@
 #include "rows.inl"
 #define WINOGRAD baseline_winograd
 #include "winograd.inl"
+#define WEIGHT_GRADIENTS baseline_weight_gradients
+#include "weight_gradient.inl"

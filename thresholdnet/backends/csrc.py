@@ -133,6 +133,28 @@ def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: 
     return out
 
 
+def correlates(dz: Tensor, kernel_size: int) -> bool:
+    """Whether `weight_gradient` has loops for such a convolution and is worth it.
+
+    Measured against gathering and the library's: 1.2 to 2.9 times as fast for 3x3, 1.0 to 1.6 for 1x1 up to 128
+    outputs, 0.8 to 1.1 beyond. Of single pixels one tap alone counts: `taps.py`.
+    """
+    exact = dz.device.type == "cpu" and dz.dtype in (torch.float32, torch.float64)
+    pays = max(dz.shape[2:]) > 1 and (kernel_size > 1 or dz.shape[1] <= 128)
+    return exact and pays and takes(dz)
+
+
+def weight_gradient(
+    sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str
+) -> Tensor:
+    """See `native.Verbs.weight_gradient`: the sources are read where they lie, nothing is gathered."""
+    scale, shift = (None, None) if affine is None else affine
+    made: Tensor = _operators().weight_gradient(
+        [_rows(source) for source in sources], scale, shift, _ACTIVATIONS[activation], _rows(dz), kernel_size
+    )
+    return made
+
+
 def max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> Tensor:
     """See `elementwise.max_pool2d`."""
     if not _square(kernel, stride, padding, ceil):

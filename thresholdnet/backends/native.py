@@ -2,7 +2,8 @@
 
 On a CPU images of at most 2 x 2 pixels have products of their own (`taps.py`).
 
-The passes over pixels are torch's own operations (`elementwise.py`), or C++ on a CPU (`csrc.py`).
+The passes over pixels are torch's own operations (`elementwise.py`), or C++ on a CPU (`csrc.py`), which also has
+weight gradients that read the links where they lie.
 
 Letters: N batch, C channels, H x W pixels; M = N H W; z raw convolution output, y = act(z * scale + shift), g gradient
 of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last order. Per-channel vectors are float32
@@ -222,6 +223,8 @@ class Verbs:
         activation: str = "relu",
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources."""
+        if self.passes is csrc and csrc.correlates(dz, kernel_size):
+            return csrc.weight_gradient(sources, dz, kernel_size, affine, activation)
         read = self._gathered(sources, affine, activation)
         if taps.takes(read, kernel_size):
             return taps.weight_gradient(read, dz)

@@ -1,0 +1,139 @@
+"""The C++ library's weight gradient, which reads the links where they lie, against torch's in fp64."""
+
+import copy
+
+import pytest
+import torch
+from strategies import F64, LAST
+from tolerances import PASS_RELATIVE, RELATIVE, assert_close
+from torch.nn.grad import conv2d_weight
+
+from thresholdnet import ThresholdBlock, links
+from thresholdnet.backends import csrc, elementwise, native
+
+pytestmark = pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")
+# one row and one column, fewer pixels than the kernel reaches, rows longer than are packed at once, several images at
+# once, several tasks over pixels
+SIZES = [(1, 1, 1), (3, 1, 9), (2, 9, 1), (2, 2, 2), (1, 3, 300), (5, 7, 7), (4, 33, 31)]
+CHANNELS = [([1], 1), ([16], 6), ([3, 14, 1, 20], 13), ([40, 7], 131), ([5] * 9, 260)]
+
+
+def _pixels(*shape, dtype=F64):
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=LAST)
+
+
+def _among_others(x):
+    """The same values as a slice of channels whose neighbours are NaN."""
+    n, c, h, w = x.shape
+    wide = torch.full((n, c + 7, h, w), float("nan"), dtype=x.dtype).contiguous(memory_format=LAST)
+    wide[:, 3 : 3 + c] = x
+    return wide[:, 3 : 3 + c]
+
+
+def _error(found, wanted):
+    return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
+    torch.manual_seed(0)
+    widths, outputs = channels
+    n, h, w = size
+    sources = [_among_others(_pixels(n, width, h, w, dtype=dtype)) for width in widths]
+    dz = _among_others(_pixels(n, outputs, h, w, dtype=dtype))
+    shape = (outputs, sum(widths), kernel, kernel)
+    for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
+        wide_affine = None if affine is None else tuple(v.double() for v in affine)
+        for activation in ("relu", "relu6") if affine else ("relu",):
+            read = elementwise.gather([s.double() for s in sources], wide_affine, activation)
+            wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
+            found = csrc.weight_gradient(sources, dz, kernel, affine, activation)
+            assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
+            assert _error(found, wanted) <= (PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10)
+
+
+def test_no_worse_than_the_library_over_many_pixels():
+    torch.manual_seed(0)
+    x, dz = _pixels(8, 24, 56, 56, dtype=torch.float32), _pixels(8, 20, 56, 56, dtype=torch.float32)
+    shape = (20, 24, 3, 3)
+    wanted = conv2d_weight(x.double(), shape, dz.double(), padding=1)
+    library = _error(conv2d_weight(x, shape, dz, padding=1), wanted)
+    assert _error(csrc.weight_gradient([x], dz, 3, None, "relu"), wanted) <= 2 * library
+
+
+def test_taps_outside_the_image_are_no_products_with_zero():
+    x, dz = torch.ones(2, 1, 1, 3, 3, dtype=F64)
+    x[0, 0, 0, 0] = float("inf")
+    found = csrc.weight_gradient([x], dz, 3, None, "relu")[0, 0]
+    inf = float("inf")  # where a tap sees that corner; a zero beside the image, times it, would be NaN
+    assert torch.equal(found, torch.tensor([[inf, inf, 4], [inf, inf, 6], [4, 6, 4]], dtype=F64))
+
+
+@pytest.mark.parametrize("size", [(2, 28, 28), (9, 7, 7)])
+def test_sums_do_not_depend_on_the_number_of_threads(size):
+    n, h, w = size
+    x, dz = _pixels(n, 70, h, w, dtype=torch.float32), _pixels(n, 33, h, w, dtype=torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [csrc.weight_gradient([x[:, :31], x[:, 31:]], dz, 3, None, "relu") for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])
+def test_blocks_run_on_it_and_gather_nothing_for_it(unit, monkeypatch):
+    ran, library = [], []
+    true = csrc.weight_gradient
+    monkeypatch.setattr(csrc, "weight_gradient", lambda *given: (ran.append(given[2]), true(*given))[1])
+    monkeypatch.setattr(native, "conv2d_weight", lambda *given, **named: library.append(given))
+    torch.manual_seed(0)
+    plain = ThresholdBlock(9, links.threshold_ab(5, 2), 6, unit=unit, dtype=F64)
+    fused = copy.deepcopy(plain).fuse(True, "native")
+    x = torch.randn(3, 9, 6, 5, dtype=F64)
+    for block in (plain, fused):
+        y = block(x)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=F64).view(y.shape))
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)
+    assert sorted(ran) == sorted([3] * 5 if unit == "conv_bn_relu" else [1, 3] * 5) and not library
+
+
+def test_what_goes_to_the_library():
+    assert csrc.correlates(_pixels(1, 500, 2, 1), 3) and csrc.correlates(_pixels(1, 128, 2, 2), 1)
+    assert not csrc.correlates(_pixels(1, 129, 2, 2), 1), "measured: the library's is faster"
+    assert not csrc.correlates(_pixels(2, 3, 1, 1), 3), "one tap counts: taps.py"
+    assert not csrc.correlates(_pixels(2, 3, 4, 4, dtype=torch.bfloat16), 3)
+    assert not csrc.correlates(torch.zeros(2, 3, 4, 4, device="meta"), 3)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
+        ({"kernel_size": -1}, "kernel_size must be odd, got -1"),
+        ({"scale": None}, "scale and shift must come together"),
+        ({"sources": []}, "must have pixels and channels, got 0 channels"),
+        ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),
+        ({"dz": _pixels(2, 3, 4, 5)}, "tensor 0 must have shape [2, C, 4, 5], got [2, 6, 4, 4]"),
+        ({"dz": _pixels(2, 3, 4, 4, dtype=torch.float32)}, "tensor 0 must have the dtype of the other tensors"),
+        ({"shift": torch.zeros(5, dtype=F64)}, "shift must be a contiguous vector of 6 elements"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(change, said):
+    vector = torch.ones(6, dtype=F64)
+    given = dict(sources=[_pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, dz=_pixels(2, 3, 4, 4))
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.thresholdnet_csrc.weight_gradient(**{**given, "kernel_size": 3, **change})
+    assert said in str(error.value) and str(error.value).startswith("weight_gradient: ")
+
+
+def test_half_formats_are_refused():
+    x = _pixels(2, 6, 4, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="weight_gradient: tensors must be float32 or float64"):
+        torch.ops.thresholdnet_csrc.weight_gradient([x], None, None, 0, x, 3)
