@@ -126,6 +126,22 @@ def test_more_providers_measure_a_case_again_as_a_whole(tmp_path):
     assert set(second["fused_native"]["ratios"]) == {"eager", "eager_channels_last"}
 
 
+def test_without_rounds_there_are_bytes_and_no_times(tmp_path):
+    file = tmp_path / "run.json"
+    run("bench", "--model", TINY, "--mode", "train", "--rounds", 0, *options(*FEW), "--out", file)
+    rows = by_provider(json.loads(file.read_text())["rows"])
+    for row in rows.values():
+        assert row["ms_median"] is None and row["runs"] == 0 and row["ratios"] == {} and "reason" not in row
+        assert row["saved_bytes"] > 0 and row["peak_bytes"] > 0 and row["check"]
+    _, text = run("bench", "--report", file)
+    assert "Without a time" not in text
+    assert (
+        f"| fused_native | - | - | - | - | {rows['fused_native']['saved_bytes'] / 1e6:,.1f} ("
+        in file.with_suffix(".md").read_text()
+    )
+    assert file.with_name("run-train.png").stat().st_size > 1000
+
+
 def test_another_machine_does_not_go_on_in_the_same_file(measured, tmp_path):
     content, _, _ = measured
     file = tmp_path / "other.json"
@@ -314,7 +330,7 @@ def test_help_names_every_provider_and_level():
             ("--model", "hardnet68/stages.9", "--level", "block"),
             "has the blocks stages.0, stages.1, stages.2, stages.3",
         ),
-        (("--rounds", "0"), "rounds must be at least 1, got 0"),
+        (("--rounds", "-1"), "rounds must be at least 0, got -1"),
         (("--batch", "0"), "batch must be at least 1, got 0"),
         (("--dtype", "int8"), "dtype 'int8' is unknown"),
         (("--mode", "test"), "mode 'test' is unknown; known: train, infer"),

@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Any], stem: Path) -> list[Path]:
     """
     files = []
     for title, chosen in tables(results["rows"]).items():
-        rows = [row for row in chosen if row["ms_median"] is not None]
+        rows = [row for row in chosen if "reason" not in row]
         if rows:
             name = f"{stem.name}{'-block' if '/' in rows[0]['model'] else ''}-{rows[0]['mode']}.png"
             files.append(stem.with_name(name))
@@ -51,10 +51,10 @@ def draw(results: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def steps(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Panels of time above panels of memory, one a case; a bar a provider, in the same place in every panel.
+    """Panels of time, where there are times, above panels of memory, one a case; a bar a provider, in one place.
 
     Args:
-        rows: with times, of one kind of step.
+        rows: of one kind of step.
         path: PNG file to write.
     """
     cases = list(dict.fromkeys(case(row) for row in rows))
@@ -64,11 +64,12 @@ def steps(rows: Sequence[Row], title: str, path: Path) -> None:
     columns = min(COLUMNS, len(cases))
     lines = math.ceil(len(cases) / columns)
     height = 0.55 + 0.23 * len(names)
-    figure = _figure(2.1 + 2.6 * columns, 1.3 + 2 * lines * height)
-    grid = figure.subplots(2 * lines, columns, squeeze=False)
     parts: list[tuple[str, Callable[[Row], tuple[float, float, float, str] | None]]] = [
-        ("time", _time), (what, lambda row: _bytes(row, rows, kept)),
-    ]  # fmt: skip
+        *([("time", _time)] if any(row["ms_median"] is not None for row in rows) else []),
+        (what, lambda row: _bytes(row, rows, kept)),
+    ]
+    figure = _figure(2.1 + 2.6 * columns, 1.3 + len(parts) * lines * height)
+    grid = figure.subplots(len(parts) * lines, columns, squeeze=False)
     for part, (quantity, value_of) in enumerate(parts):
         for index in range(lines * columns):
             axes = grid[part * lines + index // columns, index % columns]
@@ -122,6 +123,8 @@ def _panel(
 def _time(row: Row) -> tuple[float, float, float, str] | None:
     """The row's time over the base's with the same graph treatment, its spread, and both in words."""
     base = label_of(BASE, row["graph"])
+    if row["ms_median"] is None:
+        return None
     ratio = {"median": 1.0, "p20": 1.0, "p80": 1.0} if label(row) == base else row["ratios"].get(base)
     if ratio is None:
         return None

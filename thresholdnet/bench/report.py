@@ -24,9 +24,9 @@ def markdown(results: Mapping[str, Any], name: str = "") -> str:
     rows, layers = results["rows"], results["layers"]
     lines = [f"**{name or 'bench'}**: {where(results['machine'])}, commit {_commit(results['machine'])}"]
     for title, chosen in tables(rows).items():
-        timed = [row for row in chosen if row["ms_median"] is not None]
-        if timed:
-            lines += ["", f"### {title}", "", *_steps(timed, rows)]
+        measured = [row for row in chosen if "reason" not in row]
+        if measured:
+            lines += ["", f"### {title}", "", *_steps(measured, rows)]
     if rows:
         lines += [
             "",
@@ -150,7 +150,7 @@ def _summary(timed: Sequence[Row]) -> list[str]:
 def _without_time(rows: Sequence[Row]) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row["ms_median"] is None:
+        if "reason" in row:
             what = f"{layer(row)} {row['operation']}" if "operation" in row else f"{case(row)} {row['mode']}"
             reasons.setdefault((label(row), row["reason"]), []).append(what)
     if not reasons:
@@ -183,6 +183,8 @@ def layer(row: Row) -> str:
 
 
 def _time(row: Row) -> str:
+    if row["ms_median"] is None:
+        return "-"
     digits = 1 if row["ms_median"] >= 10 else 3
     return f"{row['ms_median']:,.{digits}f} ({row['ms_p20']:,.{digits}f} to {row['ms_p80']:,.{digits}f})"
 

@@ -3,7 +3,8 @@
 {"machine": {...}, "rows": [...], "layers": [...], "peaks": {...}}. A row has
 - model (with its block where that alone ran: "thresholdnet_v1/stages.3"), image, batch, dtype, mode, provider, graph;
   device, threads, backend;
-- ms_median, ms_p20, ms_p80 over its runs (null without a time, then "reason" says why); ms, a round each;
+- ms_median, ms_p20, ms_p80 over its runs (null without a time: none was asked for, or "reason" says why); ms, a round
+  each;
 - ratios {label of a baseline: {median, p20, p80}}, above 1 where the row is faster than that;
 - peak_bytes and saved_bytes; peak_by and saved_by, which say how they were found;
 - check (errors and their bounds); first_call_s, compile_cache_hits;

@@ -35,7 +35,7 @@ class Settings:
     """How to measure.
 
     Attributes:
-        rounds: timed steps of every provider.
+        rounds: timed steps of every provider; 0: none, bytes and checks alone.
         warmup: rounds before them that are not timed.
         device: "cpu", "cuda" or "cuda:1".
         cuda_graph: measure every provider also with its step captured as a CUDA graph.
@@ -47,7 +47,7 @@ class Settings:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        checks.integer("rounds", self.rounds, 1)
+        checks.integer("rounds", self.rounds, 0)
         checks.integer("warmup", self.warmup, 0)
         kind = self.device.partition(":")[0]
         checks.one_of("device", kind, ("cpu", "cuda"))
@@ -117,7 +117,7 @@ def run(entries: Sequence[Entry], settings: Settings, clock: Clock, tell: Tell, 
         Conditions, fields of every row: load averages, what other processes took, and a warning where that is much.
     """
     running = [entry for entry in entries if entry.step is not None]
-    if not running:
+    if not running or not settings.rounds:
         return {}
     load, watched = os.getloadavg()[0], Neighbours()
     total = settings.warmup + settings.rounds

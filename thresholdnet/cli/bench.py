@@ -78,7 +78,9 @@ def bench_command(
     pattern: Annotated[
         str | None, typer.Option("--filter", help="Regular expression of cases, such as 'densenet.* 8x224.* train'.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each provider, one a round.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(help="Timed steps of each provider, one a round; 0: bytes and checks alone.")
+    ] = 7,
     warmup: Annotated[int, typer.Option(help="Rounds before them that are not timed.")] = 2,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="On a GPU: measure every step also as a captured graph.")
