@@ -21,9 +21,12 @@ from .plan import BlockPlan
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts operands of a convolution to on this device; None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _block_spec(
