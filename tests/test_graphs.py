@@ -196,6 +196,16 @@ def test_what_a_graph_does_not_fit_runs_the_model() -> None:
         assert ran() == "model"
         model[2][2].weight.data = kept
         assert ran() == "graph"
+    own = model[2][2].weight
+    model[2][2].weight = torch.nn.Parameter(own.detach().clone())  # another parameter
+    assert ran() == "model"
+    model[2][2].weight = own
+    assert ran() == "graph"
+    head = model[2][2]
+    model[2][2] = copy.deepcopy(head)  # another module
+    assert ran() == "model"
+    model[2][2] = head
+    assert ran() == "graph"
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)  # other parameters, too
     assert ran() == "model"
 

@@ -31,7 +31,7 @@ class Graphed(nn.Module):
     Parameters and buffers are those of the model, which lies in `model`: an optimizer over them, or a state dict loaded
     into them, works as before. Whatever the graph does not fit runs the model itself: a batch of another shape, dtype
     or device, one that wants a gradient, another autocast dtype, another mode of any module inside, parameters that
-    were frozen or moved to other memory.
+    were frozen, moved to other memory or replaced, another module in the place of one.
 
     Attributes:
         ran: "graph" or "model": what ran last; "" before the first call.
@@ -43,7 +43,9 @@ class Graphed(nn.Module):
         self.model = model
         self.ran = ""
         # lists: walking the modules at every call would take longer than a small step
-        self._modules_inside, self._parameters_inside = list(model.modules()), list(model.parameters())
+        self._modules_inside = list(model.modules())
+        self._children = [module._modules for module in self._modules_inside if module._modules]
+        self._places = [(module._parameters, name) for module in self._modules_inside for name in module._parameters]
         self._autocast = autocast_dtype(sample.device)
         own = sample.detach().clone()  # what later batches are copied into
         with _unchanged(model, sample.device), _uncached_autocast(sample.device), holding() as self._constants:
@@ -58,7 +60,7 @@ class Graphed(nn.Module):
             made: Tensor = self.model(x)
             return made
         self.ran = "graph"
-        for parameter in self._parameters_inside:
+        for parameter in self._parameters_inside():
             # .grad may be the very memory that the graph's backward overwrites; here gradients are being accumulated
             if parameter.grad is not None and self.training:
                 parameter.grad = parameter.grad.clone()
@@ -73,13 +75,18 @@ class Graphed(nn.Module):
             and self._state() == self._captured
         )
 
+    def _parameters_inside(self) -> list[nn.Parameter]:
+        """As the modules hold them now: `load_state_dict(assign=True)` puts others in their place."""
+        return [parameter for held, name in self._places if (parameter := held.get(name)) is not None]
+
     def _state(self) -> tuple[list[Any], ...]:
-        """What of the model a capture takes for constant: modes, and which memory is read."""
+        """What of the model a capture takes for constant: its modules, their modes, and which memory is read."""
+        parameters = self._parameters_inside()
         return (
+            [child for held in self._children for child in held.values()],
             [module.training for module in self._modules_inside],
-            [parameter.requires_grad for parameter in self._parameters_inside],
-            [parameter.data_ptr() for parameter in self._parameters_inside],
-            [next(self.model.parameters(), None) is parameter for parameter in self._parameters_inside[:1]],
+            [parameter.requires_grad for parameter in parameters],
+            [parameter.data_ptr() for parameter in parameters],
         )
 
 
