@@ -247,7 +247,7 @@ def test_half_formats_are_no_worse_than_plain_torch(unit, dtype, backend):
 @pytest.mark.parametrize("unit", UNITS)
 def test_integer_operands_give_exact_equality(unit, backend):
     """Small integers in weights, features and statistics: every sum is exact in fp32, so nothing may differ."""
-    block = ThresholdBlock(3, links.dense(3), 4, unit=unit, norm_eps=0.0).eval()
+    block = ThresholdBlock(3, links.dense(3), 4, unit=unit, norm_eps=1e-30).eval()  # lost in 1; torch 2.11 refuses 0
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         if parameter.dim() == 4:
