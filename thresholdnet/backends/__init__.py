@@ -152,7 +152,7 @@ def _interpreted() -> bool:
 def _native_details() -> str:
     reason = csrc.reason()
     passes = f"torch operations ({reason})" if reason else f"C++ ({csrc.instructions()})"
-    said = f"on a CPU torch's convolution, and passes over pixels in {passes}"
+    said = f"on a CPU torch's convolution, weight gradients and passes over pixels in {passes}"
     if torch.cuda.is_available():
         reason = csrc.cuda_reason()
         said += f"; on a GPU {f'torch operations ({reason})' if reason else 'our CUDA kernels'}"
