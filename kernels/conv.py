@@ -183,10 +183,10 @@ def convolution(
             a = activate(a.to(ACC) * scale[None, :] + shift[None, :], ACTIVATION).to(source.dtype.element_ty)
             if TAPS:
                 a = tl.where(valid, a, 0.0)  # the border is zero after the activation, not before it
-        acc = tl.dot(a, tl.load(weight_at).T, acc, input_precision=PRECISION)
+        acc = tl.dot(a, tl.load(weight_at).T, acc, input_precision=PRECISION, out_dtype=ACC)
         weight_at += TILE_K
         if TILE_COLUMNS2 > 0:
-            acc2 = tl.dot(a, tl.load(weight2_at).T, acc2, input_precision=PRECISION)
+            acc2 = tl.dot(a, tl.load(weight2_at).T, acc2, input_precision=PRECISION, out_dtype=ACC)
             weight2_at += TILE_K
     _epilogue(
         acc, columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,

@@ -70,7 +70,7 @@ def gather_readers(
                 other=0.0,
             )
             w = tl.load(weight_at + part * DEPTH)
-            g = tl.dot(w, d.T, g, input_precision=PRECISION)
+            g = tl.dot(w, d.T, g, input_precision=PRECISION, out_dtype=ACC)
         passes = passes_gradient(xhat * scale[:, None] + shift[:, None], ACTIVATION)
         g = tl.where(passes, g, 0.0)
         total += g * scale[:, None]

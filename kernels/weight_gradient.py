@@ -74,9 +74,9 @@ def weight_gradient(
             if TAPS:
                 a = tl.where(valid, a, 0.0)
         if SWAPPED:
-            acc = tl.dot(d.T, a, acc, input_precision=PRECISION)
+            acc = tl.dot(d.T, a, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
-            acc = tl.dot(a.T, d, acc, input_precision=PRECISION)
+            acc = tl.dot(a.T, d, acc, input_precision=PRECISION, out_dtype=ACC)
     to = partial + split * all_k * all_columns
     if SWAPPED:
         tl.store(to + k[None, :] * all_columns + columns[:, None], acc)
