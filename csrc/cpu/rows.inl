@@ -3,9 +3,9 @@
 //
 // Channels are walked in GCC's vector types of VECTOR bytes, which the file that includes this defines as what its
 // instructions have: GCC takes comparisons of longer vectors apart into scalars. Rows are finished one after the other,
-// because walks that jump from row to row defeat prefetching and write combining: four rows of three tensors at once took
-// twice as long from memory. Sums live in the first-level cache. Of `moments`, which reads one tensor and writes none,
-// AT_ONCE rows go together, so that a sum is loaded and stored once for all of them.
+// because walks that jump from row to row defeat prefetching and write combining: four rows of three tensors at once
+// took twice as long from memory. Sums live in the first-level cache. Of `moments`, which reads one tensor and writes
+// none, AT_ONCE rows go together, so that a sum is loaded and stored once for all of them.
 #include <cstring>
 
 #include "rows.h"

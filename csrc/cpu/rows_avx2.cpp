@@ -9,6 +9,7 @@
 #define NAME "avx2"
 #define VECTOR 32
 #include "rows.inl"
+#include "products.inl"
 #define WINOGRAD avx2_winograd
 #include "winograd.inl"
 #define WEIGHT_GRADIENTS avx2_weight_gradients

@@ -9,6 +9,7 @@
 #define NAME "avx512"
 #define VECTOR 64
 #include "rows.inl"
+#include "products.inl"
 #define WINOGRAD avx512_winograd
 #include "winograd.inl"
 #define WEIGHT_GRADIENTS avx512_weight_gradients

@@ -3,6 +3,7 @@
 #define NAME "baseline"
 #define VECTOR 16
 #include "rows.inl"
+#include "products.inl"
 #define WINOGRAD baseline_winograd
 #include "winograd.inl"
 #define WEIGHT_GRADIENTS baseline_weight_gradients

@@ -3,9 +3,9 @@
 //   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - r, j - r), c],   a = act(x * scale + shift),  r = k / 2
 //
 // p: a pixel; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix product per tap, O x C
-// over all pixels, and the k * k of them share what they read. C is cut into panels, of which a task takes one: it packs
-// its channels of some rows of pixels, activated, side by side, so that they stay in the first-level cache for all taps
-// and outputs, and adds up in registers.
+// over all pixels, and the k * k of them share what they read. C is cut into panels. Of some rows of pixels at once, a
+// panel's channels are packed side by side, activated, where they stay in the first-level cache for all taps and
+// outputs, and sums are kept in registers.
 //
 // No torch here. No sum depends on the number of threads: tasks and their order come from the shapes alone.
 #pragma once
@@ -13,26 +13,28 @@
 
 namespace thresholdnet {
 
-template <class E>
-struct Correlation {  // one call; rows are rows of pixels, [images * height] of them
-  const Part<E>* parts;
+template <class A>
+struct Correlation {  // one call, of float or double; rows are rows of pixels, [images * height] of them
+  static constexpr int64_t TOGETHER = 256;  // pixels that are packed at once, about
+
+  const Part<A>* parts;
   int64_t count, channels;
-  Range<typename Wide<E>::type> act;
-  Rows<const E> dz;
+  Range<A> act;
+  Rows<const A> dz;
   int64_t outputs, kernel, rows, height, width;
 
   int64_t taps() const { return kernel * kernel; }
+  int64_t rows_together() const { return width < TOGETHER ? TOGETHER / width : 1; }
+  int64_t pixels_packed() const { return (rows_together() + kernel - 1) * width; }  // with the rows above and below
 };
 
-template <class E>
+template <class A>
 struct WeightGradient {
-  using A = typename Wide<E>::type;
-  int64_t panel;  // channels a task
-  // elements that `accumulate` needs
-  int64_t (*scratch)(const Correlation<E>& call);
-  // sums [panels, taps, outputs, panel] of the panels [begin, end), over the rows [first, last)
+  int64_t panel;  // channels
+  // sums [panels, taps, outputs, panel] of the panels [begin, end), over the rows [first, last); `packed` has room for
+  // pixels_packed() x panel
   void (*accumulate)(
-      const Correlation<E>& call, int64_t begin, int64_t end, int64_t first, int64_t last, A* scratch, A* sums);
+      const Correlation<A>& call, int64_t begin, int64_t end, int64_t first, int64_t last, A* packed, A* sums);
 };
 
 struct WeightGradients {

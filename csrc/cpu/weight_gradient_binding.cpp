@@ -17,49 +17,51 @@ constexpr int64_t SPLITS = 8;      // of the pixels: each has sums of its own
 constexpr int64_t LEAST = 1024;    // pixels a task, or zeroing and merging its sums would count
 constexpr int64_t GRAIN = 131072;  // multiply-adds that are worth a thread
 
-template <class E>
-const WeightGradient<E>& loops() {
+template <class A>
+const WeightGradient<A>& loops() {
 #if defined(__x86_64__)
   static const WeightGradients& found =
       chosen(baseline_weight_gradients, avx2_weight_gradients, avx512_weight_gradients);
 #else
   static const WeightGradients& found = baseline_weight_gradients;
 #endif
-  if constexpr (sizeof(E) == sizeof(double)) return found.f64;
+  if constexpr (sizeof(A) == sizeof(double)) return found.f64;
   else return found.f32;
 }
 
 int64_t ratio_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-template <class E>
-void correlate(const Correlation<E>& call, E* dw) {
-  const int64_t panel = loops<E>().panel, panels = ratio_up(call.channels, panel);
+template <class A>
+void correlate(const Correlation<A>& call, A* dw) {
+  const int64_t panel = loops<A>().panel, panels = ratio_up(call.channels, panel);
   const int64_t most = std::clamp<int64_t>(call.rows * call.width / LEAST, 1, SPLITS);
   const int64_t share = ratio_up(call.rows, most), splits = ratio_up(call.rows, share);
   const int64_t group = ratio_up(panels, std::min(panels, ratio_up(TASKS, splits))), groups = ratio_up(panels, group);
   const int64_t size = call.taps() * call.outputs * panel;
-  const std::unique_ptr<E[]> sums(new E[splits * panels * size]);
-  const int64_t work = std::max<int64_t>(1, share * call.width * group * size);
-  torch::stable::parallel_for(0, splits * groups, std::max<int64_t>(1, GRAIN / work), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<E[]> scratch(new E[loops<E>().scratch(call)]);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task / groups, first = split * share, last = std::min(call.rows, first + share);
-      const int64_t from = task % groups * group, to = std::min(panels, from + group);
-      loops<E>().accumulate(call, from, to, first, last, scratch.get(), sums.get() + (split * panels + from) * size);
-    }
-  });
+  const std::unique_ptr<A[]> sums(new A[splits * panels * size]);
+  const auto grain = [](int64_t work) { return std::max<int64_t>(1, GRAIN / work); };
+  torch::stable::parallel_for(
+      0, splits * groups, grain(share * call.width * group * size), [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<A[]> packed(new A[call.pixels_packed() * panel]);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t split = task / groups, first = split * share, last = std::min(call.rows, first + share);
+          const int64_t from = task % groups * group, to = std::min(panels, from + group);
+          A* part = sums.get() + (split * panels + from) * size;
+          loops<A>().accumulate(call, from, to, first, last, packed.get(), part);
+        }
+      });
   const int64_t taps = call.taps(), row = call.channels * taps;
-  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 8 * GRAIN / (size * panel)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, panels, grain(splits * size), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      E* total = sums.get() + k * size;
+      A* total = sums.get() + k * size;
       for (int64_t split = 1; split < splits; ++split) {
-        const E* more = total + split * panels * size;
+        const A* more = total + split * panels * size;
         for (int64_t i = 0; i < size; ++i) total[i] += more[i];
       }
       const int64_t channels = std::min(panel, call.channels - k * panel);
       for (int64_t o = 0; o < call.outputs; ++o) {
-        const E* from = total + o * panel;
-        E* to = dw + o * row + k * panel * taps;
+        const A* from = total + o * panel;
+        A* to = dw + o * row + k * panel * taps;
         if (taps == 1) {
           std::copy(from, from + channels, to);
           continue;
@@ -78,7 +80,8 @@ Tensor weight_gradient(
   const Pixels p = pixels_of(op, "dz", dz);
   const int64_t channels = channels_of(op, sources, dz, p), outputs = dz.size(1);
   if (p.rows() == 0 || channels == 0 || outputs == 0)
-    refuse(op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
+    refuse(
+        op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
   if (kernel < 1 || kernel % 2 == 0) refuse(op, ": kernel_size must be odd, got ", kernel);
   if (dz.scalar_type() != ScalarType::Float && dz.scalar_type() != ScalarType::Double)
     refuse(op, ": tensors must be float32 or float64");

@@ -1,17 +1,14 @@
-// The loops of winograd.h. Included behind rows.inl, once per instruction set, with WINOGRAD defined beside what rows.inl
-// wants. Transforms walk a pixel's channels, one vector of them at a time.
-//
-// The matrix products are outer products in registers: ROWS rows (tiles forward, input channels in the weight gradient)
-// times two vectors of outputs. That is 12 sums, enough to hide the latency of two multiply-adds a cycle, and with two
-// vectors of weights and one row's value it fits 16 registers.
+// The loops of winograd.h. Included behind rows.inl and products.inl, once per instruction set, with WINOGRAD defined.
+// Transforms walk a pixel's channels, one vector of them at a time. The matrix products are outer products of ROWS rows
+// (tiles forward, input channels in the weight gradient) and two vectors of outputs.
 #include "winograd.h"
 
 namespace thresholdnet {
 namespace {
 
-constexpr int LANES = VECTOR / sizeof(float);
+constexpr int LANES = LANES_OF<float>;
 using Lane = Vec<float, LANES>;
-constexpr int64_t ROWS = 6, PANEL = 2 * LANES;
+constexpr int64_t PANEL = 2 * LANES;
 constexpr int64_t DEPTH = 8;  // blocks of tiles that the weight gradient adds up while they are in the cache
 static_assert(TILES % ROWS == 0 && GROUP % PANEL == 0 && GRADIENT_PAD % LANES == 0, "blocks of whole rows and vectors");
 
@@ -188,28 +185,17 @@ void pack(
 template <int V>
 INLINE void multiply(
     const Source* sources, int64_t count, int64_t row, const float* weights, float* products, int64_t stride) {
-  Lane sums[ROWS][V] = {};
+  Sums<ROWS, V, float> sums = {};
   for (int64_t j = 0; j < count; ++j) {
     const int64_t channels = sources[j].channels;
     const float* x = sources[j].data + row * channels;
     const float* next = x + ROWS * channels;
     for (int64_t c = 0; c < channels; ++c, ++x, weights += V * LANES) {
       __builtin_prefetch(next + ROWS * c);  // the rows that follow, here or at the next position
-      Lane w[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) w[v] = load<LANES>(weights + v * LANES);
-#pragma GCC unroll 6
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sums[r][v] += x[r * channels] * w[v];
-      }
+      add_product(sums, x, channels, weights);
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store<LANES>(products + r * stride + v * LANES, sums[r][v]);
-  }
+  store_sums(sums, products, stride);
 }
 
 void write_tile(
@@ -268,30 +254,13 @@ void convolve(
 template <int R, int V>
 INLINE void accumulate(
     const float* x, int64_t channels, const float* g, int64_t width, int64_t blocks, float* sums, int64_t stride) {
-  Lane s[R][V];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) s[r][v] = load<LANES>(sums + r * stride + v * LANES);
-  }
+  Sums<R, V, float> found;
+  load_sums(found, sums, stride);
   for (int64_t k = 0; k < blocks; ++k) {
-    const float *row = x + k * POSITIONS * TILES * channels, *column = g + k * POSITIONS * TILES * width;
-    for (int64_t i = 0; i < TILES; ++i, row += channels, column += width) {
-      Lane w[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) w[v] = load<LANES>(column + v * LANES);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) s[r][v] += row[r] * w[v];
-      }
-    }
+    const int64_t start = k * POSITIONS * TILES;
+    add_products(found, x + start * channels, channels, g + start * width, width, TILES);
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store<LANES>(sums + r * stride + v * LANES, s[r][v]);
-  }
+  store_sums(found, sums, stride);
 }
 
 // The same for `rows` <= R channels.
