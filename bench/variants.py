@@ -182,7 +182,7 @@ def tile(op: Operation, o: Operands, grouped: bool = True) -> configs.Convolutio
 
 
 @triton.jit
-def read_blocks(source, sums, blocks, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def read_blocks(source, sums, blocks, total, BLOCK: tl.constexpr):
     """sums[program]: over every programs-th of `total` blocks, round a source of `blocks`, past the L1 cache."""
     found = tl.zeros((BLOCK,), tl.int32)
     for number in range(tl.program_id(0), total, tl.num_programs(0)):

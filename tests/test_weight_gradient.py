@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from strategies import F64, LAST
-from tolerances import PASS_RELATIVE, RELATIVE, assert_close
+from tolerances import PASS_RELATIVE, RELATIVE, assert_close, largest_error
 from torch.nn.grad import conv2d_weight
 
 from thresholdnet import ThresholdBlock, links
@@ -30,10 +30,6 @@ def _among_others(x):
     return wide[:, 3 : 3 + c]
 
 
-def _error(found, wanted):
-    return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
-
-
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -45,6 +41,7 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     sources = [_among_others(_pixels(n, width, h, w, dtype=dtype)) for width in widths]
     dz = _among_others(_pixels(n, outputs, h, w, dtype=dtype))
     shape = (outputs, sum(widths), kernel, kernel)
+    bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
         wide_affine = None if affine is None else tuple(v.double() for v in affine)
         for activation in ("relu", "relu6") if affine else ("relu",):
@@ -52,7 +49,7 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
             wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
             found = csrc.weight_gradient(sources, dz, kernel, affine, activation)
             assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
-            assert _error(found, wanted) <= (PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10)
+            assert largest_error(found, wanted) <= bound
 
 
 def test_no_worse_than_the_library_over_many_pixels():
@@ -60,8 +57,8 @@ def test_no_worse_than_the_library_over_many_pixels():
     x, dz = _pixels(8, 24, 56, 56, dtype=torch.float32), _pixels(8, 20, 56, 56, dtype=torch.float32)
     shape = (20, 24, 3, 3)
     wanted = conv2d_weight(x.double(), shape, dz.double(), padding=1)
-    library = _error(conv2d_weight(x, shape, dz, padding=1), wanted)
-    assert _error(csrc.weight_gradient([x], dz, 3, None, "relu"), wanted) <= 2 * library
+    library = largest_error(conv2d_weight(x, shape, dz, padding=1), wanted)
+    assert largest_error(csrc.weight_gradient([x], dz, 3, None, "relu"), wanted) <= 2 * library
 
 
 def test_taps_outside_the_image_are_no_products_with_zero():

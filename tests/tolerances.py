@@ -13,14 +13,19 @@ RELATIVE = {
 }
 
 
+def largest_error(actual, expected, least=1e-30):
+    """The largest difference of two elements, relative to the largest element, or to `least` if that is larger."""
+    scale = max(expected.abs().max().item(), least)
+    return (actual.double() - expected.double()).abs().max().item() / scale
+
+
 def assert_close(actual, expected, dtype=None, what=""):
     """Per element, relative to the largest element."""
     dtype = dtype or expected.dtype
     assert actual.shape == expected.shape, what
     if expected.numel() == 0:
         return
-    scale = max(expected.abs().max().item(), 1e-12)
-    error = (actual.double() - expected.double()).abs().max().item() / scale
+    error = largest_error(actual, expected, least=1e-12)
     assert error <= RELATIVE[dtype], f"{what}: {error:.2e} > {RELATIVE[dtype]:.0e}"
 
 

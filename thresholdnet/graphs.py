@@ -60,9 +60,9 @@ class Graphed(nn.Module):
             made: Tensor = self.model(x)
             return made
         self.ran = "graph"
-        for parameter in self._parameters_inside():
+        for parameter in self._parameters_inside() if self.training else ():
             # .grad may be the very memory that the graph's backward overwrites; here gradients are being accumulated
-            if parameter.grad is not None and self.training:
+            if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
         return self._call(x).clone()  # the next call overwrites what the graph returns
 
