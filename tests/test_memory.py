@@ -1,5 +1,7 @@
 """The memory account against what a real step on the CPU keeps, and against numbers counted by hand."""
 
+import weakref
+
 import pytest
 import torch
 from saved import saved_tensors, storage_bytes
@@ -7,6 +9,7 @@ from torch import nn
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
+from thresholdnet.backends import native
 from thresholdnet.models import fuse_blocks
 
 
@@ -66,6 +69,34 @@ def test_a_hand_counted_network():
     # at the peak, in the ReLU's backward: its result, the network's output (4), the gradients on both of its sides
     assert (8 + 4 + 8 + 8) * pixels <= report.peak <= 28 * pixels + 16  # and two scalars
     assert report.blocks == {}
+
+
+@pytest.mark.parametrize("pattern", [links.harmonic(8), links.dense(4), links.threshold_ab(8, 4)])
+def test_backward_holds_what_is_still_to_be_read(pattern, monkeypatch):
+    block = ThresholdBlock(16, pattern, 8, fused=True, backend="native")
+    plan, layers = block.plan, block.plan.num_layers
+    activated, arrived = {}, {layer: None for layer in range(1, layers + 1)}  # weak references to nodes, to dz
+
+    class Verbs(native.Verbs):
+        def normalise(self, z, affine, activation, *, into):
+            y = super().normalise(z, affine, activation, into=into)
+            activated[into[1]] = weakref.ref(y)
+            return y
+
+        def weight_gradient(self, sources, dz, kernel_size, **options):
+            layer = next(layer for layer in range(layers, 0, -1) if arrived[layer] is None)
+            arrived[layer] = weakref.ref(dz)
+            wanted = {node for node, readers in enumerate(plan.readers) if readers and readers[0] <= layer}
+            assert {node for node, y in activated.items() if y() is not None} <= wanted
+            held = [reader for reader, found in arrived.items() if found is not None and found() is not None]
+            assert all(min(plan.links[reader - 1]) <= layer for reader in held)
+            return super().weight_gradient(sources, dz, kernel_size, **options)
+
+    out = block(torch.randn(2, 16, 6, 6))
+    monkeypatch.setattr(native, "Verbs", Verbs)
+    out.sum().backward()
+    assert set(activated) == {node for node, readers in enumerate(plan.readers) if node and readers}
+    assert all(found is not None for found in arrived.values())
 
 
 def test_smaller_dtypes_keep_less_and_the_model_stays():

@@ -269,9 +269,16 @@ class _ConvBNReLU(_Block):
         plan, verbs = self.plan, self.verbs
         raw, _ = verbs.kept("raw", saved)
         norms = [self.norm_of(statistics, i, 0) for i in range(1, plan.num_layers + 1)]
-        nodes = [verbs.enter(self.x)]
-        for i, (z, norm) in enumerate(zip(raw, norms, strict=True), start=1):
-            nodes.append(verbs.normalise(z, norm.affine, self.act, into=("node", i)))
+        nodes: list[Tensor | None] = [verbs.enter(self.x), *[None] * plan.num_layers]
+
+        def read(wanted: Sequence[int]) -> list[Tensor]:
+            """These nodes, activated when the first weight gradient asks for them."""
+            for node in wanted:
+                if nodes[node] is None:
+                    z, affine = raw[node - 1], norms[node - 1].affine
+                    nodes[node] = verbs.normalise(z, affine, self.act, into=("node", node))
+            return _live(nodes, wanted)
+
         grads: list[Tensor | None] = [None] * len(needs)
         if self.tail is None:
             incoming = self.output_gradients(grad)
@@ -282,7 +289,7 @@ class _ConvBNReLU(_Block):
                 for node, part in zip(plan.outputs, self.tail.split(plan.output_widths, dim=1), strict=True)
             }
             if needs[-1]:
-                grads[-1] = verbs.weight_gradient(_live(nodes, plan.outputs), grad, 1)
+                grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         for node in range(plan.num_layers, self.lowest_needed(needs) - 1, -1):
             readers = [i for i in plan.readers[node] if dz[i] is not None]
@@ -302,8 +309,14 @@ class _ConvBNReLU(_Block):
             dz[node] = verbs.linear(g, z, *norm.backward_terms(*self.summed(norm, sum_g, sum_gx), self.pixels))
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
-                grads[first] = verbs.weight_gradient(_live(nodes, plan.links[node - 1]), dz[node], 3)
+                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3)
             grads[first + 1], grads[first + 2] = sum_gx, sum_g
+            for source in plan.links[node - 1]:
+                if plan.readers[source][0] == node:  # the last one on the way back
+                    nodes[source] = None
+            for reader in readers:
+                if min(plan.links[reader - 1]) == node:
+                    dz[reader] = None
         return grads
 
     def _slice(self, layer: int, node: int) -> Tensor:
@@ -421,10 +434,9 @@ class _Bottleneck(_Block):
         dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i], self.pixels)
         self._drop(i, dfeature)
         inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
-        first, width = 1 + (i - 1) * self.per_layer, self.plan.bottleneck_widths[i - 1]
+        first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
-            activated = verbs.normalise(inner, norm.affine, self.act, into=("scratch", width))
-            grads[first + 5] = verbs.weight_gradient([activated], dfeature, 3)
+            grads[first + 5] = verbs.weight_gradient([inner], dfeature, 3, affine=norm.affine, activation=self.act)
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self._readers_at_once())
         g, sum_g, sum_gx = verbs.gradient(

@@ -124,6 +124,9 @@ class Verbs:
     ) -> Tensor:
         if self.plan is None:
             sources = self._packed(sources)
+        if affine is not None and kernel_size > 1 and len(sources) == 1:  # once, where the kernel would for every tap
+            into = ("scratch", sources[0].shape[1])
+            sources, affine = [self.normalise(sources[0], affine, activation, into=into)], None
         return self.launch.weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:

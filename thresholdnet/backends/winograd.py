@@ -136,6 +136,8 @@ class Verbs(native.Verbs):
         readers = self._readers(shared, sources[0].shape[1], dz.shape[1], kernel_size)
         if readers is None:
             return super().weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
+        if affine is not None:  # of a bottleneck unit: nobody else reads it
+            sources = [self.passes.gather(sources, affine, activation)]
         read = self.transforms.of(sources, readers)
         arriving = self.transforms.make(dz, gradient=True)
         made: Tensor = _operators().winograd_weight_gradient(read, arriving, dz.shape[1])
