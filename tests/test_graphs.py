@@ -320,13 +320,15 @@ class Cut(Exception):
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The imitation in the place of `graphed`; lists (images, what ran) of every training step behind it."""
+    """The imitation in the place of `graphed`; lists (images, what ran) of every step behind it, tests too."""
     made: list[tuple[int, str]] = []
     forward = graphs.Graphed.forward
 
     def noted(self: graphs.Graphed, x: torch.Tensor) -> torch.Tensor:
+        if self.model.training:
+            assert all(parameter.grad is None for parameter in self.model.parameters())  # or each would be copied
         y = forward(self, x)
-        made.append((len(x), self.ran))
+        made.append((len(x), self.ran if self.model.training else f"test {self.ran}"))
         return y
 
     monkeypatch.setattr(classifier, "graphed", imitation)
@@ -346,7 +348,8 @@ def test_train_captures_each_batch_size_and_resumes_exactly(
     plain = train(TrainConfig(**TINY, ema=0.9, out_dir=tmp_path / "plain"))
     assert not ran and not plain["cuda_graph"]
     whole = train(TrainConfig(**TINY, ema=0.9, cuda_graph=True, out_dir=tmp_path / "whole"))
-    assert ran == [*[(19, "graph")] * 2, *[(18, "graph")] * 3] and whole["cuda_graph"]
+    tested = [*[(19, "test graph")] * 2, *[(18, "test graph")] * 3]
+    assert ran == [*[(19, "graph")] * 2, *[(18, "graph")] * 3, *tested] and whole["cuda_graph"]
     assert history(whole) == history(plain)
     original = classifier.Classifier.on_train_batch_start
 
@@ -363,7 +366,7 @@ def test_train_captures_each_batch_size_and_resumes_exactly(
     saved = TrainConfig.saved_in(tmp_path / "cut")
     assert saved is not None and saved.cuda_graph
     resumed = train(saved)  # from step 2, among the smaller batches, which are captured first then
-    assert ran == [(18, "graph")] * 3
+    assert ran == [*[(18, "graph")] * 3, *tested]
     assert history(resumed) == history(whole)
     a, b = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

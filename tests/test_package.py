@@ -23,10 +23,10 @@ HEAVY = {
 }
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "constants", "links", "plan", "reference", "backends", "sync", "batchnorm", "engine", "transition",
-    "transforms", "ops", "functional", "linked", "blocks", "chain", "graphs", "models", "recognise", "convert",
-    "export", "timm", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint", "figures",
-    "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "checks", "constants", "packing", "links", "plan", "reference", "backends", "sync", "batchnorm", "engine",
+    "transition", "transforms", "ops", "functional", "linked", "blocks", "chain", "graphs", "models", "recognise",
+    "convert", "export", "timm", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint",
+    "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

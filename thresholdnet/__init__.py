@@ -18,6 +18,7 @@ from .blocks import ThresholdBlock
 from .convert import convert, to_reference
 from .graphs import graphed
 from .models import create_model, from_pretrained, list_models, save_pretrained
+from .packing import prepack
 from .plan import BlockPlan, plan_block
 
 _checkout = Path(__file__).resolve().parent.parent
@@ -31,5 +32,5 @@ except PackageNotFoundError:  # a source checkout that was never installed
 
 __all__ = [
     "BlockPlan", "ThresholdBlock", "backends", "convert", "create_model", "from_pretrained", "functional", "graphed",
-    "links", "list_models", "memory", "plan_block", "save_pretrained", "to_reference", "weights",
+    "links", "list_models", "memory", "plan_block", "prepack", "save_pretrained", "to_reference", "weights",
 ]  # fmt: skip

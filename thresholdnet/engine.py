@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sync
+from . import packing, sync
 from .backends import load
 from .batchnorm import Columns, NodeStatistics, Norm, SharedTerms, batch_norm, folded
 from .plan import BlockPlan
@@ -198,8 +198,54 @@ class _Block:
         return self.spec.fixed[(layer - 1) * len(self.norms) + which]
 
     def folds(self, weight: Tensor) -> bool:
-        """Whether scaling a convolution's weight touches fewer elements than scaling its result."""
-        return weight[0].numel() <= self.x.shape[0] * self.x.shape[2] * self.x.shape[3]
+        """Whether scaling a convolution's weight touches fewer elements than scaling its result, or is done once."""
+        few = weight[0].numel() <= self.x.shape[0] * self.x.shape[2] * self.x.shape[3]
+        return few or packing.forms_of(weight) is not None
+
+    def constant(
+        self, weight: Tensor, layer: int = 0, behind: int | None = None, running: Sequence[Tensor] = ()
+    ) -> tuple[Any, Tensor | None]:
+        """A weight as `verbs.conv` takes it in inference, and its bias, the layer's BatchNorm `behind` it folded in.
+
+        Made once where the weight's owner declared it constant. Layer 0: behind the block.
+        """
+
+        def whole() -> tuple[Tensor, Tensor | None]:
+            if behind is None:
+                return weight, None
+            return folded(weight, self.norm(layer, behind, *self.given(running, layer, behind)))
+
+        forms = packing.forms_of(weight)
+        if forms is None:
+            return whole()
+        way = self.verbs.way(layer, weight)
+        sources, eps = self.norm_sources(layer, behind, running)
+
+        def packed() -> tuple[Any, Tensor | None]:
+            made, bias = whole()
+            return self.verbs.packed(way, made), bias
+
+        return packing.once(forms, (way, eps), (weight, *sources), packed)
+
+    def affine(
+        self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """BatchNorm's affine with these statistics; made once where they are given and `weight` is declared."""
+        forms = packing.forms_of(weight) if self.fixed(layer, which) else None
+        if forms is None:
+            return self.norm(layer, which, mean, variance).affine
+        sources, eps = self.norm_sources(layer, which, running)
+        return packing.once(forms, ("affine", eps), sources, lambda: self.norm(layer, which, mean, variance).affine)
+
+    def norm_sources(
+        self, layer: int, which: int | None, running: Sequence[Tensor]
+    ) -> tuple[list[Tensor], float | None]:
+        """All that a BatchNorm with given statistics is made of; nothing for None."""
+        if which is None:
+            return [], None
+        index, position = (layer - 1) * len(self.norms) + which, self.norms[which]
+        vectors = [self.weight(layer, position), self.weight(layer, position + 1), *running[2 * index : 2 * index + 2]]
+        return vectors, self.spec.eps[index]
 
     def given(self, running: Sequence[Tensor], layer: int, which: int) -> tuple[Tensor, Tensor]:
         index = 2 * ((layer - 1) * len(self.norms) + which)
@@ -242,7 +288,7 @@ class _ConvBNReLU(_Block):
             read, weight, fixed = _live(nodes, sources), self.weight(i, 0), self.fixed(i, 0)
             if fixed and not self.spec.save and self.folds(weight):  # inference: BatchNorm folded into the weight
                 mean, variance = self.given(running, i, 0)
-                weight, bias = folded(weight, self.norm(i, 0, mean, variance))
+                weight, bias = self.constant(weight, i, 0, running)
                 y, _ = verbs.conv(read, weight, into=("node", i), bias=bias, activation=self.act)
             else:
                 z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
@@ -255,7 +301,8 @@ class _ConvBNReLU(_Block):
             self.release(nodes, i)
         out = _live(nodes, plan.outputs)
         if self.tail is not None:
-            out = [verbs.conv(out, self.tail, into=("tail", self.tail.shape[0]))[0]]
+            tail = self.tail if self.spec.save else self.constant(self.tail)[0]
+            out = [verbs.conv(out, tail, into=("tail", self.tail.shape[0]))[0]]
         return verbs.leave(out), self.used, verbs.keep("raw", raw) if self.spec.save else []
 
     @property
@@ -343,7 +390,7 @@ class _Bottleneck(_Block):
             read = _live(nodes, sources)
             mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else statistics.of(sources)
             self.note(mean, variance)
-            affine, batch = self.norm(i, 0, mean, variance).affine, not self.fixed(i, 1)
+            affine, batch = self.affine(self.weight(i, 2), i, 0, mean, variance, running), not self.fixed(i, 1)
             into = ("scratch", self.plan.bottleneck_widths[i - 1])
             if batch or save or not self.folds(self.weight(i, 2)):
                 inner, found = self._inner(i, read, affine, statistics=batch)
@@ -351,13 +398,12 @@ class _Bottleneck(_Block):
                 activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
             else:  # inference: the second BatchNorm folded into the first weight
                 inner, (mean, variance) = None, self.given(running, i, 1)
-                weight, bias = folded(self.weight(i, 2), self.norm(i, 1, mean, variance))
+                weight, bias = self.constant(self.weight(i, 2), i, 1, running)
                 activated, _ = verbs.conv(read, weight, into=into, affine=affine, bias=bias, activation=self.act)
             self.note(mean, variance)
             wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
-            feature, found = verbs.conv(
-                [activated], self.weight(i, 5), into=("node", i), statistics=wanted and not drop
-            )
+            weight = self.weight(i, 5) if save else self.constant(self.weight(i, 5), i)[0]
+            feature, found = verbs.conv([activated], weight, into=("node", i), statistics=wanted and not drop)
             if drop:
                 self._drop(i, feature)
                 found = verbs.moments(feature) if wanted else None

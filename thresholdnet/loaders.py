@@ -214,27 +214,31 @@ class DeviceLoader(_Position):
             seed = mix_seed(self.seed, self.epoch, self.batch - 1, self.rank)
             generator = torch.Generator().manual_seed(seed)
             padding = indices < 0
-            indices = indices.clamp(min=0).to(self.device)
+            indices = self.there(indices.clamp(min=0))
             labels = self.labels[indices]
             if bool(padding.any()):
-                labels = labels.masked_fill(padding.to(self.device), IGNORE)
+                labels = labels.masked_fill(self.there(padding), IGNORE)
             yield self.prepare(self.images[indices], generator), labels
+
+    def there(self, drawn: Tensor) -> Tensor:
+        """A small tensor on the device; CUDA copies it aside at once, so that nobody waits for the step before."""
+        return drawn.to(self.device, non_blocking=self.device.type == "cuda")
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 [B, 3, H, W] to the normalised float32 [B, 3, size, size] of one batch."""
         count, side = len(images), images.shape[-1]
         flip = random_flips(count, generator) if self.flip else torch.zeros(count, dtype=torch.bool)
         if self.resized and self.crop_padding:
-            boxes = random_boxes(count, generator).to(self.device)
-            result = resized_crop(images.float(), boxes, flip.to(self.device), self.size)
+            boxes = self.there(random_boxes(count, generator))
+            result = resized_crop(images.float(), boxes, self.there(flip), self.size)
         elif (self.train and (self.flip or self.crop_padding)) or side != self.size:
             room = side + 2 * self.crop_padding - self.size
             if self.crop_padding:
                 corner = torch.randint(room + 1, (2, count), generator=generator)
             else:
                 corner = torch.full((2, count), room // 2)
-            top, left = corner.to(self.device)
-            result = crop_flip(images, top, left, flip.to(self.device), self.size, self.crop_padding)
+            top, left = self.there(corner)
+            result = crop_flip(images, top, left, self.there(flip), self.size, self.crop_padding)
         else:
             result = images
         scaled = (result.float() / 255 - self.mean) / self.std

@@ -53,7 +53,8 @@ class Settings:
     device: str = "auto"
     fused: bool = True
     backend: str = "auto"
-    save_every: int = 100
+    cuda_graph: bool = False
+    save_every: int | None = None
     progress: bool = True
     quiet: bool = False
 
@@ -131,11 +132,23 @@ def _config(experiment: Experiment, seed: int, settings: Settings) -> TrainConfi
         precision=settings.precision,
         fused=settings.fused,
         backend=settings.backend,
+        cuda_graph=settings.cuda_graph,
         accelerator=settings.device,
-        save_every=settings.save_every,
+        save_every=_save_every(settings),
         progress=settings.progress,
         quiet=settings.quiet,
     )
+
+
+def _save_every(settings: Settings) -> int:
+    """As asked; else often on a CPU, where an epoch takes minutes, and at the ends of epochs on a GPU."""
+    if settings.save_every is not None:
+        return settings.save_every
+    return 0 if _on_gpu(settings.device) else 100
+
+
+def _on_gpu(device: str) -> bool:
+    return torch.cuda.is_available() and device != "cpu"
 
 
 def _data(experiment: Experiment, settings: Settings) -> tuple[str, Path | None]:
@@ -203,8 +216,7 @@ def train_all(runs: Sequence[Run], minutes: float | None, say: Any) -> int:
 def _describe(run: Run) -> None:
     """Say in the run's folder what it is and where it has run, for the report."""
     file = run.folder / DESCRIPTION
-    on_gpu = torch.cuda.is_available() and run.config.accelerator != "cpu"
-    here = machine(device="cuda" if on_gpu else "cpu")
+    here = machine(device="cuda" if _on_gpu(run.config.accelerator) else "cpu")
     del here["command"]  # of `thresholdnet bench`; config.json says all that was asked for
     machines = json.loads(file.read_text())["machines"] if file.exists() else []
     if all(any(known[key] != here[key] for key in SAME) for known in machines):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,13 @@ Place = tuple[str, int]
 
 LARGE = 4
 """Elements of dz for each of a weight, from which turning the weight costs nothing (it took 1 % at 4, 20 % at 1/3)."""
+
+
+class Packed(NamedTuple):
+    """A weight [O, C, k, k], its shape, in the order in which one kind of convolution reads it."""
+
+    tensor: Tensor
+    shape: torch.Size
 
 
 class ReaderNorm(Protocol):
@@ -62,7 +69,9 @@ class Verbs:
         """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
         self.plan = plan
         self.passes: ModuleType = csrc if csrc.takes(x) else elementwise
+        self.images = (x.shape[0], x.shape[2], x.shape[3])
         self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        self.few = taps.takes(x, 3)  # pixels an image
         self.scratch: Tensor | None = None  # what a convolution reads, gathered: fresh pages at each would cost faults
         self.foreign: set[int] = set()  # storages that came from outside: never written into
 
@@ -73,7 +82,7 @@ class Verbs:
     def conv(
         self,
         sources: Sequence[Tensor],
-        weight: Tensor,
+        weight: Tensor | Packed,
         *,
         into: Place,
         affine: Affine | None = None,
@@ -84,11 +93,14 @@ class Verbs:
         """conv2d over the concatenated sources, padding kernel // 2; with `statistics` also the moments of the result.
 
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
-        it (BatchNorm folded into the weight, inference).
+        it (BatchNorm folded into the weight, inference). `weight` may be `packed`.
         """
         read = self._gathered(sources, affine, activation)
-        weight = weight.contiguous(memory_format=torch.channels_last)
         padding = weight.shape[2] // 2
+        if isinstance(weight, Packed):
+            z = _in_library(read, weight.tensor, bias, activation, padding)
+            return z, self.moments(z) if statistics else None
+        weight = weight.contiguous(memory_format=torch.channels_last)
         if taps.takes(read, weight.shape[2]):
             z = taps.conv(read, weight)
             if bias is not None:
@@ -96,13 +108,26 @@ class Verbs:
         elif bias is None:
             z = F.conv2d(read, weight, padding=padding)
         elif _activates_in_library(read):
-            attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
-            z = torch.ops.mkldnn._convolution_pointwise(
-                read, weight, bias.to(weight.dtype), [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
-            )
+            z = _in_library(read, weight, bias, activation, padding)
         else:
             z = _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
         return z, self.moments(z) if statistics else None
+
+    def way(self, layer: int, weight: Tensor) -> str:
+        """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
+        by_taps = self.few and weight.shape[2] == 3
+        return "library" if _activates_in_library(weight) and self.pixels and not by_taps else ""
+
+    def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
+        """The weight for `conv` where it goes this way."""
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        if way != "library":
+            return weight
+        batch, height, width = self.images
+        made = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, [weight.shape[2] // 2] * 2, [1, 1], [1, 1], 1, [batch, weight.shape[1], height, width]
+        )
+        return Packed(made, weight.shape)
 
     def _gathered(self, sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
         """The (activated) sources side by side, until the next call."""
@@ -290,6 +315,19 @@ def _activated(z: Tensor, activation: str) -> Tensor:
 def _activates_in_library(x: Tensor) -> bool:
     """Whether oneDNN's convolution can apply an activation as it stores: one pass over the pixels less."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _POINTWISE
+
+
+def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int) -> Tensor:
+    """oneDNN's convolution of x with a weight, packed or not; with a bias it activates."""
+    attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
+    if bias is None:
+        attribute, scalars = "none", []
+    else:
+        bias = bias.to(x.dtype)
+    z: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
+    )
+    return z
 
 
 _POINTWISE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

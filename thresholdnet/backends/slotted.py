@@ -55,6 +55,12 @@ class Verbs:
             sources, weight, out, affine=affine, activation=activation, bias=bias, statistics=statistics
         )
 
+    def way(self, layer: int, weight: Tensor) -> str:
+        return ""
+
+    def packed(self, way: str, weight: Tensor) -> Tensor:
+        return weight
+
     def moments(self, z: Tensor) -> Moments:
         return self.launch.slot_statistics(z)
 

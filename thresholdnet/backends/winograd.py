@@ -26,7 +26,7 @@ from torch import Tensor
 from ..plan import BlockPlan
 from . import csrc, native
 from .elementwise import Affine
-from .native import Moments, Place, kept_like, needs_input, output_holds_features
+from .native import Moments, Packed, Place, kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "enabled", "kept_like", "needs_input", "output_holds_features", "pays", "use"]
 
@@ -73,7 +73,6 @@ class Verbs(native.Verbs):
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         super().__init__(plan, x)
         fits = x.device.type == "cpu" and x.dtype == torch.float32 and csrc.takes(x)
-        self.images = (x.shape[0], x.shape[2], x.shape[3])
         self.chosen = _choose(plan, *self.images) if plan is not None and fits else _NOTHING
         self.bottleneck = plan is not None and fits and plan.unit == "bottleneck"
         self.transforms = _Transforms()
@@ -82,7 +81,7 @@ class Verbs(native.Verbs):
     def conv(
         self,
         sources: Sequence[Tensor],
-        weight: Tensor,
+        weight: Tensor | Packed,
         *,
         into: Place,
         affine: Affine | None = None,
@@ -153,11 +152,24 @@ class Verbs(native.Verbs):
         alone = self.bottleneck and kernel_size == 3 and pays(read, written, *self.images)
         return [1] if alone else shared
 
+    def way(self, layer: int, weight: Tensor) -> str:
+        """See `native.Verbs.way`."""
+        shape = weight.shape[1], weight.shape[0], weight.shape[2]
+        return (
+            super().way(layer, weight) if self._readers(self.chosen.forward.get(layer), *shape) is None else "winograd"
+        )
+
+    def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
+        """See `native.Verbs.packed`."""
+        if way != "winograd":
+            return super().packed(way, weight)
+        return Packed(_operators().winograd_weights([weight], False), weight.shape)
+
     def _convolve(
         self,
         tensors: Sequence[Tensor],
         readers: Sequence[int],
-        weights: Sequence[Tensor],
+        weights: Sequence[Tensor | Packed],
         *,
         transposed: bool = False,
         bias: Tensor | None = None,
@@ -169,9 +181,10 @@ class Verbs(native.Verbs):
         `readers`: how many Winograd convolutions of this pass read each tensor in all.
         """
         sources = self.transforms.of(tensors, readers)
-        packed = _operators().winograd_weights(list(weights), transposed)
+        first = weights[0]
+        packed = first.tensor if isinstance(first, Packed) else _operators().winograd_weights(list(weights), transposed)
         batch, _, height, width = tensors[0].shape
-        shape = (batch, weights[0].shape[1 if transposed else 0], height, width)
+        shape = (batch, first.shape[1 if transposed else 0], height, width)
         out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
         _operators().winograd_conv(sources, packed, bias, add, _ACTIVATIONS[activation], out)
         self.transforms.done(tensors)

@@ -18,6 +18,7 @@ from ..backends import backends, csrc, winograd
 from ..blocks import ThresholdBlock
 from ..checks import one_of
 from ..models import fuse_blocks
+from ..packing import prepack
 from . import baselines
 from .baselines import Unavailable, blocks
 from .cases import Case
@@ -210,6 +211,7 @@ def _fused(
     backend: str = "auto",
     recompute: str | None = None,
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    prepacked: bool = False,
 ) -> Runner:
     units = {block.plan.unit for block in blocks(model)}
     if not units:
@@ -221,16 +223,21 @@ def _fused(
     reason = None if backend == "auto" else backends()[backend]
     if reason is not None:
         raise Unavailable(f"backend {backend} cannot run here: {reason}")
+    if prepacked and _train(case):
+        raise Unavailable("weights are packed for inference alone")
+    if prepacked and images.device.type != "cpu":
+        raise Unavailable("weights are packed for a CPU alone")
     fuse_blocks(model, True, backend, recompute)
-    return Runner(*_channels_last(model, images), _train(case), within=within)
+    model, images = _channels_last(model, images)
+    return Runner(prepack(model) if prepacked else model, images, _train(case), within=within)
 
 
-def _fused_winograd(model: nn.Module, images: Tensor, case: Case) -> Runner:
+def _fused_winograd(model: nn.Module, images: Tensor, case: Case, prepacked: bool = False) -> Runner:
     if images.device.type != "cpu" or images.dtype != torch.float32:
         raise Unavailable(f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}")
     if csrc.reason() is not None:
         raise Unavailable(f"Winograd needs the C++ library: {csrc.reason()}")
-    return _fused(model, images, case, "native", within=_with_winograd)
+    return _fused(model, images, case, "native", within=_with_winograd, prepacked=prepacked)
 
 
 def _with_winograd() -> AbstractContextManager[None]:
@@ -276,7 +283,14 @@ PROVIDERS: dict[str, Provider] = {
         "the same with bottleneck outputs recomputed",
         _with(_fused, backend="native", recompute="bottleneck", within=without_winograd),
     ),
+    "fused_native_prepacked": Provider(
+        "the same with weights folded and packed once (inference, CPU)",
+        _with(_fused, backend="native", prepacked=True, within=without_winograd),
+    ),
     "fused_winograd": Provider("fused blocks on the native backend, Winograd convolutions", _fused_winograd),
+    "fused_winograd_prepacked": Provider(
+        "the same with weights folded and packed once (inference)", _with(_fused_winograd, prepacked=True)
+    ),
     "fused_triton": Provider("fused blocks on the Triton backend", _with(_fused, backend="triton")),
     "fused_triton_recompute": Provider(
         "the same with bottleneck outputs recomputed", _with(_fused, backend="triton", recompute="bottleneck")

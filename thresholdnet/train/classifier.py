@@ -44,7 +44,8 @@ class Classifier(pl.LightningModule):
         info: what checkpoints say about the run (model, classes, normalisation, ...); plain Python values.
         seed: of the random stream of each step (dropout).
         ema_decay: keep an exponential average of the weights and evaluate with it; None for none.
-        cuda_graph: train behind CUDA graphs, captured at the first batch of each size: an epoch has one size or two.
+        cuda_graph: train and evaluate behind CUDA graphs, captured at the first batch of each size: an epoch has one
+            size or two of either kind.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Classifier(pl.LightningModule):
         self.ema = copy.deepcopy(model).requires_grad_(False).eval() if ema_decay is not None else None
         self.ema_decay = ema_decay
         self.cuda_graph = cuda_graph
-        self.graphs: dict[int, Graphed] = {}  # by batch size; attributes of their own would enter the state dict
+        # by mode and batch size, in a dict: attributes of their own would enter the state dict
+        self.graphs: dict[tuple[bool, int], Graphed] = {}
         self.recipe, self.steps_per_epoch, self.info, self.seed = recipe, steps_per_epoch, info, seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -123,11 +125,13 @@ class Classifier(pl.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr
         torch.manual_seed(mix_seed(self.seed, self.global_step, self.global_rank))
+        if self.cuda_graph:  # Lightning clears them behind the forward pass, where a graph copies what it finds
+            self.trainer.optimizers[0].zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch
-        logits = self.train_net(images)(images)
+        logits = self.called(self.model, images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         with torch.no_grad():
             self.train_sums += _sums(loss.detach() * len(labels), logits, labels, self.train_sums)
@@ -137,13 +141,15 @@ class Classifier(pl.LightningModule):
             self.check_finite()
         return loss
 
-    def train_net(self, images: Tensor) -> nn.Module:
-        """The network that trains on these images: behind a graph where one is wanted."""
-        if not self.cuda_graph:
-            return self.model
-        if len(images) not in self.graphs:
-            self.graphs[len(images)] = graphed(self.model, images)
-        return self.graphs[len(images)]
+    def called(self, net: nn.Module, images: Tensor) -> Tensor:
+        """The network's logits, behind a graph where one is wanted."""
+        if self.cuda_graph:
+            key = net.training, len(images)
+            if key not in self.graphs:
+                self.graphs[key] = graphed(net, images)
+            net = self.graphs[key]
+        logits: Tensor = net(images)
+        return logits
 
     def check_finite(self) -> None:
         """Raise ValueError once a loss was infinite or not a number; called before anything is saved, too."""
@@ -177,7 +183,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one test batch to the sums; labels of IGNORE do not count."""
         images, labels = batch
-        logits = self.net(images)
+        logits = self.called(self.net, images)
         loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
         self.test_sums += _sums(loss, logits, labels, self.test_sums)
 

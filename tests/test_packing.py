@@ -1,0 +1,249 @@
+"""`prepack`: results as without it, whatever is written into weights and statistics; what is made, and when."""
+
+import copy
+import gc
+import pickle
+import re
+
+import pytest
+import torch
+from tolerances import RELATIVE, largest_error
+from torch import nn
+
+import thresholdnet as tn
+from thresholdnet import ThresholdBlock, links, packing
+from thresholdnet.backends import csrc, native, winograd
+
+UNITS = ("conv_bn_relu", "bottleneck")
+
+
+def _block(unit="conv_bn_relu", width=16, activation="relu", **options):
+    torch.manual_seed(0)
+    block = ThresholdBlock(
+        24, links.threshold_ab(5, 3), width, unit=unit, activation=activation, fused=True, backend="native", **options
+    )
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            _write(module)
+    return block.eval()
+
+
+def _write(norm):
+    """Statistics and affine as if trained."""
+    norm.running_mean.normal_(0, 0.2)
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias, 0, 0.2)
+
+
+@torch.no_grad()
+def _same(block, x, bound=RELATIVE[torch.float32]):
+    """Whether the block computes what its copy does, which is not prepacked."""
+    plain = copy.deepcopy(block)
+    assert not any(packing.forms_of(parameter) is not None for parameter in plain.parameters())
+    return largest_error(block(x), plain(x)) <= bound
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """How each weight was laid out, in order."""
+    made = []
+
+    def noted(kind):
+        packed = kind.packed
+
+        def note(self, way, weight):
+            if type(self) is kind:
+                made.append(way)
+            return packed(self, way, weight)
+
+        monkeypatch.setattr(kind, "packed", note)
+
+    noted(native.Verbs), noted(winograd.Verbs)
+    return made
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("size", [(2, 9, 11), (1, 16, 16), (3, 2, 2), (2, 1, 1), (1, 1, 1), (0, 4, 4)])
+def test_results_are_those_without(unit, activation, size, packs):
+    block = tn.prepack(_block(unit, activation=activation))
+    x = torch.randn(size[0], 24, *size[1:])
+    with torch.no_grad():
+        if size[0] == 0:
+            assert block(x).shape == (0, block.out_channels, *size[1:])
+            return
+    for _ in range(2):
+        assert _same(block, x)
+    convolutions = 5 * (1 + (unit == "bottleneck"))
+    by_taps = 5 * (max(size[1:]) <= 2)
+    assert sorted(packs) == sorted([""] * by_taps + ["library"] * (convolutions - by_taps))  # in the first call alone
+    assert _same(block, torch.randn(5, 24, 12, 7))  # another size reads the same layouts, or makes others
+    assert len(packs) == convolutions + by_taps
+
+
+@pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")
+@pytest.mark.parametrize("unit", UNITS)
+def test_winograd_packs_its_own_form_beside(unit, packs):
+    block, x = tn.prepack(_block(unit, width=32)), torch.randn(4, 24, 16, 16)
+    assert _same(block, x)
+    before = winograd.enabled()
+    winograd.use(True)
+    try:
+        for _ in range(2):
+            assert _same(block, x)
+    finally:
+        winograd.use(before)
+    first = 5 * (1 + (unit == "bottleneck"))
+    assert set(packs[:first]) == {"library"} and packs[first:].count("winograd") == 5
+    assert len(packs) == 2 * first - (unit == "bottleneck") * 5  # its 1x1 convolutions are the library's either way
+    assert _same(block, x)
+
+
+def _in_place(block):
+    with torch.no_grad():
+        block.layers[1].conv.weight.mul_(2)
+
+
+def _optimizer(block):
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(block.parameters(), lr=0.1).step()
+
+
+def _loaded(block):
+    block.load_state_dict({k: v + 0.5 if v.is_floating_point() else v for k, v in block.state_dict().items()})
+
+
+def _assigned(block):
+    block.load_state_dict(
+        {k: v * 1.5 if v.is_floating_point() else v for k, v in block.state_dict().items()}, assign=True
+    )
+
+
+def _statistics(block):
+    block.layers[0].norm.running_mean.add_(1)
+
+
+def _trained(block):
+    block.train()(torch.randn(4, 24, 8, 8)).square().mean().backward()
+    block.eval()
+
+
+def _replaced(block):
+    block.layers[2].norm = copy.deepcopy(block.layers[2].norm)
+    block.layers[2].norm.running_var.mul_(3)
+
+
+def _epsilon(block):
+    block.layers[3].norm.eps = 0.5
+
+
+def _data_and_again(block):
+    block.layers[0].conv.weight.data.neg_()
+    tn.prepack(block)
+
+
+def _data_replaced(block):
+    block.layers[0].conv.weight.data = block.layers[0].conv.weight.data * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _data_replaced,
+        _in_place,
+        _optimizer,
+        _loaded,
+        _assigned,
+        _statistics,
+        _trained,
+        _replaced,
+        _epsilon,
+        _data_and_again,
+    ],
+)
+def test_what_is_written_is_seen(change):
+    block, x = tn.prepack(_block()), torch.randn(2, 24, 8, 8)
+    with torch.no_grad():
+        before = block(x)
+    change(block)
+    assert _same(block, x)
+    with torch.no_grad():
+        assert largest_error(block(x), before) > 1e-3
+
+
+def test_another_dtype_packs_again():
+    block, x = tn.prepack(_block("bottleneck")), torch.randn(2, 24, 8, 8)
+    with torch.no_grad():
+        wanted = block(x)
+        found = block.double()(x.double())
+    assert found.dtype == torch.float64 and largest_error(found, wanted) <= RELATIVE[torch.float32]
+    assert _same(block, x.double(), RELATIVE[torch.float64])
+
+
+def test_training_is_as_before():
+    plain, block = _block("bottleneck"), tn.prepack(_block("bottleneck"))
+    x = torch.randn(3, 24, 8, 8)
+    with torch.no_grad():
+        block(x)
+    for one in (plain, block):
+        one.train()
+        one(x).square().mean().backward()
+    for a, b in zip(plain.parameters(), block.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_network_compiled_and_cast():
+    torch.manual_seed(0)
+    network = tn.create_model("thresholdnet_ab", num_classes=5, width_mult=0.25, fused=True, backend="native").eval()
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        wanted = network(x)
+        tn.prepack(network)
+        assert largest_error(network(x), wanted) <= RELATIVE[torch.float32]
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        assert largest_error(compiled(x), wanted) <= RELATIVE[torch.float32]
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = network(x)
+            assert torch.equal(cast, tn.prepack(network, False)(x))
+    with torch.inference_mode():
+        assert largest_error(tn.prepack(network)(x), wanted) <= RELATIVE[torch.float32]
+    with torch.no_grad():  # what inference mode made serves here, too
+        assert largest_error(network(x), wanted) <= RELATIVE[torch.float32]
+
+
+def test_copies_are_plain_and_nothing_outlives_the_model():
+    gc.collect()
+    others = len(packing._declared)
+    block, x = tn.prepack(_block()), torch.randn(1, 24, 4, 4)
+    assert len(packing._declared) == others + 5
+    with torch.no_grad():
+        wanted = block(x)
+        assert torch.equal(pickle.loads(pickle.dumps(block))(x), copy.deepcopy(block)(x))
+        assert largest_error(copy.deepcopy(block)(x), wanted) <= RELATIVE[torch.float32]
+    assert len(packing._declared) == others + 5
+    weight = block.layers[0].conv.weight
+    assert tn.prepack(block, False) is block and packing.forms_of(weight) is None
+    assert len(packing._declared) == others
+    tn.prepack(block)
+    del block, weight
+    gc.collect()
+    assert len(packing._declared) == others
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (3, TypeError, "model must be a torch.nn.Module, got int"),
+        (nn.Conv2d(1, 1, 1), ValueError, "model must have fused blocks, got none in Conv2d: fused=True makes them"),
+        (
+            ThresholdBlock(4, links.dense(1), 4, fused=True, device="meta"),
+            ValueError,
+            "model must lie on a CPU to be prepacked, got weights on meta",
+        ),
+    ],
+)
+def test_bad_input(model, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        tn.prepack(model)
