@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -213,6 +215,18 @@ def test_a_network_compiled_and_cast():
         assert largest_error(network(x), wanted) <= RELATIVE[torch.float32]
 
 
+def test_a_converted_network(packs):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.DenseNet(8, (2, 3), 16, num_classes=4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        found = tn.prepack(tn.convert(model, report=None))(x)
+    assert largest_error(found, wanted) <= RELATIVE[torch.float32]
+    assert packs.count("library") == 2 * (2 + 3)
+
+
 def test_copies_are_plain_and_nothing_outlives_the_model():
     gc.collect()
     others = len(packing._declared)
@@ -230,6 +244,17 @@ def test_copies_are_plain_and_nothing_outlives_the_model():
     del block, weight
     gc.collect()
     assert len(packing._declared) == others
+
+
+def test_the_interpreter_ends_quietly():
+    code = (
+        "import sys, torch, thresholdnet as tn\n"
+        "block = tn.ThresholdBlock(4, tn.links.dense(2), 4, fused=True).eval()\n"
+        "with torch.no_grad(): tn.prepack(block)(torch.ones(1, 4, 3, 3))\n"
+        "sys.block = block"  # which outlives the package's own names
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize(

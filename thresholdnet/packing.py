@@ -58,10 +58,10 @@ def prepack(model: Model, packed: bool = True) -> Model:
 
 
 def _declare(weight: Tensor) -> None:
-    key = id(weight)
+    key, pop = id(weight), _declared.pop  # by name the module's would be gone when the interpreter ends
 
     def forget(_: Any) -> None:
-        _declared.pop(key, None)
+        pop(key, None)
 
     _declared[key] = weakref.ref(weight, forget), {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .targets import BASE, OURS, Row, share
 
 RIVAL, LOSS = "#9aa0a6", TEST
 COLUMNS = 4  # panels side by side
+BYTES = {"saved_bytes": "bytes kept for backward", "peak_bytes": "peak bytes"}
 MARKERS = dict(zip(PRODUCTS, "os^", strict=True))
 COLOURS = {"eager": "#bdc1c6", "eager_channels_last": "#5f6368", "fused_native": TRAIN, "fused_triton": "#e0a030"}
 
@@ -59,14 +61,12 @@ def steps(rows: Sequence[Row], title: str, path: Path) -> None:
     """
     cases = list(dict.fromkeys(case(row) for row in rows))
     names = list(dict.fromkeys(label(row) for row in rows))
-    kept = "saved_bytes" if any(row["saved_bytes"] for row in rows) else "peak_bytes"
-    what = {"saved_bytes": "bytes kept for backward", "peak_bytes": "peak bytes"}[kept]
     columns = min(COLUMNS, len(cases))
     lines = math.ceil(len(cases) / columns)
     height = 0.55 + 0.23 * len(names)
     parts: list[tuple[str, Callable[[Row], tuple[float, float, float, str] | None]]] = [
-        *([("time", _time)] if any(row["ms_median"] is not None for row in rows) else []),
-        (what, lambda row: _bytes(row, rows, kept)),
+        *([("time", _time)] if _any(rows, "ms_median") else []),
+        *((what, functools.partial(_bytes, rows=rows, key=key)) for key, what in BYTES.items() if _any(rows, key)),
     ]
     figure = _figure(2.1 + 2.6 * columns, 1.3 + len(parts) * lines * height)
     grid = figure.subplots(len(parts) * lines, columns, squeeze=False)
@@ -135,6 +135,10 @@ def _time(row: Row) -> tuple[float, float, float, str] | None:
         1 / ratio["p20"],
         f"{value:.2f}  {ms:,.{0 if ms >= 100 else 1 if ms >= 1 else 3}f} ms",
     )
+
+
+def _any(rows: Sequence[Row], key: str) -> bool:
+    return any(row[key] for row in rows)
 
 
 def _bytes(row: Row, rows: Sequence[Row], key: str) -> tuple[float, float, float, str] | None:

@@ -55,7 +55,7 @@ def train_command(
     ] = None,
     sync_batchnorm: Annotated[bool, typer.Option("--sync-batchnorm", help="Statistics over all GPUs.")] = False,
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Forward and backward as CUDA graphs: for small images on one GPU.")
+        bool, typer.Option("--cuda-graph", help="Training and test steps as CUDA graphs: for small images on one GPU.")
     ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
     devices: Annotated[int, typer.Option(help="Processes on this machine; torchrun's numbers win.")] = 1,
