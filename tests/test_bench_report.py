@@ -186,7 +186,7 @@ def test_ten_providers_and_eight_cases_stay_readable(tmp_path, monkeypatch):
     (file,) = plots.draw(content, tmp_path / "many")
     (figure,) = figures
     panels = [axes for axes in figure.axes if axes.axison]
-    assert len(panels) == 3 * 8 and max(Image.open(file).size) < 2000
+    assert len(panels) == 3 * 8 and max(Image.open(file).size) < 2400
     for axes in panels:
         own = axes.get_window_extent()
         texts = sorted((text.get_window_extent() for text in axes.texts), key=lambda text: text.y0)

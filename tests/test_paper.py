@@ -1,6 +1,7 @@
 """bench/paper: slices add up to the unbroken run; the report's columns against counts of their own; wrong arguments."""
 
 import contextlib
+import importlib
 import io
 import json
 import runpy
@@ -246,3 +247,18 @@ def test_figures_refuse_nothing(tmp_path):
     for draw, arguments in ((figures.trade_off, ()), (figures.beside_paper, ("thresholdnet_v1",))):
         with pytest.raises(ValueError, match="needs at least one row, got none"):
             draw([], *arguments, tmp_path / "a.png")
+
+
+def test_how_often_a_gpu_saves(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT))
+    experiments = importlib.import_module("experiments")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def saves(**options):
+        settings = experiments.Settings(Path("runs"), **options)
+        config = experiments.with_seeds(experiments.of_table("VI"), settings)[0].config
+        return config.save_every, config.save_seconds, config.cuda_graph
+
+    assert saves(cuda_graph=True) == (0, 60, True)
+    assert saves(device="cpu") == (100, 0, False)
+    assert saves(save_every=7) == (7, 0, False)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from thresholdnet import data as data_module
-from thresholdnet.checkpoint import load_checkpoint, read_checkpoint
+from thresholdnet.checkpoint import INFO_KEY, load_checkpoint, read_checkpoint
 from thresholdnet.train import TrainConfig, classifier, train
 from thresholdnet.train.callbacks import StopSignal
 
@@ -115,6 +115,34 @@ def test_a_run_leaves_everything(unbroken: tuple[Path, dict[str, Any]]) -> None:
 
 # 90 images make 5 batches: 7 lies in the middle of epoch 2, after a save at step 6; 5 is the first step of it;
 # 1 comes before any save, so that the second call starts afresh.
+@pytest.mark.parametrize(("seconds", "saved"), [(0.0, [1, 2, 3, 4]), (1e6, [1, 4])])
+def test_epochs_close_to_the_last_save_are_not_saved(tmp_path, monkeypatch, seconds, saved):
+    epochs = []
+    original = classifier.Classifier.on_save_checkpoint
+
+    def note(self, checkpoint):
+        original(self, checkpoint)
+        epochs.append(len(self.history))
+
+    def still(self):
+        row = finish(self)
+        self.best = self.history[0]  # no epoch is better than the first
+        return row
+
+    finish = classifier.Classifier.finish_epoch
+    monkeypatch.setattr(classifier.Classifier, "on_save_checkpoint", note)
+    monkeypatch.setattr(classifier.Classifier, "finish_epoch", still)
+    train(tiny(tmp_path, epochs=4, save_every=0, save_seconds=seconds))
+    assert epochs == saved
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")[INFO_KEY]["epoch"] == 4
+    with monkeypatch.context() as patch:  # a stop saves whatever the time
+        patch.setattr(StopSignal, "signum", property(lambda self: signal.SIGTERM if epochs[-1] == 1 else 0))
+        epochs.clear()
+        epochs.append(0)
+        stopped = train(tiny(tmp_path / "stopped", epochs=4, save_every=0, save_seconds=seconds))
+    assert stopped["interrupted"] and epochs[-1] == stopped["epochs"]
+
+
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_resume_after_sigkill_is_bit_equal(tmp_path: Path, unbroken: tuple[Path, dict[str, Any]], step: int) -> None:
     killed = run_script(tmp_path / "run", step, "SIGKILL", ema=0.9)

@@ -57,7 +57,7 @@ CudaGraph = Annotated[
 ]
 SaveEvery = Annotated[
     int | None,
-    typer.Option(help="Steps between saves inside an epoch: what a kill costs at most. CPU: 100; GPU: ends of epochs."),
+    typer.Option(help="Steps between saves inside an epoch: what a kill costs. CPU: 100; GPU: epochs, a minute apart."),
 ]
 Only = Annotated[str, typer.Option(help="Regular expression of runs, such as 'VI/thresholdnet' or 'T08'.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and what is done, and stop.")]

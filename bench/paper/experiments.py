@@ -134,17 +134,17 @@ def _config(experiment: Experiment, seed: int, settings: Settings) -> TrainConfi
         backend=settings.backend,
         cuda_graph=settings.cuda_graph,
         accelerator=settings.device,
-        save_every=_save_every(settings),
+        **_saves(settings),
         progress=settings.progress,
         quiet=settings.quiet,
     )
 
 
-def _save_every(settings: Settings) -> int:
-    """As asked; else often on a CPU, where an epoch takes minutes, and at the ends of epochs on a GPU."""
+def _saves(settings: Settings) -> dict[str, Any]:
+    """How often: a minute of work may be lost. On a CPU an epoch takes minutes, on a GPU seconds, less than to save."""
     if settings.save_every is not None:
-        return settings.save_every
-    return 0 if _on_gpu(settings.device) else 100
+        return {"save_every": settings.save_every}
+    return {"save_seconds": 60.0} if _on_gpu(settings.device) else {"save_every": 100}
 
 
 def _on_gpu(device: str) -> bool:

@@ -43,6 +43,10 @@ def train_command(
         bool, typer.Option("--resume", help="Go on from --out's last checkpoint; options not given are taken from it.")
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between saves inside an epoch; 0: epoch ends only.")] = 0,
+    save_seconds: Annotated[
+        float,
+        typer.Option(help="Not to save an epoch that ends sooner after the last save, but the best and the last."),
+    ] = 0.0,
     precision: Annotated[str, typer.Option(help="32, or mixed: bf16, 16 (GPU).")] = "32",
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights for evaluation, such as 0.999.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of weights and images.")] = True,
@@ -76,7 +80,8 @@ def train_command(
         "model": model, "model_args": pairs("--model-arg", model_arg), "weights": weights, "data": data, "root": root,
         "download": download, "image_size": image_size, "limit": limit, "recipe": recipe,
         "recipe_args": pairs("--recipe-arg", recipe_arg), "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "seed": seed, "out_dir": out, "resume": resume, "save_every": save_every, "precision": precision, "ema": ema,
+        "seed": seed, "out_dir": out, "resume": resume, "save_every": save_every, "save_seconds": save_seconds,
+        "precision": precision, "ema": ema,
         "channels_last": channels_last, "fused": fused, "backend": backend, "recompute": recompute,
         "sync_batchnorm": sync_batchnorm, "cuda_graph": cuda_graph, "accelerator": accelerator,
         "devices": devices, "num_nodes": nodes, "workers": workers, "progress": progress, "quiet": as_json,

@@ -85,13 +85,15 @@ class Checkpoints(pl.Callback):
     Args:
         folder: where both files go.
         save_every: steps between saves in the middle of an epoch; 0 for none.
+        save_seconds: an epoch that ends sooner after the last save goes without, unless it is the best or the last.
         stop: asked after each batch and epoch; when set, the run is saved and `TrainingInterrupted`
             raised.
     """
 
-    def __init__(self, folder: Path, save_every: int, stop: StopSignal) -> None:
+    def __init__(self, folder: Path, save_every: int, save_seconds: float, stop: StopSignal) -> None:
         self.last, self.best = folder / "last.ckpt", folder / "best.ckpt"
-        self.save_every, self.stop = save_every, stop
+        self.save_every, self.save_seconds, self.stop = save_every, save_seconds, stop
+        self.saved = -math.inf  # when, on the monotonic clock
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning has set its own SIGTERM handler by now; ours replaces it."""
@@ -105,7 +107,7 @@ class Checkpoints(pl.Callback):
             return  # the epoch's own save follows
         stop = self._agreed_stop(trainer, batch_idx)
         if stop or (self.save_every and trainer.global_step % self.save_every == 0):
-            trainer.save_checkpoint(self.last)
+            self._save(trainer, self.last)
         if stop:
             raise TrainingInterrupted(self.last, stop)
 
@@ -113,24 +115,33 @@ class Checkpoints(pl.Callback):
         """Save. best.ckpt goes first: a kill between the two repeats the epoch and writes both."""
         module = _classifier(pl_module)
         row = module.history[-1]
+        stop, ends = self._agreed_stop(trainer, 0), row["epoch"] == module.recipe.epochs
         if module.best is row:
-            trainer.save_checkpoint(self.best)
+            self._save(trainer, self.best)
             if trainer.is_global_zero:
                 link_atomic(self.best, self.last)
-        else:
-            trainer.save_checkpoint(self.last)
-        stop = self._agreed_stop(trainer, 0)
-        if stop and row["epoch"] < module.recipe.epochs:
+        elif stop or ends or _agreed(trainer, int(time.monotonic() - self.saved >= self.save_seconds)):
+            self._save(trainer, self.last)
+        if stop and not ends:
             raise TrainingInterrupted(self.last, stop)
 
+    def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        self.saved = time.monotonic()
+
     def _agreed_stop(self, trainer: pl.Trainer, batch_idx: int) -> int:
-        if trainer.world_size == 1:
-            return self.stop.signum
-        if batch_idx % STOP_CHECK_STEPS:
+        if trainer.world_size > 1 and batch_idx % STOP_CHECK_STEPS:
             return 0
-        flag = torch.tensor(self.stop.signum, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        return _agreed(trainer, self.stop.signum)
+
+
+def _agreed(trainer: pl.Trainer, value: int) -> int:
+    """The largest value of all processes."""
+    if trainer.world_size == 1:
+        return value
+    flag = torch.tensor(value, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return int(flag)
 
 
 class EpochLog(pl.Callback):

@@ -58,6 +58,8 @@ class TrainConfig:
         num_nodes: machines.
         workers: decoding processes for large image folders.
         save_every: steps between checkpoints inside an epoch; 0 saves at epoch ends only.
+        save_seconds: an epoch that ends sooner than this after the last save is not saved, unless it is the best so
+            far or the last; for epochs of a few seconds.
         progress: show a bar when stderr is a terminal.
         quiet: print no lines.
     """
@@ -91,6 +93,7 @@ class TrainConfig:
     num_nodes: int = 1
     workers: int = 2
     save_every: int = 0
+    save_seconds: float = 0.0
     progress: bool = True
     quiet: bool = False
 
@@ -102,6 +105,7 @@ class TrainConfig:
             checks.integer(name, getattr(self, name), 1)
         for name in ("workers", "save_every"):
             checks.integer(name, getattr(self, name), 0)
+        checks.number("save_seconds", self.save_seconds, 0)
         if self.ema is not None and checks.number("ema", self.ema, 0, 1) == 1:
             raise ValueError("ema must be below 1, got 1: such an average would never move")
 

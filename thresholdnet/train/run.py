@@ -113,7 +113,7 @@ class _Run:
         )
         self.stop = stop
         self.bar = Bar(config.progress and not config.quiet and sys.stderr.isatty())
-        self.checkpoints = Checkpoints(out / "checkpoints", config.save_every, self.stop)
+        self.checkpoints = Checkpoints(out / "checkpoints", config.save_every, config.save_seconds, self.stop)
 
     def fit(self, resume_from: Path | None) -> dict[str, Any]:
         """Set up the trainer, train, and report."""
