@@ -2,15 +2,17 @@
 
 import copy
 import importlib.util
+import itertools
 import sys
 import warnings
 
 import pytest
 import torch
+from tolerances import assert_close
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
-from thresholdnet.backends import libraries
+from thresholdnet.backends import libraries, native
 
 backends = sys.modules["thresholdnet.backends"]  # tn.backends is the function of the same name
 
@@ -154,3 +156,15 @@ def test_the_library_here_has_its_record():
     record = libraries.record("_csrc")
     assert {"torch", "compiler", "flags"} <= record.keys()
     assert record["torch"][0].isdigit() and "-O3" in record["flags"]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_data_gradient_lies_in_channels_last_order(kernel):
+    """One channel or one pixel is in both orders: the library may then answer in the other, which C++ refuses."""
+    torch.manual_seed(0)
+    for batch, read, wrote, height, width in itertools.product((1, 2), (1, 2, 40), (1, 3), (1, 5), (1, 2, 4)):
+        weight, dz = torch.randn(wrote, read, kernel, kernel), torch.randn(batch, wrote, height, width)
+        g = native._data_gradient(dz.contiguous(memory_format=torch.channels_last), weight)
+        assert g.is_contiguous(memory_format=torch.channels_last), (g.shape, g.stride())
+        wanted = torch.nn.functional.conv_transpose2d(dz.double(), weight.double(), padding=kernel // 2)
+        assert_close(g, wanted, torch.float32)

@@ -296,12 +296,13 @@ def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
         return taps.data_gradient(dz, weight)
     if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
         turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(dz, turned, padding=padding)
+        g = F.conv2d(dz, turned, padding=padding)
+        return g.contiguous(memory_format=torch.channels_last)  # one channel is in either order, and leads the library
     like = torch.empty(  # for its shape and order; never touched
         (dz.shape[0], weight.shape[1], *dz.shape[2:]),
         dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    g: Tensor = torch.ops.aten.convolution_backward(
+    g = torch.ops.aten.convolution_backward(
         dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
     return g.contiguous(memory_format=torch.channels_last)
