@@ -112,8 +112,9 @@ def test_what_goes_to_the_library():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
-        ({"kernel_size": -1}, "kernel_size must be odd, got -1"),
+        ({"kernel_size": 2}, "kernel_size must be odd and at most 31, got 2"),
+        ({"kernel_size": -1}, "kernel_size must be odd and at most 31, got -1"),
+        ({"kernel_size": 2**63 - 1}, f"kernel_size must be odd and at most 31, got {2**63 - 1}"),
         ({"scale": None}, "scale and shift must come together"),
         ({"sources": []}, "must have pixels and channels, got 0 channels"),
         ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),

@@ -16,6 +16,7 @@ constexpr int64_t TASKS = 32;      // enough for the cores of a large machine; f
 constexpr int64_t SPLITS = 8;      // of the pixels: each has sums of its own
 constexpr int64_t LEAST = 1024;    // pixels a task, or zeroing and merging its sums would count
 constexpr int64_t GRAIN = 131072;  // multiply-adds that are worth a thread
+constexpr int64_t LARGEST = 31;    // pixels of a kernel's side
 
 template <class A>
 const WeightGradient<A>& loops() {
@@ -82,7 +83,8 @@ Tensor weight_gradient(
   if (p.rows() == 0 || channels == 0 || outputs == 0)
     refuse(
         op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
-  if (kernel < 1 || kernel % 2 == 0) refuse(op, ": kernel_size must be odd, got ", kernel);
+  if (kernel < 1 || kernel > LARGEST || kernel % 2 == 0)
+    refuse(op, ": kernel_size must be odd and at most ", LARGEST, ", got ", kernel);
   if (dz.scalar_type() != ScalarType::Float && dz.scalar_type() != ScalarType::Double)
     refuse(op, ": tensors must be float32 or float64");
   const std::vector<int64_t> shape{outputs, channels, kernel, kernel};
