@@ -295,7 +295,8 @@ def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     if taps.takes(dz, weight.shape[2]):
         return taps.data_gradient(dz, weight)
     if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
-        turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        turned = weight.flip(2, 3) if padding else weight
+        turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
         g = F.conv2d(dz, turned, padding=padding)
         return g.contiguous(memory_format=torch.channels_last)  # one channel is in either order, and leads the library
     like = torch.empty(  # for its shape and order; never touched
