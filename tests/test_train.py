@@ -113,23 +113,22 @@ def test_a_run_leaves_everything(unbroken: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((out / "config.json").read_text())["recipe"]["epochs"] == 3
 
 
-# 90 images make 5 batches: 7 lies in the middle of epoch 2, after a save at step 6; 5 is the first step of it;
-# 1 comes before any save, so that the second call starts afresh.
 @pytest.mark.parametrize(("seconds", "saved"), [(0.0, [1, 2, 3, 4]), (1e6, [1, 4])])
-def test_epochs_close_to_the_last_save_are_not_saved(tmp_path, monkeypatch, seconds, saved):
-    epochs = []
-    original = classifier.Classifier.on_save_checkpoint
+def test_epochs_close_to_the_last_save_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, saved: list[int]
+) -> None:
+    epochs: list[int] = []
+    original, finish = classifier.Classifier.on_save_checkpoint, classifier.Classifier.finish_epoch
 
-    def note(self, checkpoint):
+    def note(self: classifier.Classifier, checkpoint: dict[str, Any]) -> None:
         original(self, checkpoint)
         epochs.append(len(self.history))
 
-    def still(self):
+    def still(self: classifier.Classifier) -> dict[str, float]:
         row = finish(self)
         self.best = self.history[0]  # no epoch is better than the first
         return row
 
-    finish = classifier.Classifier.finish_epoch
     monkeypatch.setattr(classifier.Classifier, "on_save_checkpoint", note)
     monkeypatch.setattr(classifier.Classifier, "finish_epoch", still)
     train(tiny(tmp_path, epochs=4, save_every=0, save_seconds=seconds))
@@ -143,6 +142,8 @@ def test_epochs_close_to_the_last_save_are_not_saved(tmp_path, monkeypatch, seco
     assert stopped["interrupted"] and epochs[-1] == stopped["epochs"]
 
 
+# 90 images make 5 batches: 7 lies in the middle of epoch 2, after a save at step 6; 5 is the first step of it;
+# 1 comes before any save, so that the second call starts afresh.
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_resume_after_sigkill_is_bit_equal(tmp_path: Path, unbroken: tuple[Path, dict[str, Any]], step: int) -> None:
     killed = run_script(tmp_path / "run", step, "SIGKILL", ema=0.9)

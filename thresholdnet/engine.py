@@ -183,19 +183,23 @@ class _Block:
         """A parameter of layer 1..L."""
         return self.parameters[(layer - 1) * self.per_layer + position]
 
+    def place(self, layer: int, which: int) -> int:
+        """Where BatchNorm number `which` of a layer stands among all of the block, in forward order."""
+        return (layer - 1) * len(self.norms) + which
+
     def norm(self, layer: int, which: int, mean: Tensor, variance: Tensor) -> Norm:
         """BatchNorm number `which` of a layer with these statistics."""
-        position, index = self.norms[which], (layer - 1) * len(self.norms) + which
+        position, index = self.norms[which], self.place(layer, which)
         gamma, beta = (self.weight(layer, position + i).to(self.wide) for i in (0, 1))
         return batch_norm(gamma, beta, mean, variance, self.spec.eps[index], self.spec.fixed[index])
 
     def norm_of(self, statistics: Sequence[Tensor], layer: int, which: int) -> Norm:
         """The same from the statistics that forward returned."""
-        mean, variance = statistics[(layer - 1) * len(self.norms) + which].to(self.wide)
+        mean, variance = statistics[self.place(layer, which)].to(self.wide)
         return self.norm(layer, which, mean, variance)
 
     def fixed(self, layer: int, which: int) -> bool:
-        return self.spec.fixed[(layer - 1) * len(self.norms) + which]
+        return self.spec.fixed[self.place(layer, which)]
 
     def folds(self, weight: Tensor) -> bool:
         """Whether scaling a convolution's weight touches fewer elements than scaling its result, or is done once."""
@@ -243,12 +247,12 @@ class _Block:
         """All that a BatchNorm with given statistics is made of; nothing for None."""
         if which is None:
             return [], None
-        index, position = (layer - 1) * len(self.norms) + which, self.norms[which]
+        index, position = self.place(layer, which), self.norms[which]
         vectors = [self.weight(layer, position), self.weight(layer, position + 1), *running[2 * index : 2 * index + 2]]
         return vectors, self.spec.eps[index]
 
     def given(self, running: Sequence[Tensor], layer: int, which: int) -> tuple[Tensor, Tensor]:
-        index = 2 * ((layer - 1) * len(self.norms) + which)
+        index = 2 * self.place(layer, which)
         return running[index].to(self.wide), running[index + 1].to(self.wide)
 
     def note(self, mean: Tensor, variance: Tensor) -> None:

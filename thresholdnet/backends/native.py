@@ -67,11 +67,10 @@ class Verbs:
 
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         """`plan`: None for a single convolution; `x`: any tensor with the call's pixels, dtype and device."""
-        self.plan = plan
+        self.plan, self.like = plan, x
         self.passes: ModuleType = csrc if csrc.takes(x) else elementwise
         self.images = (x.shape[0], x.shape[2], x.shape[3])
         self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        self.few = taps.takes(x, 3)  # pixels an image
         self.scratch: Tensor | None = None  # what a convolution reads, gathered: fresh pages at each would cost faults
         self.foreign: set[int] = set()  # storages that came from outside: never written into
 
@@ -115,7 +114,7 @@ class Verbs:
 
     def way(self, layer: int, weight: Tensor) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
-        by_taps = self.few and weight.shape[2] == 3
+        by_taps = taps.takes(self.like, weight.shape[2])
         return "library" if _activates_in_library(weight) and self.pixels and not by_taps else ""
 
     def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
@@ -324,8 +323,6 @@ def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
     attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
     if bias is None:
         attribute, scalars = "none", []
-    else:
-        bias = bias.to(x.dtype)
     z: Tensor = torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
     )

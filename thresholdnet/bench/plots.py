@@ -63,7 +63,7 @@ def steps(rows: Sequence[Row], title: str, path: Path) -> None:
     names = list(dict.fromkeys(label(row) for row in rows))
     columns = min(COLUMNS, len(cases))
     lines = math.ceil(len(cases) / columns)
-    height = 0.55 + 0.23 * len(names)
+    height = 0.55 + 0.195 * len(names)
     parts: list[tuple[str, Callable[[Row], tuple[float, float, float, str] | None]]] = [
         *([("time", _time)] if _any(rows, "ms_median") else []),
         *((what, functools.partial(_bytes, rows=rows, key=key)) for key, what in BYTES.items() if _any(rows, key)),

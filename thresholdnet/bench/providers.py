@@ -223,8 +223,8 @@ def _fused(
     reason = None if backend == "auto" else backends()[backend]
     if reason is not None:
         raise Unavailable(f"backend {backend} cannot run here: {reason}")
-    if prepacked and _train(case):
-        raise Unavailable("weights are packed for inference alone")
+    if prepacked:
+        _inference_only(case)
     if prepacked and images.device.type != "cpu":
         raise Unavailable("weights are packed for a CPU alone")
     fuse_blocks(model, True, backend, recompute)
