@@ -6,6 +6,8 @@ an eps and a selection of channels of its own; so per-channel vectors are kept o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,11 @@ from .plan import BlockPlan
 
 
 class Norm(NamedTuple):
-    """One BatchNorm as it was applied: vectors of its channels in float32 (float64 for float64 blocks)."""
+    """One BatchNorm as it was applied: vectors of its channels in float32 (float64 for float64 blocks).
+
+    share: [2, C], in backward: what BatchNorm's sums take off every pixel's gradient for each unit of sum(g) and of
+    sum(g xhat): -scale / n and -scale rstd / n. None in forward, and with given statistics.
+    """
 
     gamma: Tensor
     beta: Tensor
@@ -25,25 +31,74 @@ class Norm(NamedTuple):
     scale: Tensor
     shift: Tensor
     fixed: bool
+    share: Tensor | None = None
 
     @property
     def affine(self) -> tuple[Tensor, Tensor]:
         """scale and shift."""
         return self.scale, self.shift
 
-    def backward_terms(self, sum_g: Tensor, sum_gx: Tensor, pixels: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of dz = a g + b z + c."""
-        if self.fixed:
-            return self.scale, torch.zeros_like(self.scale), torch.zeros_like(self.scale)
-        b = -self.scale * self.rstd * sum_gx / pixels
-        return self.scale, b, -self.scale * sum_g / pixels - b * self.mean
+    def backward_terms(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b, c of dz = a g + b z + c, from sum(g) and sum(g xhat), [2, C]."""
+        if self.share is None:
+            nothing = torch.zeros_like(self.scale)
+            return self.scale, nothing, nothing
+        constant, linear = self.share * sums
+        return self.scale, linear, torch.addcmul(constant, linear, self.mean, value=-1)
 
 
-def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, fixed: bool) -> Norm:
-    """A BatchNorm with these statistics."""
+def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, fixed: bool) -> Norm:
+    """A BatchNorm with these statistics, whose dtype counts; eps: a number, or one for each channel."""
     rstd = torch.rsqrt(variance + eps)
     scale = gamma * rstd
     return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, fixed)
+
+
+def backward_norms(
+    parameters: Sequence[tuple[Tensor, Tensor]], statistics: Sequence[Tensor], eps: Sequence[float],
+    fixed: Sequence[bool], pixels: int | Tensor,
+) -> list[Norm]:  # fmt: skip
+    """BatchNorms for backward, all at once: on a GPU an operation on a few channels takes its launch's time.
+
+    Args:
+        parameters: gamma and beta of each.
+        statistics: mean and biased variance of each, [2, C].
+        eps, fixed: of each.
+        pixels: that statistics were taken over.
+    """
+    if not statistics:
+        return []
+    widths = [used.shape[1] for used in statistics]
+    mean, variance = torch.cat(list(statistics), 1)
+    gamma, beta = (torch.cat(each).to(mean.dtype) for each in zip(*parameters, strict=True))
+    same = len(set(eps)) == 1
+    every = batch_norm(
+        gamma, beta, mean, variance,
+        eps[0] if same else _of_channels(tuple(eps), tuple(widths), mean.dtype, mean.device), False,
+    )  # fmt: skip
+    constant = every.scale / -pixels
+    share = torch.stack([constant, constant * every.rstd])
+    split = zip(*(vector.split(widths, dim=-1) for vector in (*every[:6], share)), strict=True)
+    return [Norm(*own[:6], given, None if given else own[6]) for own, given in zip(split, fixed, strict=True)]
+
+
+@device_constant(maxsize=1024)
+def _of_channels(
+    numbers: tuple[float, ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Each number as often as its width says."""
+    every = [number for number, width in zip(numbers, widths, strict=True) for _ in range(width)]
+    return torch.tensor(every, dtype=dtype, device=device)
+
+
+def paired(first: Tensor, second: Tensor) -> Tensor:
+    """Two vectors [C] as [2, C]: without a copy where they are the rows of one."""
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    whole = alike and first.is_contiguous() and second.is_contiguous()
+    shared = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    if whole and shared and second.storage_offset() == first.storage_offset() + len(first):
+        return first.as_strided((2, len(first)), (len(first), 1))
+    return torch.stack([first, second])
 
 
 def folded(weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -52,38 +107,74 @@ def folded(weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 class Columns:
-    """The channels of some nodes, as one layer's concatenation orders them; zeros stand for nodes it does not read."""
+    """The channels of some nodes, as one layer's concatenation orders them; zeros stand for nodes it does not read.
+
+    Where they are neighbours there, as in every dense block, nothing is copied.
+    """
 
     def __init__(self, plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device):
-        self.whole = nodes == plan.links[layer - 1]
-        self.length = plan.link_widths[layer - 1]
-        self.positions = None if self.whole else _positions(plan, layer, nodes, device)
+        self.start = _start(plan, layer, nodes)
+        self.length = sum(plan.node_widths[node] for node in nodes)
+        self.positions = None if self.start is not None else _positions(plan, layer, nodes, device)
 
     def vector(self, vector: Tensor) -> Tensor:
-        """[channels of the layer] -> [channels of the nodes]."""
-        if self.positions is None:
-            return vector
-        return torch.cat([vector, vector.new_zeros(1)])[self.positions]
+        """[.., channels of the layer] -> [.., channels of the nodes]."""
+        if self.start is not None:
+            return vector.narrow(-1, self.start, self.length)
+        return torch.cat([vector, vector.new_zeros(*vector.shape[:-1], 1)], -1).index_select(-1, self._places)
 
     def weight(self, weight: Tensor) -> Tensor:
         """[O, channels of the layer, 1, 1] -> [O, channels of the nodes, 1, 1]."""
-        if self.positions is None:
-            return weight
-        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1)[:, self.positions]
+        if self.start is not None:
+            return weight.narrow(1, self.start, self.length)
+        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1).index_select(1, self._places)
 
     def norm(self, norm: Norm) -> Norm:
         """A BatchNorm over the layer's channels -> over the nodes'."""
-        if self.whole:
-            return norm
-        gamma, beta, mean, rstd, scale, shift = (self.vector(v) for v in norm[:-1])
-        return Norm(gamma, beta, mean, rstd, scale, shift, norm.fixed)
+        share = None if norm.share is None else self.vector(norm.share)
+        return Norm(*(self.vector(v) for v in norm[:6]), norm.fixed, share)
 
-    def collect(self, so_far: Tensor | None, found: Tensor) -> Tensor:
-        """Put sums over the nodes' channels into a vector over the layer's."""
-        if self.positions is None:
-            return found
-        buffer = found.new_zeros(self.length + 1) if so_far is None else torch.cat([so_far, found.new_zeros(1)])
-        return buffer.index_copy(0, self.positions, found)[:-1]
+    @property
+    def _places(self) -> Tensor:
+        assert self.positions is not None
+        return self.positions
+
+
+def shared_statistics(columns: Sequence[Columns], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
+    """mean and rstd of some nodes' channels, which their readers share; one that lacks a node has zeros there."""
+    mean, rstd = norms[0].mean, norms[0].rstd
+    if any(each.start is None for each in columns):
+        for norm in norms[1:]:
+            mean, rstd = torch.where(rstd > 0, mean, norm.mean), torch.where(rstd > 0, rstd, norm.rstd)
+    return mean, rstd
+
+
+def collected(plan: BlockPlan, layer: int, parts: Sequence[tuple[Columns, Tensor]]) -> Tensor:
+    """Sums [2, channels of some nodes], in parts, -> [2, channels of the layer], zeros for what no part has."""
+    length, device = plan.link_widths[layer - 1], parts[0][1].device
+    ordered = sorted(parts, key=lambda part: part[0].start or 0)
+    ends = [0, *(columns.start + columns.length for columns, _ in ordered if columns.start is not None)]
+    if [columns.start for columns, _ in ordered] == ends[:-1] and ends[-1] == length:
+        return ordered[0][1] if len(ordered) == 1 else torch.cat([sums for _, sums in ordered], 1)
+    whole = torch.zeros(2, length + 1, dtype=parts[0][1].dtype, device=device)
+    for columns, sums in parts:
+        if columns.start is not None:
+            whole[:, columns.start : columns.start + columns.length] = sums
+        else:
+            whole.index_copy_(1, columns._places, sums)
+    return whole[:, :-1]
+
+
+@lru_cache(maxsize=4096)
+def _start(plan: BlockPlan, layer: int, nodes: tuple[int, ...]) -> int | None:
+    """Where the nodes stand side by side, in this order, in the layer's concatenation; None where they do not."""
+    links = plan.links[layer - 1]
+    if nodes[0] not in links:
+        return None
+    first = links.index(nodes[0])
+    if links[first : first + len(nodes)] != nodes:
+        return None
+    return sum(plan.node_widths[source] for source in links[:first])
 
 
 @device_constant(maxsize=4096)
@@ -117,7 +208,7 @@ class NodeStatistics:
     def set(self, node: int, mean: Tensor, variance: Tensor) -> None:
         """Note what one node's channels have."""
         start = sum(self.plan.node_widths[:node])
-        self.values[:, start : start + len(mean)] = torch.stack([mean, variance])
+        self.values[:, start : start + len(mean)] = paired(mean, variance)
 
     def of(self, nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Of the concatenated nodes."""
@@ -128,30 +219,38 @@ class NodeStatistics:
 class SharedTerms:
     """The statistics' share of a feature's gradient: linear in its readers, so it is summed and applied once.
 
-    df = G + Q f + R with Q = -(1 / M) sum_r scale_r rstd_r dgamma_r and R = -(1 / M) sum_r scale_r dbeta_r - Q mean,
+    df = G + Q f + R with Q = -(1 / n) sum_r scale_r rstd_r dgamma_r and R = -(1 / n) sum_r scale_r dbeta_r - Q mean,
     where G is the sum of scale_r g_r. The readers share mean, but each has its own eps and so its own rstd.
     """
 
-    def __init__(self, plan: BlockPlan, device: torch.device, dtype: torch.dtype):
+    def __init__(self, plan: BlockPlan, readers: Mapping[int, Norm], device: torch.device, dtype: torch.dtype):
+        """readers: by layer, those whose BatchNorm took the batch's statistics."""
         self.plan, self.device = plan, device
-        # rows: sum of scale rstd dgamma, sum of scale dbeta, mean; of every channel of every node
-        self.values = torch.zeros(3, sum(plan.node_widths), dtype=dtype, device=device)
+        # rows: R without its last term, and Q; of every channel of every node
+        self.values = torch.zeros(2, sum(plan.node_widths), dtype=dtype, device=device)
         self.nodes: set[int] = set()
+        self.means: dict[int, Tensor] = {}
+        for layer, norm in readers.items():
+            widths = [plan.node_widths[node] for node in plan.links[layer - 1]]
+            self.means |= zip(plan.links[layer - 1], norm.mean.split(widths), strict=True)
 
-    def add(self, nodes: tuple[int, ...], norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> None:
+    def add(self, nodes: tuple[int, ...], norm: Norm, sums: Tensor) -> None:
         """Add one reader's share; all arguments over the concatenated channels of `nodes`."""
-        channels = _channels(self.plan, nodes, self.device)
-        terms = torch.stack([norm.scale * norm.rstd * sum_gx, norm.scale * sum_g])
-        self.values[:2].index_add_(1, channels, terms)
-        # a reader that lacks a node has zeros for its statistics
-        self.values[2].index_copy_(0, channels, torch.where(norm.rstd > 0, norm.mean, self.values[2][channels]))
+        assert norm.share is not None
         self.nodes.update(nodes)
+        first, last = nodes[0], nodes[-1]
+        if nodes == tuple(range(first, last + 1)):
+            start = sum(self.plan.node_widths[:first])
+            self.values[:, start : start + sums.shape[1]].addcmul_(norm.share, sums)
+        else:
+            self.values.index_add_(1, _channels(self.plan, nodes, self.device), norm.share * sums)
 
-    def applied(self, verbs: Any, node: int, arriving: Tensor, feature: Tensor, pixels: int | Tensor) -> Tensor:
+    def applied(self, verbs: Any, node: int, arriving: Tensor, feature: Tensor) -> Tensor:
         """The whole gradient of a node."""
         if node not in self.nodes:
             return arriving
         start = sum(self.plan.node_widths[:node])
-        linear, constant, mean = self.values[:, start : start + self.plan.node_widths[node]]
-        q = -linear / pixels
-        return verbs.linear(arriving, feature, None, q, -constant / pixels - q * mean)
+        constant, linear = self.values[:, start : start + self.plan.node_widths[node]]
+        return verbs.linear(
+            arriving, feature, None, linear, torch.addcmul(constant, linear, self.means[node], value=-1)
+        )

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from . import packing, sync
 from .backends import load
-from .batchnorm import Columns, NodeStatistics, Norm, SharedTerms, batch_norm, folded
+from .batchnorm import (
+    Columns,
+    NodeStatistics,
+    Norm,
+    SharedTerms,
+    backward_norms,
+    batch_norm,
+    collected,
+    folded,
+    paired,
+    shared_statistics,
+)
 from .plan import BlockPlan
 
 
@@ -129,6 +140,7 @@ def own_gradients(
 ) -> list[Tensor]:
     """Gradients as an operator may return them: none of them its input `grad` or a part of another tensor."""
     made: list[Tensor] = []
+    copies: list[tuple[Tensor, Tensor]] = []
     taken = {grad.untyped_storage()._cdata}
     for like, found, needed in zip(inputs, grads, needs, strict=True):
         if not needed:
@@ -137,13 +149,15 @@ def own_gradients(
             result = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             result = result.to(memory_format=torch.channels_last) if like is inputs[0] else result
         else:
-            result = found.to(like.dtype)
-        storage = result.untyped_storage()
-        if storage._cdata in taken or storage.nbytes() > result.nbytes:
-            result = result.clone()
-            storage = result.untyped_storage()
-        taken.add(storage._cdata)
+            storage = found.untyped_storage()
+            alone = storage._cdata not in taken and storage.nbytes() == found.nbytes
+            result = found if alone and found.dtype == like.dtype else torch.empty_like(found, dtype=like.dtype)
+            if result is not found:
+                copies.append((result, found))
+        taken.add(result.untyped_storage()._cdata)
         made.append(result)
+    if copies:  # all at once, on a GPU in one launch
+        torch._foreach_copy_([to for to, _ in copies], [found for _, found in copies])
     return made
 
 
@@ -175,9 +189,9 @@ class _Block:
         """Mean and variance over all ranks."""
         return sync.merge(moments, self.extras.counts, self.spec.group)
 
-    def summed(self, norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, norm: Norm, sums: Tensor) -> Tensor:
         """BatchNorm's backward sums over all ranks; its parameters' gradients stay those of this rank."""
-        return (sum_g, sum_gx) if norm.fixed else sync.add(sum_g, sum_gx, self.spec.group)
+        return sums if norm.fixed else sync.add(sums, self.spec.group)
 
     def weight(self, layer: int, position: int) -> Tensor:
         """A parameter of layer 1..L."""
@@ -190,13 +204,14 @@ class _Block:
     def norm(self, layer: int, which: int, mean: Tensor, variance: Tensor) -> Norm:
         """BatchNorm number `which` of a layer with these statistics."""
         position, index = self.norms[which], self.place(layer, which)
-        gamma, beta = (self.weight(layer, position + i).to(self.wide) for i in (0, 1))
+        gamma, beta = (self.weight(layer, position + i) for i in (0, 1))
         return batch_norm(gamma, beta, mean, variance, self.spec.eps[index], self.spec.fixed[index])
 
-    def norm_of(self, statistics: Sequence[Tensor], layer: int, which: int) -> Norm:
-        """The same from the statistics that forward returned."""
-        mean, variance = statistics[self.place(layer, which)].to(self.wide)
-        return self.norm(layer, which, mean, variance)
+    def norms_of(self, statistics: Sequence[Tensor]) -> list[Norm]:
+        """All BatchNorms in forward order, from the statistics that forward returned."""
+        layers = range(1, self.plan.num_layers + 1)
+        own = [(self.weight(i, at), self.weight(i, at + 1)) for i in layers for at in self.norms]
+        return backward_norms(own, statistics, self.spec.eps, self.spec.fixed, self.pixels)
 
     def fixed(self, layer: int, which: int) -> bool:
         return self.spec.fixed[self.place(layer, which)]
@@ -256,7 +271,7 @@ class _Block:
         return running[index].to(self.wide), running[index + 1].to(self.wide)
 
     def note(self, mean: Tensor, variance: Tensor) -> None:
-        self.used.append(torch.stack([mean, variance]))
+        self.used.append(paired(mean, variance))
 
     def lowest_needed(self, needs: Sequence[bool]) -> int:
         """First node whose gradient somebody asked for: backward stops there."""
@@ -319,7 +334,7 @@ class _ConvBNReLU(_Block):
     ) -> list[Tensor | None]:
         plan, verbs = self.plan, self.verbs
         raw, _ = verbs.kept("raw", saved)
-        norms = [self.norm_of(statistics, i, 0) for i in range(1, plan.num_layers + 1)]
+        norms = self.norms_of(statistics)
         nodes: list[Tensor | None] = [verbs.enter(self.x), *[None] * plan.num_layers]
 
         def read(wanted: Sequence[int]) -> list[Tensor]:
@@ -357,7 +372,8 @@ class _ConvBNReLU(_Block):
             g, sum_g, sum_gx = verbs.gradient(
                 _live(dz, readers), weights, add, into=into, masked=masked, activation=self.act
             )
-            dz[node] = verbs.linear(g, z, *norm.backward_terms(*self.summed(norm, sum_g, sum_gx), self.pixels))
+            terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
+            dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
                 grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3)
@@ -450,20 +466,26 @@ class _Bottleneck(_Block):
             grad = grad.clone(memory_format=torch.channels_last)  # masks apply in place, and autograd owns `grad`
         inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
         arriving = {node: verbs.arrive(g, ("gradient", node)) for node, g in self.output_gradients(grad).items()}
-        shares = SharedTerms(plan, self.x.device, self.wide)
+        norms = self.norms_of(statistics)
+        outer = {layer: norms[self.place(layer, 0)] for layer in range(1, plan.num_layers + 1)}
+        batch = {layer: norm for layer, norm in outer.items() if not norm.fixed}
+        shares = SharedTerms(plan, batch, self.x.device, self.wide)
         grads: list[Tensor | None] = [None] * len(needs)
         lowest = max(self.lowest_needed(needs), 1)
         at_once = self._readers_at_once()
         waiting: list[_Reader] = []  # layers of the current group whose gradient has not yet left for earlier nodes
         for i in range(plan.num_layers, lowest - 1, -1):
-            self._send(waiting, (i,), nodes, arriving, shares, grads)
+            self._send(waiting, (i,), nodes, arriving, shares)
             if i in arriving:  # else a dead end
-                waiting.append(self._layer_backward(i, nodes, inners, arriving, shares, statistics, needs, grads))
+                waiting.append(self._layer_backward(i, nodes, inners, arriving, shares, norms, needs, grads))
             if (plan.num_layers - i + 1) % at_once == 0 or i == lowest:
-                self._send(waiting, tuple(range(i)), nodes, arriving, shares, grads)
+                self._send(waiting, tuple(range(i)), nodes, arriving, shares)
+                for reader in waiting:
+                    first = 1 + (reader.layer - 1) * self.per_layer
+                    grads[first + 1], grads[first] = collected(plan, reader.layer, reader.sums)
                 waiting = []
         if needs[0] and 0 in arriving:
-            grads[0] = verbs.leave([shares.applied(verbs, 0, arriving[0], nodes[0], self.pixels)])
+            grads[0] = verbs.leave([shares.applied(verbs, 0, arriving[0], nodes[0])])
         return grads
 
     def _layer_backward(
@@ -473,15 +495,15 @@ class _Bottleneck(_Block):
         inners: Sequence[Tensor],
         arriving: dict[int, Tensor],
         shares: SharedTerms,
-        statistics: Sequence[Tensor],
+        norms: Sequence[Norm],
         needs: Sequence[bool],
         grads: list[Tensor | None],
     ) -> _Reader:
         """From the gradient of layer i's feature to that of its bottleneck output, with all weights on the way."""
         verbs, sources = self.verbs, self.plan.links[i - 1]
         read = _live(nodes, sources)
-        outer, norm = self.norm_of(statistics, i, 0), self.norm_of(statistics, i, 1)
-        dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i], self.pixels)
+        outer, norm = (norms[self.place(i, which)] for which in (0, 1))
+        dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i])
         self._drop(i, dfeature)
         inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
         first = 1 + (i - 1) * self.per_layer
@@ -492,11 +514,12 @@ class _Bottleneck(_Block):
         g, sum_g, sum_gx = verbs.gradient(
             [dfeature], [self.weight(i, 5)], None, into=into, masked=masked, activation=self.act
         )
-        dinner = verbs.linear(g, inner, *norm.backward_terms(*self.summed(norm, sum_g, sum_gx), self.pixels))
+        terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
+        dinner = verbs.linear(g, inner, *terms)
         grads[first + 3], grads[first + 4] = sum_gx, sum_g
         if needs[first + 2]:
             grads[first + 2] = verbs.weight_gradient(read, dinner, 1, affine=outer.affine, activation=self.act)
-        return _Reader(i, dinner, self.weight(i, 2), outer)
+        return _Reader(i, dinner, self.weight(i, 2), outer, [])
 
     def _readers_at_once(self) -> int:
         """Readers whose gradients one launch gathers: they must agree on the statistics of what they read."""
@@ -511,7 +534,6 @@ class _Bottleneck(_Block):
         nodes: Sequence[Tensor],
         arriving: dict[int, Tensor],
         shares: SharedTerms,
-        grads: list[Tensor | None],
     ) -> None:
         """Send the readers' gradients to those of the nodes `targets` that they read, and note BatchNorm's sums."""
         plan = self.plan
@@ -523,25 +545,27 @@ class _Bottleneck(_Block):
         order = plan.links[readers[0].layer - 1] if len(readers) == 1 else sorted(reached)
         to = tuple(node for node in order if node in reached)
         over = [Columns(plan, r.layer, to, self.x.device) for r in readers]
+        norms = [columns.norm(r.norm) for r, columns in zip(readers, over, strict=True)]
         sent, sum_g, sum_gx = self.verbs.send(
             [r.dz for r in readers], [c.weight(r.weight) for r, c in zip(readers, over, strict=True)],
-            to, _live(nodes, to), [c.norm(r.norm) for r, c in zip(readers, over, strict=True)],
-            [arriving.get(node) for node in to], self.act,
+            to, _live(nodes, to), norms, shared_statistics(over, norms), [arriving.get(node) for node in to], self.act,
         )  # fmt: skip
         arriving.update(zip(to, sent, strict=True))
-        for r, columns, g, gx in zip(readers, over, sum_g, sum_gx, strict=True):
-            first = 1 + (r.layer - 1) * self.per_layer
-            grads[first] = columns.collect(grads[first], gx)
-            grads[first + 1] = columns.collect(grads[first + 1], g)
-            if not r.norm.fixed:
-                norm = columns.norm(r.norm)
-                shares.add(to, norm, *self.summed(norm, g, gx))
+        for r, columns, norm, *found in zip(readers, over, norms, sum_g, sum_gx, strict=True):
+            sums = paired(*found)
+            r.sums.append((columns, sums))
+            if not norm.fixed:
+                shares.add(to, norm, self.summed(norm, sums))
 
 
 class _Reader(NamedTuple):
-    """A layer's 1x1 convolution on its way back: the gradient of its output, its weight, the BatchNorm before it."""
+    """A layer's 1x1 convolution on its way back: the gradient of its output, its weight, the BatchNorm before it.
+
+    sums: of g and g xhat over the channels that it has sent to so far.
+    """
 
     layer: int
     dz: Tensor
     weight: Tensor
     norm: Norm
+    sums: list[tuple[Columns, Tensor]]

@@ -234,15 +234,40 @@ def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pi
     if recomputing():
         return
     unbiased = pixels / (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else pixels / max(pixels - 1, 1)
+    tracked: dict[tuple[float | None, torch.dtype], list[tuple[Any, Tensor]]] = {}
     for norm, used in zip(norms, statistics, strict=True):
-        if not norm.training or norm.running_mean is None or norm.running_var is None:
+        if norm.training and norm.running_mean is not None and norm.running_var is not None:
+            tracked.setdefault((norm.momentum, norm.running_mean.dtype), []).append((norm, used))
+    alone = torch.compiler.is_compiling() or transforms.active() or isinstance(unbiased, Tensor)
+    for (momentum, _), some in tracked.items():
+        if alone or momentum is None:
+            for norm, used in some:
+                _update_one(norm, used, unbiased)
             continue
-        assert norm.num_batches_tracked is not None  # kept together with the running statistics
-        norm.num_batches_tracked.add_(1)
-        rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        mean, variance = used  # float32 at least: half buffers are rounded once
-        norm.running_mean.copy_((1 - rate) * norm.running_mean.to(mean.dtype) + rate * mean)
-        norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
+        torch._foreach_add_([norm.num_batches_tracked for norm, _ in some], 1)
+        means, variances = zip(*(used for _, used in some), strict=True)
+        _average([norm.running_mean for norm, _ in some], means, momentum, 1.0)
+        _average([norm.running_var for norm, _ in some], variances, momentum, unbiased)
+
+
+def _update_one(norm: Any, used: Tensor, unbiased: float | Tensor) -> None:
+    norm.num_batches_tracked.add_(1)
+    rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    mean, variance = used  # float32 at least: half buffers are rounded once
+    norm.running_mean.copy_((1 - rate) * norm.running_mean.to(mean.dtype) + rate * mean)
+    norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
+
+
+def _average(buffers: list[Tensor], found: Sequence[Tensor], rate: float, factor: float) -> None:
+    """buffer = (1 - rate) buffer + rate factor found, all at once: on a GPU every small operation is a launch."""
+    half = buffers[0].dtype != found[0].dtype
+    wide = [torch.empty_like(each) for each in found] if half else buffers
+    if half:
+        torch._foreach_copy_(wide, buffers)
+    torch._foreach_mul_(wide, 1 - rate)
+    torch._foreach_add_(wide, list(found), alpha=rate * factor)
+    if half:
+        torch._foreach_copy_(buffers, wide)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -31,13 +31,13 @@ def merge(moments: tuple[Tensor, Tensor], counts: Tensor | None, group: str) -> 
     return mean, variance
 
 
-def add(first: Tensor, second: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Both vectors [C], summed over the ranks."""
+def add(sums: Tensor, group: str) -> Tensor:
+    """Sums [2, C] of this rank -> those over all ranks; with no group as they are."""
     if not group:
-        return first, second
-    both = torch.stack([first, second])
-    dist.all_reduce(both, group=_group(group))
-    return both[0], both[1]
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total, group=_group(group))
+    return total
 
 
 def active(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

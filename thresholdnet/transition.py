@@ -19,7 +19,7 @@ from torch import Tensor
 from . import sync
 from .backends import elementwise
 from .backends.native import Verbs
-from .batchnorm import batch_norm
+from .batchnorm import backward_norms, batch_norm, paired
 
 aten = torch.ops.aten
 
@@ -98,10 +98,10 @@ def forward(
         moments = running[0].to(wide), running[1].to(wide)
     else:
         moments = sync.merge(verbs.moments(z), counts, spec.group)
-    norm = batch_norm(gamma.to(wide), beta.to(wide), *moments, spec.eps, spec.fixed)
+    norm = batch_norm(gamma, beta, *moments, spec.eps, spec.fixed)
     out = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
     out = behind(spec, out, weight, verbs.passes)
-    return out.contiguous(memory_format=torch.channels_last), torch.stack(moments)
+    return out.contiguous(memory_format=torch.channels_last), paired(*moments)
 
 
 def backward(
@@ -110,10 +110,9 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of z, gamma, beta and weight; None for z and weight where `needs` is False."""
     verbs = Verbs(None, z)
-    wide = _wide(z)
     z, grad = verbs.enter(z), grad.contiguous(memory_format=torch.channels_last)
-    mean, variance = statistics.to(wide)
-    norm = batch_norm(gamma.to(wide), beta.to(wide), mean, variance, spec.eps, spec.fixed)
+    pixels = sync.total(counts, z.shape[0] * z.shape[2] * z.shape[3])
+    (norm,) = backward_norms([(gamma, beta)], [statistics], [spec.eps], [spec.fixed], pixels)
     needs_z, dweight = any(needs[:3]), None
     if weight is not None or spec.pool is not None:
         y = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
@@ -131,9 +130,8 @@ def backward(
     g, sum_g, sum_gx = verbs.gradient([], [], grad, into=("gradient", 0), masked=masked, activation=spec.activation)
     dz = None
     if needs[0]:
-        sums = (sum_g, sum_gx) if spec.fixed else sync.add(sum_g, sum_gx, spec.group)
-        pixels = sync.total(counts, z.shape[0] * z.shape[2] * z.shape[3])
-        dz = verbs.linear(g, z, *norm.backward_terms(*sums, pixels))
+        sums = paired(sum_g, sum_gx)
+        dz = verbs.linear(g, z, *norm.backward_terms(sums if spec.fixed else sync.add(sums, spec.group)))
     return [dz, sum_gx, sum_g, dweight]
 
 

@@ -203,8 +203,9 @@ def weight_gradient(
     *,
     affine: tuple[Tensor, Tensor] | None = None,
     activation: str | None = "relu",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See `kernels.launch.weight_gradient`; the result has the slots' dtype."""
+    """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots'."""
     layout = lay_out("sources", sources, dz, out_name="dz")
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")
@@ -217,7 +218,7 @@ def weight_gradient(
     shape = [grad.shape[1], read.shape[1], kernel_size, kernel_size]
     found = conv2d_weight(read, shape, grad, padding=kernel_size // 2)[: dz.shape[1]]
     places = _places(tuple(widths), dz.device)
-    return found if places is None else found.index_select(1, places.of_channel)
+    return (found if places is None else found.index_select(1, places.of_channel)).to(dtype or found.dtype)
 
 
 def gradient_of_readers(

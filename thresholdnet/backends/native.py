@@ -48,8 +48,6 @@ class ReaderNorm(Protocol):
 
     gamma: Tensor
     beta: Tensor
-    mean: Tensor
-    rstd: Tensor
     scale: Tensor
     shift: Tensor
 
@@ -212,6 +210,7 @@ class Verbs:
         nodes: Sequence[int],
         features: Sequence[Tensor],
         norms: Sequence[ReaderNorm],
+        statistics: tuple[Tensor, Tensor],
         arriving: Sequence[Tensor | None],
         activation: str,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -222,6 +221,7 @@ class Verbs:
             weights: per reader, over the concatenated features, [O, C, 1, 1]; zeros for those that it does not read.
             nodes, features: the numbers of the raw features, and themselves.
             norms: per reader, its BatchNorm over the same channels, with the same zeros.
+            statistics: mean and rstd of the features, which the readers share.
             arriving: per feature, what other readers and the output sent so far, or None.
 
         Returns:
@@ -232,7 +232,7 @@ class Verbs:
         for d, weight, norm in zip(dz, weights, norms, strict=True):
             g = _data_gradient(d, weight)
             affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
-            sent, *found = self.passes.send(g, features, affine, norm.mean, norm.rstd, sent, owned, activation)
+            sent, *found = self.passes.send(g, features, affine, *statistics, sent, owned, activation)
             sums.append(found)
         return [s for s in sent if s is not None], [g for g, _ in sums], [gx for _, gx in sums]
 

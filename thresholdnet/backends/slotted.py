@@ -97,6 +97,7 @@ class Verbs:
         nodes: Sequence[int],
         features: Sequence[Tensor],
         norms: Sequence[ReaderNorm],
+        statistics: tuple[Tensor, Tensor],
         arriving: Sequence[Tensor | None],
         activation: str,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -105,13 +106,9 @@ class Verbs:
         for out, before in zip(outs, arriving, strict=True):
             if add and before is None:
                 slots.whole(out).zero_()
-        # Readers that come together share their features' statistics; one that lacks a feature has zeros there.
-        mean, rstd = norms[0].mean, norms[0].rstd
-        for norm in norms[1:]:
-            mean, rstd = torch.where(rstd > 0, mean, norm.mean), torch.where(rstd > 0, rstd, norm.rstd)
         sum_g, sum_gx = self.launch.gradient_of_readers(
-            dz, weights, outs, features, [norm.gamma for norm in norms], [norm.beta for norm in norms], mean, rstd,
-            add=add, activation=activation,
+            dz, weights, outs, features, [norm.gamma for norm in norms], [norm.beta for norm in norms],
+            *statistics, add=add, activation=activation,
         )  # fmt: skip
         return outs, list(sum_g), list(sum_gx)
 
@@ -133,7 +130,9 @@ class Verbs:
         if affine is not None and kernel_size > 1 and len(sources) == 1:  # once, where the kernel would for every tap
             into = ("scratch", sources[0].shape[1])
             sources, affine = [self.normalise(sources[0], affine, activation, into=into)], None
-        return self.launch.weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
+        return self.launch.weight_gradient(
+            sources, dz, kernel_size, affine=affine, activation=activation, dtype=dz.dtype
+        )
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         if self.plan is not None and len(nodes) == len(self.plan.node_widths) and output_holds_features(self.plan):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import backends, csrc, elementwise, engine_for, load, refusal
 from ..backends.native import Place
-from ..batchnorm import batch_norm
+from ..batchnorm import backward_norms, batch_norm, paired
 from .baselines import Unavailable
 from .layers import Operation
 from .providers import without_winograd
@@ -226,7 +226,9 @@ def ours(backend: str, op: Operation, o: Operands) -> Form:
     arrived: list[Tensor | None] = [None] * len(read)
 
     def send() -> list[Tensor]:
-        sent, sum_g, sum_gx = verbs.send([dz], [weight], op.nodes, read, [norm], arrived, activation)
+        sent, sum_g, sum_gx = verbs.send(
+            [dz], [weight], op.nodes, read, [norm], (norm.mean, norm.rstd), arrived, activation
+        )
         if arrived[0] is None:
             arrived[:] = sent
         return [*sent, sum_gx[0], sum_g[0]]
@@ -246,11 +248,11 @@ def _gather(backend: str, op: Operation, o: Operands) -> Form:
 def _norm_backward(op: Operation, o: Operands, verbs: Any, z: Tensor, into: Place) -> Form:
     """Mask and sums as of a layer that only the block's output has, then the affine part."""
     mean, variance = verbs.moments(z)
-    norm = batch_norm(o.gamma, o.beta, mean, variance, EPS, False)
+    (norm,) = backward_norms([(o.gamma, o.beta)], [torch.stack([mean, variance])], [EPS], [False], op.pixels)
     masked = (z, norm.affine, norm.mean, norm.rstd)
 
     def form() -> list[Tensor]:
         g, sum_g, sum_gx = verbs.gradient([], [], o.gradient, into=into, masked=masked, activation=op.stage.activation)
-        return [verbs.linear(g, z, *norm.backward_terms(sum_g, sum_gx, op.pixels)), sum_gx, sum_g]
+        return [verbs.linear(g, z, *norm.backward_terms(paired(sum_g, sum_gx))), sum_gx, sum_g]
 
     return form

@@ -44,7 +44,7 @@ def measure(case: Case, providers: Sequence[str], settings: Settings, tell: Tell
     entries = rounds.entries_of(providers, settings)
     try:
         tell("plain torch's results", 0.0)
-        model, images = network(case, device), _images(case, device)
+        model, images = network(case, device), images_of(case, device)
         truth, allowed = _truth(case, model, images)
     except Exception as error:  # such as images too small for the model: nobody can run the case
         for entry in entries:
@@ -93,13 +93,13 @@ def network(case: Case, device: torch.device) -> nn.Module:
         for norm in norms:
             norm.bias.fill_(SHIFT)
             norm.momentum = 1.0
-        model(_images(case, device, torch.float32))
+        model(images_of(case, device, torch.float32))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.to(dtype_of(case.dtype))
 
 
-def _images(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def images_of(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     channels, side = 3, case.image
     if case.stage is not None:
         (stage,) = stages(case)
