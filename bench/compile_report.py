@@ -137,6 +137,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
     merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "TILES": 64, "BLOCK": 16}
     small: list[tuple[str, dict[str, Any]]] = [
         ("norm.merge_statistics", {"TILE_ROWS": 128, **merge}),
+        ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
@@ -145,7 +146,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("conv.pack_affine", {"BLOCK": 256}),
         ("weight_gradient.reduce_splits", {"BLOCK": 256}),
     ]
-    for kernel, constants in small[:2] if quick else small:
+    for kernel, constants in small[:3] if quick else small:
         yield Form(kernel, architecture, dtype, tuple(constants.items()), 4, 3, tensor_core=False)
 
 

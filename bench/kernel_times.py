@@ -8,8 +8,9 @@
 Nothing is checked here: `thresholdnet bench` and `thresholdnet selftest` do. The file, written after every step:
 
     {"machine", "rows": [{"model", "image", "batch", "dtype", "mode", "provider", "graph" (false, with "why", where the
-    step could not be captured and ran as it is), "ms" (the median), "busy_ms" (its kernels' times together), "kernels": [{"name", "calls", "us"}, slowest first],
-    "launches": [[number in "kernels", start in us, us, grid, block], ...], "reason" (why there is no time)}]}
+    step could not be captured and ran as it is), "ms" (the median), "busy_ms" (its kernels' times together),
+    "kernels": [{"name", "calls", "us"}, slowest first], "launches": [[number in "kernels", start in us, us, grid,
+    block], ...], "reason" (why there is no time)}]}
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def measure(case: Any, provider: str) -> dict[str, Any]:
     """One row."""
     import torch
 
-    from thresholdnet.bench.measure import images_of, network
     from thresholdnet.bench import providers, rounds
     from thresholdnet.bench.clock import EventClock
+    from thresholdnet.bench.measure import images_of, network
 
     device = torch.device("cuda")
     runner = providers.build(provider, network(case, device), images_of(case, device), case)

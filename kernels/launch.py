@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import affine as device_affine
 from . import conv as device_conv
 from . import norm as device_norm
 from . import readers as device_readers
@@ -182,6 +183,19 @@ def gradient(
     if mask is None:
         return None
     return _merge_sums(partial, tiles, config.group, channels)
+
+
+def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm, each [C] in the statistics' dtype; all arguments [C], on one device."""
+    channels = mean.shape[0]
+    vectors = [vector.detach().contiguous() for vector in (gamma, beta, mean, variance)]
+    out = torch.empty(2, channels, dtype=mean.dtype, device=mean.device)
+    with on_device_of(out):
+        device_affine.batch_norm_affine[(triton.cdiv(channels, 256),)](
+            *vectors, out, channels, EPS=eps, BLOCK=256, num_warps=4
+        )
+    scale, shift = out
+    return scale, shift
 
 
 def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:

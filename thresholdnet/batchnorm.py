@@ -79,7 +79,7 @@ def backward_norms(
     constant = every.scale / -pixels
     share = torch.stack([constant, constant * every.rstd])
     split = zip(*(vector.split(widths, dim=-1) for vector in (*every[:6], share)), strict=True)
-    return [Norm(*own[:6], given, None if given else own[6]) for own, given in zip(split, fixed, strict=True)]
+    return [Norm._make((*own[:6], given, None if given else own[6])) for own, given in zip(split, fixed, strict=True)]
 
 
 @device_constant(maxsize=1024)
@@ -132,7 +132,7 @@ class Columns:
     def norm(self, norm: Norm) -> Norm:
         """A BatchNorm over the layer's channels -> over the nodes'."""
         share = None if norm.share is None else self.vector(norm.share)
-        return Norm(*(self.vector(v) for v in norm[:6]), norm.fixed, share)
+        return Norm._make((*(self.vector(v) for v in norm[:6]), norm.fixed, share))
 
     @property
     def _places(self) -> Tensor:

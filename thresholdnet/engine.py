@@ -250,11 +250,17 @@ class _Block:
         self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """BatchNorm's affine with these statistics; made once where they are given and `weight` is declared."""
+
+        def made() -> tuple[Tensor, Tensor]:
+            gamma, beta = (self.weight(layer, self.norms[which] + i) for i in (0, 1))
+            scale, shift = self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
+            return scale, shift
+
         forms = packing.forms_of(weight) if self.fixed(layer, which) else None
         if forms is None:
-            return self.norm(layer, which, mean, variance).affine
+            return made()
         sources, eps = self.norm_sources(layer, which, running)
-        return packing.once(forms, ("affine", eps), sources, lambda: self.norm(layer, which, mean, variance).affine)
+        return packing.once(forms, ("affine", which, eps), sources, made)
 
     def norm_sources(
         self, layer: int, which: int | None, running: Sequence[Tensor]
@@ -312,7 +318,7 @@ class _ConvBNReLU(_Block):
             else:
                 z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
                 mean, variance = self.given(running, i, 0) if fixed else self.shared(moments)
-                y = verbs.normalise(z, self.norm(i, 0, mean, variance).affine, self.act, into=("node", i))
+                y = verbs.normalise(z, self.affine(weight, i, 0, mean, variance, running), self.act, into=("node", i))
                 if self.spec.save:
                     raw.append(z)
             self.note(mean, variance)
@@ -415,7 +421,8 @@ class _Bottleneck(_Block):
             if batch or save or not self.folds(self.weight(i, 2)):
                 inner, found = self._inner(i, read, affine, statistics=batch)
                 mean, variance = self.shared(found) if batch else self.given(running, i, 1)
-                activated = verbs.normalise(inner, self.norm(i, 1, mean, variance).affine, self.act, into=into)
+                normed = self.affine(self.weight(i, 2), i, 1, mean, variance, running)
+                activated = verbs.normalise(inner, normed, self.act, into=into)
             else:  # inference: the second BatchNorm folded into the first weight
                 inner, (mean, variance) = None, self.given(running, i, 1)
                 weight, bias = self.constant(self.weight(i, 2), i, 1, running)
@@ -465,7 +472,7 @@ class _Bottleneck(_Block):
         if self.extras.masks:
             grad = grad.clone(memory_format=torch.channels_last)  # masks apply in place, and autograd owns `grad`
         inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
-        arriving = {node: verbs.arrive(g, ("gradient", node)) for node, g in self.output_gradients(grad).items()}
+        arriving = verbs.arrive_output(grad, self.output_gradients(grad))
         norms = self.norms_of(statistics)
         outer = {layer: norms[self.place(layer, 0)] for layer in range(1, plan.num_layers + 1)}
         batch = {layer: norm for layer, norm in outer.items() if not norm.fixed}

@@ -238,9 +238,9 @@ def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pi
     for norm, used in zip(norms, statistics, strict=True):
         if norm.training and norm.running_mean is not None and norm.running_var is not None:
             tracked.setdefault((norm.momentum, norm.running_mean.dtype), []).append((norm, used))
-    alone = torch.compiler.is_compiling() or transforms.active() or isinstance(unbiased, Tensor)
+    alone = torch.compiler.is_compiling() or transforms.active()
     for (momentum, _), some in tracked.items():
-        if alone or momentum is None:
+        if alone or momentum is None or isinstance(unbiased, Tensor):
             for norm, used in some:
                 _update_one(norm, used, unbiased)
             continue

@@ -25,6 +25,19 @@ def test_normalise(size, dtype, activation):
     assert not padding(y).any() and other.isnan().all() and unlinked.isnan().all()
 
 
+@pytest.mark.parametrize("wide", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", (1, 70, 256, 300))
+def test_batch_norm_affine(channels, dtype, wide):
+    gamma, beta = torch.randn(2, channels).to(dtype)
+    mean, variance = torch.randn(2, 2 * channels, dtype=wide)[:, ::2].abs()  # not dense
+    scale, shift = launch.batch_norm_affine(gamma, beta, mean, variance, 1e-3)
+    expected = gamma.double() / (variance.double() + 1e-3).sqrt()
+    near = {"rtol": 1e-5, "atol": 1e-5} if wide == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(scale, expected.to(wide), **near)
+    torch.testing.assert_close(shift, (beta.double() - mean.double() * expected).to(wide), **near)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("with_a", (True, False))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..batchnorm import batch_norm
 from ..constants import device_constant
 from ..kernels.device_tables import device_halo_table, device_pixels, device_table
 from ..kernels.operands import (
@@ -116,8 +117,7 @@ def conv(
         return (found[0], found[1]) if statistics else None
     read = _gathered(sources, affine, code)
     z = _convolved(read, weight, widths)
-    scale = None if bias is None else _fitted(torch.ones_like(vectors[0]), channels)
-    shift = None if bias is None else _fitted(vectors[0], channels)
+    scale, shift = (None, None) if bias is None else _fitted([torch.ones_like(vectors[0]), *vectors], channels)
     operators().gather([z], scale, shift, 0 if bias is None else code, whole(out))
     return slot_statistics(out) if statistics else None
 
@@ -165,9 +165,14 @@ def gradient(
         else:
             to.copy_(g)
         return None
-    fitted = [_fitted(vector, channels) for vector in vectors]
+    fitted = _fitted(vectors, channels)
     sum_g, sum_gx = operators().mask_sums(g, to if add else None, whole(mask[0]), *fitted, code, to)
     return sum_g[:channels], sum_gx[:channels]
+
+
+def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `kernels.launch.batch_norm_affine`."""
+    return batch_norm(gamma, beta, mean, variance, eps, False).affine
 
 
 def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:
@@ -175,7 +180,7 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
     check_slots([("z", z), ("out", out)])
     check_same_images("z", z, out)
     channels = out.shape[1]
-    affine = [_fitted(v, channels) for v in _affine((scale, shift), channels, out)]
+    affine = _fitted(_affine((scale, shift), channels, out), channels)
     operators().gather([whole(z)], *affine, activation_code(activation), whole(out))
 
 
@@ -184,9 +189,9 @@ def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) ->
     check_slots([("g", g), ("z", z)])
     check_same_images("z", z, g)
     channels = g.shape[1]
-    factor = None if a is None else _fitted(per_channel("a", a, channels, g), channels)
-    b, c = (_fitted(per_channel(name, v, channels, g), channels) for name, v in (("b", b), ("c", c)))
-    operators().linear(whole(g), whole(z), factor, b, c, whole(g))
+    given = [(name, v) for name, v in (("b", b), ("c", c), ("a", a)) if v is not None]
+    b, c, *factor = _fitted([per_channel(name, v, channels, g) for name, v in given], channels)
+    operators().linear(whole(g), whole(z), factor[0] if factor else None, b, c, whole(g))
 
 
 def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,9 +359,13 @@ def _spread(values: Tensor, dim: int, of_padded: Tensor) -> Tensor:
     return torch.cat([values, zero], dim).index_select(dim, of_padded)
 
 
-def _fitted(vector: Tensor, channels: int) -> Tensor:
-    """A vector of one slot's channels, with zeros for its padding."""
-    return F.pad(vector, (0, -channels % 8)) if channels % 8 else vector
+def _fitted(vectors: Sequence[Tensor], channels: int) -> Sequence[Tensor]:
+    """Vectors of one slot's channels, with zeros for its padding: in two launches, however many they are."""
+    if channels % 8 == 0:
+        return vectors
+    made = vectors[0].new_zeros(len(vectors), padded_width(channels)).unbind()
+    torch._foreach_copy_([row[:channels] for row in made], list(vectors))
+    return made
 
 
 def _affine(affine: tuple[Tensor, Tensor], channels: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..batchnorm import batch_norm
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -135,6 +136,10 @@ class Verbs:
         read: Tensor = self.passes.gather(sources, affine, activation, self.scratch)
         return read
 
+    def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
+        """scale and shift [C] of a BatchNorm with these statistics, in their dtype."""
+        return batch_norm(gamma, beta, *moments, eps, False).affine
+
     def moments(self, z: Tensor) -> Moments:
         """Mean and biased variance over all pixels."""
         mean, variance = self.passes.moments(z)
@@ -199,6 +204,10 @@ class Verbs:
         """Take up a gradient that comes from outside the block."""
         self.foreign.add(grad.untyped_storage()._cdata)
         return grad
+
+    def arrive_output(self, grad: Tensor, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The same for the gradient of the block's output; parts: its views by node."""
+        return {node: self.arrive(part, ("gradient", node)) for node, part in parts.items()}
 
     def _owns(self, tensor: Tensor | None) -> bool:
         return tensor is not None and tensor.untyped_storage()._cdata not in self.foreign

@@ -61,6 +61,9 @@ class Verbs:
     def packed(self, way: str, weight: Tensor) -> Tensor:
         return weight
 
+    def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
+        return self.launch.batch_norm_affine(gamma, beta, *moments, eps)
+
     def moments(self, z: Tensor) -> Moments:
         return self.launch.slot_statistics(z)
 
@@ -89,6 +92,15 @@ class Verbs:
 
     def arrive(self, grad: Tensor, place: Place) -> Tensor:
         return slots.write(self._slot(place, grad.shape[1]), grad)
+
+    def arrive_output(self, grad: Tensor, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        assert self.plan is not None
+        if not output_holds_features(self.plan):
+            return {node: self.arrive(part, ("gradient", node)) for node, part in parts.items()}
+        self._slot(("gradient", 0), self.plan.in_channels)
+        grads = self.arenas["gradient"]
+        slots.side_by_side(grads).copy_(grad)  # rows of all nodes, as grad has them: one copy of whole lines
+        return dict(enumerate(grads))
 
     def send(
         self,

@@ -100,6 +100,7 @@ def network(case: Case, device: torch.device) -> nn.Module:
 
 
 def images_of(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A case's images, the same at every call; of a block alone, what goes into it."""
     channels, side = 3, case.image
     if case.stage is not None:
         (stage,) = stages(case)
