@@ -148,7 +148,7 @@ def distinct(works: Iterator[Work], pattern: str = "") -> list[Work]:
 
 
 def tiles(work: Work, capability: Any) -> list[Any]:
-    """The rule's tile first, then its neighbours that the kernels can run."""
+    """The rule's tile first, then others that the kernels can run; see `_others`."""
     from thresholdnet.kernels import configs, tuned
 
     s = work.shape
@@ -158,21 +158,23 @@ def tiles(work: Work, capability: Any) -> list[Any]:
             capability, s.dtype, s.out_channels, s.in_channels * s.kernel_size**2, s.affine
         )
         others = [replace(rule, swapped=not rule.swapped), replace(rule, rows=rule.rows // 2, stages=rule.stages + 1)]
+        others += [replace(rule, rows=rule.rows // 2), replace(rule, stages=2)]
         others += [replace(rule, chunk=chunk, warps=8 if chunk == 128 else 4) for chunk in (64, 128)]
         others += [replace(rule, programs=programs) for programs in (1, 2, 6)]
+        others += [replace(rule, registers=128)]
     elif s.kind == "readers":
         rule = configs.readers_config(capability, s.dtype, pixels)
-        others = [configs.ReadersConfig(64, 64, 4, 3), configs.ReadersConfig(128, 64, 8, 2)]
-        others += [replace(rule, columns=128), replace(rule, stages=rule.stages + 1)]
-        others += [replace(rule, warps=12 - rule.warps)]
+        others = [
+            configs.ReadersConfig(rows, columns, 4 if rows * columns <= 4096 else 8, stages, registers)
+            for rows, columns in ((64, 64), (128, 64), (64, 32), (128, 32), (32, 64))
+            for stages, registers in ((2, 0), (3, 0), (2, 128))
+        ]
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
         rule = configs.convolution_config(*choose, s.height, s.width, s.affine)
         odd = configs.convolution_config(*choose, 1, 1, s.affine)  # what the rule takes where grouping does not fit
-        others = [odd, replace(rule, rows=rule.rows // 2), replace(rule, warps=12 - rule.warps)]
-        others += [replace(rule, stages=rule.stages + 1), replace(rule, stages=max(rule.stages - 1, 1))]
-        others += [replace(rule, chunk=rule.chunk // 2)]
-        others += [replace(tile, vector=4) for tile in (rule, odd)] if s.dtype in HALF else []
+        others = [odd, *(each for tile in dict.fromkeys((rule, odd)) for each in _smaller(tile))]
+        others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
     kept = [rule]
     for tile in others:
         try:
@@ -181,6 +183,19 @@ def tiles(work: Work, capability: Any) -> list[Any]:
             continue
         kept += [tile] if tile not in kept else []
     return kept
+
+
+def _smaller(tile: Any) -> list[Any]:
+    """Tiles that leave room for more programs on a multiprocessor: what memory and epilogues are waited for with."""
+    half = replace(tile, rows=tile.rows // 2, warps=4)
+    made = [half, replace(half, registers=128), replace(half, chunk=tile.chunk // 2, stages=tile.stages + 1)]
+    made += [replace(half, stages=2), replace(half, rows=half.rows // 2) if half.rows >= 64 else half]
+    made += [replace(tile, registers=128), replace(tile, registers=96 if tile.warps == 8 else 168)]
+    made += [replace(tile, chunk=tile.chunk // 2), replace(tile, stages=2)]
+    if tile.columns >= 64 and tile.columns2 == 0 and tile.group == (1, 1):
+        narrow = replace(tile, columns=tile.columns // 2, warps=4)
+        made += [narrow, replace(narrow, rows=64), replace(narrow, registers=128)]
+    return made
 
 
 def forms(work: Work) -> list[str]:

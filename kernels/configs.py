@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class ConvolutionConfig:
     """Tile of one program: `rows` x (`columns` + `columns2`), K in steps of `chunk`.
 
+    registers: at most so many a thread, 0 for the compiler's choice; fewer let more programs share a multiprocessor.
     group: pixels (height, width) of a row. vector: elements of one asynchronous copy, if 16 bytes hold as many; smaller
     copies pass through the L1 cache.
     """
@@ -34,6 +35,7 @@ class ConvolutionConfig:
     stages: int = 3
     group: Group = (1, 1)
     vector: int = 8
+    registers: int = 0
 
     @property
     def all_columns(self) -> int:
@@ -45,7 +47,7 @@ class ConvolutionConfig:
 class WeightGradientConfig:
     """Tile of one program: `chunk` K rows x `columns` output channels, pixels in steps of `rows`.
 
-    programs: into how many for each multiprocessor the pixels are split.
+    programs: into how many for each multiprocessor the pixels are split. registers: as in `ConvolutionConfig`.
     """
 
     rows: int
@@ -55,16 +57,18 @@ class WeightGradientConfig:
     stages: int = 3
     swapped: bool = False
     programs: int = 3
+    registers: int = 0
 
 
 @dataclass(frozen=True)
 class ReadersConfig:
-    """Tile of the gathered 1x1 data gradient: `rows` pixels x `columns` channels."""
+    """Tile of the gathered 1x1 data gradient: `rows` pixels x `columns` channels; registers as above."""
 
     rows: int
     columns: int
     warps: int = 4
     stages: int = 3
+    registers: int = 0
 
 
 # (largest padded width, columns, columns2); a width beyond the last one takes several column tiles

@@ -310,7 +310,7 @@ def weight_gradient(
             SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
             ACTIVATION=activation_code(activation) if affine is not None else 0,
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
         device_weight_gradient.reduce_splits[(triton.cdiv(result.numel(), 256),)](
             partial, table.k_of_weight, result, splits, all_k, columns, weights, result.numel(), BLOCK=256, num_warps=4
@@ -411,6 +411,7 @@ def gradient_of_readers(
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts,
             ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
             STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
+            maxnreg=config.registers or None,
         )  # fmt: skip
     sums = partial.sum(0).index_select(2, column_of)
     return sums[:, 0], sums[:, 1]
@@ -472,7 +473,7 @@ def _convolve(
             GROUP_H=group[0], GROUP_W=group[1], GROUP_CHANNELS=padded if positions > 1 else 0,
             TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None, ACTIVATION=activation,
             EPILOGUE=epilogue, ADD=add, TF32=uses_tf32(out), VECTOR=min(config.vector, copy_elements(out)),
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
     return partial, config, tiles
 

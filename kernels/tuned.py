@@ -172,6 +172,8 @@ def _check_tile(shape: Shape, tile: Tile) -> None:
         value = getattr(tile, name, 1)
         if type(value) is not int or not 1 <= value <= 8:
             raise ValueError(f"{name} of a tile must be 1 to 8, got {value!r}")
+    if type(tile.registers) is not int or tile.registers not in (0, *range(32, 256, 8)):
+        raise ValueError(f"registers of a tile must be 0, or a multiple of 8 from 32 to 248, got {tile.registers!r}")
     if isinstance(tile, WeightGradientConfig) and type(tile.swapped) is not bool:
         raise ValueError(f"swapped of a tile must be true or false, got {tile.swapped!r}")
     if not isinstance(tile, ConvolutionConfig) or tile.group == (1, 1):
