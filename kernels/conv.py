@@ -188,11 +188,26 @@ def convolution(
         if TILE_COLUMNS2 > 0:
             acc2 = tl.dot(a, tl.load(weight2_at).T, acc2, input_precision=PRECISION, out_dtype=ACC)
             weight2_at += TILE_K
-    _epilogue(
-        acc, columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
-        first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
-        TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
-    )  # fmt: skip
+    if EPILOGUE == MASK and TILE_COLUMNS >= 64:  # one half after the other: both at once would take twice the registers
+        HALF: tl.constexpr = TILE_COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (TILE_ROWS, 2, HALF)), (0, 2, 1)))
+        start = column_tile * (TILE_COLUMNS + TILE_COLUMNS2) + tl.arange(0, HALF)
+        _epilogue(
+            left, start, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+            first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+            TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+        )  # fmt: skip
+        _epilogue(
+            right, start + HALF, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+            first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+            TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+        )  # fmt: skip
+    else:
+        _epilogue(
+            acc, columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+            first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+            TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+        )  # fmt: skip
     if TILE_COLUMNS2 > 0:
         _epilogue(
             acc2, columns2, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
