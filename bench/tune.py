@@ -263,6 +263,7 @@ def measure(work: Work, device: Any, tell: Callable[[str], None]) -> dict[str, A
     from thresholdnet.kernels import launch, tuned
     from thresholdnet.kernels.device import capability_of
 
+    from thresholdnet import graphs
     from thresholdnet.backends import cuda_launch
     from thresholdnet.bench.clock import clock_for
 
@@ -275,7 +276,9 @@ def measure(work: Work, device: Any, tell: Callable[[str], None]) -> dict[str, A
             bound = 1e-4 if bench.dtype == torch.float32 else 2e-2
             if truth is not None and float((found - truth).norm() / truth.norm().clamp(min=1e-30)) > bound:
                 raise ValueError("its result is not the rule's")
-            return statistics.median(clock(call) for _ in range(repeats)), found
+            # as a graph: the launchers' work on the host would hide what the GPU does
+            step = graphs.capture(call, warmup=1)[0] if device.type == "cuda" else call
+            return statistics.median(clock(step) for _ in range(repeats)), found
         except Exception as error:  # a tile that needs too much of the GPU is no candidate, and no reason to stop
             tell(f"  {label}: out, {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}")
             return None, None
