@@ -162,6 +162,12 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         others += [replace(rule, chunk=chunk, warps=8 if chunk == 128 else 4) for chunk in (64, 128)]
         others += [replace(rule, programs=programs) for programs in (1, 2, 6)]
         others += [replace(rule, registers=128)]
+        widest = -(-s.out_channels // 8) * 8
+        others += [  # a wide tile reads the pixels, nine taps each, less often
+            replace(rule, chunk=chunk, columns=columns, warps=8 if chunk * columns > 8192 else 4, stages=stages)
+            for chunk in (64, 128) for columns in (64, 128, 256) for stages in (2, 3)
+            if columns < 2 * widest and widest > 32
+        ]  # fmt: skip
     elif s.kind == "readers":
         rule = configs.readers_config(capability, s.dtype, pixels)
         others = [
