@@ -229,7 +229,7 @@ def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (1, 3, 0), (5, 2, 2)])
-@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 5, 5), 1)])
+@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 5, 5), 1), ((1, 34, 19), 72)])
 def test_max_pool(emulated, shape, channels, dtype, kernel, stride, padding):
     """Values of a few integers tie in nearly every window."""
     x = (torch.randint(-2, 3, (shape[0], channels, *shape[1:])).to(dtype)).contiguous(memory_format=torch.channels_last)
@@ -241,6 +241,20 @@ def test_max_pool(emulated, shape, channels, dtype, kernel, stride, padding):
     grad = torch.randn(pooled.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
     pooled.backward(grad.double())
     assert_one_pass(emulated.max_pool2d_backward(grad, x, kernel, stride, padding), wanted.grad, dtype)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (2, 1, 1), (3, 2, 1), (3, 3, 1)])
+@pytest.mark.parametrize("value", [-float("inf"), NAN, 1.0])
+def test_max_pool_of_equal_values(emulated, value, kernel, stride, padding):
+    """One pixel of a window takes its gradient, at the image's borders too; what pads an image takes none."""
+    x = torch.full((1, 8, 6, 7), value).contiguous(memory_format=torch.channels_last)
+    wanted = x.double().requires_grad_()
+    pooled = F.max_pool2d(wanted, kernel, stride, padding)
+    made = emulated.max_pool2d(x, kernel, stride, padding)
+    torch.testing.assert_close(made.double(), pooled.detach(), equal_nan=True)
+    grad = torch.randint(1, 9, made.shape).float().contiguous(memory_format=torch.channels_last)
+    pooled.backward(grad.double())
+    assert torch.equal(emulated.max_pool2d_backward(grad, x, kernel, stride, padding).double(), wanted.grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
