@@ -35,6 +35,11 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");
 
+  // Averages of windows side by side (stride is kernel_size, no padding) of x, or of act(x * scale + shift), which is
+  // rounded with the average alone. On GPUs; backward reads of x its shape.
+  m.def("avg_pool2d(Tensor x, Tensor? scale, Tensor? shift, int activation, int kernel_size) -> Tensor");
+  m.def("avg_pool2d_backward(Tensor grad, Tensor x, int kernel_size) -> Tensor");
+
   // The CPU's instructions in use: avx512, avx2 or baseline.
   m.def("instructions() -> str");
 }

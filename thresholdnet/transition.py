@@ -39,19 +39,24 @@ class Pool(NamedTuple):
     count_include_pad: bool = True
 
     def __call__(self, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
-        """The pooled x; `passes` has the max-pooling, see `backends.native`."""
-        if self.kind == "max":
-            pooled: Tensor = passes.max_pool2d(x, *_pairs(self.window), self.ceil_mode)
-            return pooled
-        return aten.avg_pool2d(x, *_pairs(self.window), self.ceil_mode, self.count_include_pad)
+        """The pooled x; `passes` has the loops, see `backends.native`."""
+        window = _pairs(self.window)
+        pooled: Tensor = (
+            passes.max_pool2d(x, *window, self.ceil_mode)
+            if self.kind == "max"
+            else passes.avg_pool2d(x, *window, self.ceil_mode, self.count_include_pad)
+        )
+        return pooled
 
     def backward(self, grad: Tensor, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
         """Gradient of x; average pooling reads only its shape."""
         window = _pairs(self.window)
-        if self.kind == "max":
-            made: Tensor = passes.max_pool2d_backward(grad, x, *window, self.ceil_mode)
-            return made
-        return aten.avg_pool2d_backward(grad, x, *window, self.ceil_mode, self.count_include_pad, None)
+        made: Tensor = (
+            passes.max_pool2d_backward(grad, x, *window, self.ceil_mode)
+            if self.kind == "max"
+            else passes.avg_pool2d_backward(grad, x, *window, self.ceil_mode, self.count_include_pad)
+        )
+        return made
 
 
 class Spec(NamedTuple):

@@ -17,6 +17,7 @@ NAN = float("nan")
 def on_the_emulator(emulated, monkeypatch):
     """`csrc`'s functions, which GPUs run too, call the emulated operators."""
     monkeypatch.setattr(csrc, "_operators", lambda: emulated)
+    monkeypatch.setattr(csrc, "AVERAGING", ("cpu",))
     torch.manual_seed(0)
 
 
@@ -214,7 +215,9 @@ def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
         sent = emulated.send(g, [x[:, :20], x[:, 20:]], *norm, [x.new_empty(0)] * 2, 1, parts)
         pooled = emulated.max_pool2d(x, 3, 2, 1)
         back = emulated.max_pool2d_backward(pooled, x, 3, 2, 1)
-        return [out, sums, sent, *parts, emulated.moments(x), pooled, back]
+        averages = emulated.avg_pool2d(x, *norm[:2], 1, 2)
+        spread = emulated.avg_pool2d_backward(averages, x, 2)
+        return [out, sums, sent, *parts, emulated.moments(x), pooled, back, averages, spread]
 
     first, again = run(), run()
     emulated.reverse_order(True)
@@ -258,6 +261,45 @@ def test_max_pool_of_equal_values(emulated, value, kernel, stride, padding):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 6, 8), 300), ((1, 5, 5), 1)])
+def test_average_pooling(emulated, shape, channels, dtype, kernel):
+    """Sides of whole windows and others, whose last pixels no window holds."""
+    x, (scale, shift) = pixels(shape, channels, dtype), vectors(2, channels, dtype)
+    window = [kernel] * 2, [kernel] * 2, [0, 0], False, True
+    wanted = x.double().requires_grad_()
+    pooled = F.avg_pool2d(wanted, kernel)
+    assert_one_pass(csrc.avg_pool2d(x, *window), pooled.detach(), dtype)
+    for number, activation in enumerate(("relu", "relu6"), 1):
+        made = emulated.avg_pool2d(x, scale, shift, number, kernel)
+        activated = elementwise.gather(double(x), double(scale, shift), activation)
+        assert_one_pass(made, F.avg_pool2d(activated, kernel), dtype)
+    grad = pixels(tuple(pooled.shape[i] for i in (0, 2, 3)), channels, dtype)
+    pooled.backward(grad.double())
+    assert_one_pass(csrc.avg_pool2d_backward(grad, x, *window), wanted.grad, dtype)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [([2, 2], [1, 1], [0, 0], False), ([3, 3], [3, 3], [1, 1], False), ([2, 3], [2, 3], [0, 0], False),
+     ([2, 2], [2, 2], [0, 0], True)],
+)  # fmt: skip
+def test_other_windows_are_averaged_by_torch(window, monkeypatch):
+    monkeypatch.setattr(csrc, "_operators", lambda: None)
+    x = pixels((2, 7, 5), 8, torch.float32)
+    pooled = elementwise.avg_pool2d(x, *window, False)
+    assert torch.equal(csrc.avg_pool2d(x, *window, False), pooled)
+    back = elementwise.avg_pool2d_backward(pooled, x, *window, False)
+    assert torch.equal(csrc.avg_pool2d_backward(pooled, x, *window, False), back)
+
+
+def test_averages_keep_infinities_and_nan_in_their_windows(emulated):
+    x = torch.zeros(1, 8, 4, 6).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 1, 2], x[0, 5, 2, 5] = float("inf"), NAN
+    assert torch.equal(emulated.avg_pool2d(x, None, None, 0, 2).nan_to_num(9), F.avg_pool2d(x, 2).nan_to_num(9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_images(emulated, dtype):
     empty, norm = pixels((0, 4, 4), 5, dtype), vectors(4, 5, dtype)
     out = torch.empty_like(empty)
@@ -268,6 +310,8 @@ def test_no_images(emulated, dtype):
     assert torch.equal(sums, torch.zeros(2, 5, dtype=wide(dtype)))
     assert emulated.max_pool2d(empty, 2, 2, 0).shape == (0, 5, 2, 2)
     assert emulated.max_pool2d_backward(emulated.max_pool2d(empty, 2, 2, 0), empty, 2, 2, 0).shape == empty.shape
+    assert emulated.avg_pool2d(empty, *norm[:2], 1, 2).shape == (0, 5, 2, 2)
+    assert emulated.avg_pool2d_backward(emulated.avg_pool2d(empty, None, None, 0, 2), empty, 2).shape == empty.shape
     with pytest.raises(RuntimeError, match="moments: z must have at least one pixel"):
         emulated.moments(empty)
 
@@ -289,6 +333,12 @@ def test_refusals(emulated):
         ("max_pool2d: .* padding from 0 to half", lambda: emulated.max_pool2d(x, 3, 1, 2**63 - 1)),
         ("max_pool2d: x must have pixels", lambda: emulated.max_pool2d(x[:, :, :0], 2, 1, 1)),
         ("max_pool2d: x must be channels_last, got a slice", lambda: emulated.max_pool2d(x[:, :3], 2, 2, 0)),
+        ("avg_pool2d: kernel_size and stride", lambda: emulated.avg_pool2d(x, None, None, 0, 0)),
+        ("avg_pool2d: x must have pixels", lambda: emulated.avg_pool2d(x, None, None, 0, 5)),
+        ("avg_pool2d: scale and shift must come", lambda: emulated.avg_pool2d(x, norm[0], None, 0, 2)),
+        ("avg_pool2d: shift must be .* float32", lambda: emulated.avg_pool2d(x, norm[0], norm[1].double(), 0, 2)),
+        ("avg_pool2d_backward: grad must have shape", lambda: emulated.avg_pool2d_backward(x, x, 2)),
+        ("avg_pool2d_backward: grad must be", lambda: emulated.avg_pool2d_backward(small[..., :2, :2], x, 2)),
     ]  # fmt: skip
     for message, call in cases:
         with pytest.raises(RuntimeError, match=message):

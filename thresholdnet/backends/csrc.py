@@ -21,6 +21,9 @@ DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
+AVERAGING = ("cuda",)
+"""Devices whose library averages; torch's loops for CPUs are as good."""
+
 _ACTIVATIONS = {"relu": 1, "relu6": 2}
 
 
@@ -171,6 +174,38 @@ def max_pool2d_backward(
         return elementwise.max_pool2d_backward(grad, x, kernel, stride, padding, ceil)
     made: Tensor = _operators().max_pool2d_backward(_whole(grad), _whole(x), kernel[0], stride[0], padding[0])
     return made
+
+
+def avg_pool2d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, include: bool
+) -> Tensor:
+    """See `elementwise.avg_pool2d`."""
+    if not _side_by_side(x, kernel, stride, padding, ceil):
+        return elementwise.avg_pool2d(x, kernel, stride, padding, ceil, include)
+    made: Tensor = _operators().avg_pool2d(_whole(x), None, None, 0, kernel[0])
+    return made
+
+
+def avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool,
+    include: bool,
+) -> Tensor:
+    """See `elementwise.avg_pool2d_backward`."""
+    if not _side_by_side(x, kernel, stride, padding, ceil):
+        return elementwise.avg_pool2d_backward(grad, x, kernel, stride, padding, ceil, include)
+    made: Tensor = _operators().avg_pool2d_backward(_whole(grad), _whole(x), kernel[0])
+    return made
+
+
+def _side_by_side(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> bool:
+    """Whether the library averages such windows of x: each behind the other, on a device that gains by it."""
+    apart = _square(kernel, stride, padding, ceil) and kernel[0] == stride[0] and padding[0] == 0
+    return apart and x.device.type in AVERAGING
 
 
 def _square(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> bool:

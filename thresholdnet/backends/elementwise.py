@@ -98,6 +98,26 @@ def max_pool2d_backward(
     return aten.max_pool2d_with_indices_backward(grad, x, kernel, stride, padding, [1, 1], ceil, indices)
 
 
+def avg_pool2d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, include: bool
+) -> Tensor:
+    """As torch.nn.functional.avg_pool2d; `include`: padding counts."""
+    return aten.avg_pool2d(x, kernel, stride, padding, ceil, include)
+
+
+def avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool,
+    include: bool,
+) -> Tensor:
+    """Gradient of x, of which only the shape is read."""
+    return aten.avg_pool2d_backward(grad, x, kernel, stride, padding, ceil, include, None)
+
+
 def _wide(x: Tensor) -> Tensor:
     """At least float32: half formats carry pixels, never sums."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
