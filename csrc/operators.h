@@ -329,6 +329,27 @@ struct Operators {
     return made;
   }
 
+  static Tensor spread_mask_sums(
+      Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int64_t activation, int64_t kernel,
+      Tensor out) {
+    const char* op = "spread_mask_sums";
+    const Pool pool = pool_of(op, z, kernel, kernel, 0);
+    pooled_must(op, grad, z, pool);
+    if (row_stride(op, "out", out, z, pixels_of(op, "z", z)) != pool.channels || out.size(1) != pool.channels)
+      refuse(op, ": out must be channels_last with ", pool.channels, " channels, got shape ", listed(out.sizes()));
+    const Tensor sums = two_vectors(z, pool.channels);
+    by_type(op, z, [&](auto element) {
+      using E = decltype(element);
+      using A = typename Wide<E>::type;
+      const auto act = range_of<A>(op, activation);
+      const auto norm = norm_of<A>(op, scale, shift, mean, rstd, pool.channels, z);
+      Device(op, z).spread_mask_sums(
+          static_cast<const E*>(grad.data_ptr()), static_cast<const E*>(z.data_ptr()), norm, act,
+          static_cast<E*>(out.data_ptr()), pool, z.size(0), static_cast<A*>(sums.data_ptr()));
+    });
+    return sums;
+  }
+
   // Registers the operators of every device: STABLE_TORCH_LIBRARY_IMPL(name, key, m) { Operators<Device>::implement(m); }
   template <class Library>
   static void implement(Library& m) {
@@ -346,6 +367,7 @@ struct Operators {
   static void implement_averages(Library& m) {
     m.impl("avg_pool2d", TORCH_BOX(&Operators::avg_pool2d));
     m.impl("avg_pool2d_backward", TORCH_BOX(&Operators::avg_pool2d_backward));
+    m.impl("spread_mask_sums", TORCH_BOX(&Operators::spread_mask_sums));
   }
 };
 

@@ -40,6 +40,11 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def("avg_pool2d(Tensor x, Tensor? scale, Tensor? shift, int activation, int kernel_size) -> Tensor");
   m.def("avg_pool2d_backward(Tensor grad, Tensor x, int kernel_size) -> Tensor");
 
+  // mask_sums of avg_pool2d_backward(grad, z, kernel_size), which is not stored. On GPUs.
+  m.def(
+      "spread_mask_sums(Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int activation, "
+      "int kernel_size, Tensor(a!) out) -> Tensor");
+
   // The CPU's instructions in use: avx512, avx2 or baseline.
   m.def("instructions() -> str");
 }

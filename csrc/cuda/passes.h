@@ -67,4 +67,10 @@ const char* avg_pool(
 template <class E>
 const char* avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images, void* stream);
 
+// mask_sums of avg_pool_backward's result, which is nowhere stored.
+template <class E>
+const char* spread_mask_sums(
+    const E* grad, const E* z, Vectors<E> norm, Activation<E> act, E* out, const Pool& pool, int64_t images,
+    Sums<E> partial, Sums<E> sums, void* stream);
+
 }  // namespace thresholdnet::pixels

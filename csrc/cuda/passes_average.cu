@@ -108,33 +108,31 @@ const char* avg_pool(
     void* stream) {
   const auto kernel = scale ? (pool.kernel == 2 ? average_kernel<E, 2, true> : average_kernel<E, 0, true>)
                             : (pool.kernel == 2 ? average_kernel<E, 2, false> : average_kernel<E, 0, false>);
-  return for_sides(pool, images, [&](int64_t first, int64_t count, const Sides& sides) {
-    Piece<E> piece{};
-    piece.x = {x + first * pool.height * pool.width * pool.channels, pool.channels};
-    piece.out = {out + first * pool.out_height * pool.out_width * pool.channels, pool.channels};
-    std::vector<Piece<E>> list;
-    append(list, piece, pool.channels);
-    return launch_pieces(
-        kernel, list, count * pool.out_height * pool.out_width, stream, sides, scale, shift, act);
-  });
+  if (const char* problem = sides_problem(pool, images)) return problem;
+  Piece<E> piece{};
+  piece.x = {x, pool.channels};
+  piece.out = {out, pool.channels};
+  std::vector<Piece<E>> list;
+  append(list, piece, pool.channels);
+  const int64_t rows = images * pool.out_height * pool.out_width;
+  return launch_pieces(kernel, list, rows, stream, sides_of(pool), scale, shift, act);
 }
 
 template <class E>
 const char* avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images, void* stream) {
   const auto kernel = pool.kernel == 2 ? spread_kernel<E, 2> : spread_kernel<E, 0>;
-  return for_sides(pool, images, [&](int64_t first, int64_t count, const Sides& sides) {
-    Piece<E> piece{};
-    piece.g = {grad + first * pool.out_height * pool.out_width * pool.channels, pool.channels};
-    piece.out = {out + first * pool.height * pool.width * pool.channels, pool.channels};
-    std::vector<Piece<E>> list;
-    append(list, piece, pool.channels);
-    return launch_pieces(kernel, list, count * pool.height * pool.width, stream, sides);
-  });
+  if (const char* problem = sides_problem(pool, images)) return problem;
+  Piece<E> piece{};
+  piece.g = {grad, pool.channels};
+  piece.out = {out, pool.channels};
+  std::vector<Piece<E>> list;
+  append(list, piece, pool.channels);
+  return launch_pieces(kernel, list, images * pool.height * pool.width, stream, sides_of(pool));
 }
 
-#define INSTANTIATE(E)                                                                                         \
-  template const char* avg_pool<E>(                                                                            \
-      const E*, Vector<E>, Vector<E>, Activation<E>, E*, const Pool&, int64_t, void*);                         \
+#define INSTANTIATE(E)                                                               \
+  template const char* avg_pool<E>(                                                  \
+      const E*, Vector<E>, Vector<E>, Activation<E>, E*, const Pool&, int64_t, void*); \
   template const char* avg_pool_backward<E>(const E*, E*, const Pool&, int64_t, void*)
 INSTANTIATE(float);
 INSTANTIATE(double);

@@ -26,20 +26,15 @@ __device__ __forceinline__ int64_t window_of(const Sides& s, unsigned r, unsigne
   return static_cast<int64_t>(image * s.out_height + y) * s.out_width + x;
 }
 
-// Launches for as many images at once as 32 bits number pixels: launch(first image, images, sides).
-template <class Launch>
-const char* for_sides(const Pool& pool, int64_t images, const Launch& launch) {
-  const int64_t pixels = pool.height * pool.width;
-  if (pixels > INT32_MAX) return "an image has more than 2^31 - 1 pixels";
+inline Sides sides_of(const Pool& pool) {
   const auto small = [](int64_t length) { return static_cast<unsigned>(length); };
-  const Sides sides{
-      small(pool.height), small(pool.width), small(pool.out_height), small(pool.out_width),
-      static_cast<int>(pool.kernel)};
-  const int64_t at_once = INT32_MAX / pixels;
-  const char* problem = nullptr;
-  for (int64_t first = 0; first < images && !problem; first += at_once)
-    problem = launch(first, std::min(at_once, images - first), sides);
-  return problem;
+  return {small(pool.height), small(pool.width), small(pool.out_height), small(pool.out_width),
+          static_cast<int>(pool.kernel)};
+}
+
+// What the numbers have no room for; null: nothing.
+inline const char* sides_problem(const Pool& pool, int64_t images) {
+  return images * pool.height * pool.width > INT32_MAX ? "windows are found among 2^31 - 1 pixels at most" : nullptr;
 }
 
 }  // namespace thresholdnet::pixels

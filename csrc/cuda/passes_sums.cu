@@ -4,12 +4,13 @@
 //   moments     mean_t and M2_t = sum (z - mean_t)^2 of a tile; merged by Chan, Golub and LeVeque:
 //               mean += (mean_t - mean) n_t / n,  M2 += M2_t + (mean_t - mean)^2 (n - n_t) n_t / n,  n pixels so far
 //   mask_sums   out = v = g [+ add] where act passes at x * scale + shift, else 0
+//   spread_mask_sums  the same of a g that is the gradient of averages: each of its rows for all pixels of a window
 //   send        v = g there, else 0, and out = [add +] scale * v
-//               both: sum v and rstd * sum v (x - mean)
+//               all three: sum v and rstd * sum v (x - mean)
 //
 // A thread sums its rows in registers, a block its threads as a tree in shared memory, the merge in double precision.
 // Every order is fixed by the shapes alone, and there are no atomics: two runs are equal bit by bit.
-#include "passes_pieces.cuh"
+#include "passes_sides.cuh"
 
 namespace thresholdnet::pixels {
 namespace {
@@ -128,13 +129,16 @@ __global__ void __launch_bounds__(THREADS, 1) moments_kernel(
   });
 }
 
-// SEND: `send`, else `mask_sums`. out may be g or add.
-template <class E, bool SEND>
+// SEND: `send`, else `mask_sums`. out may be g or add. SPREAD: 0, or the size of the windows whose averages' gradient g
+// is, -1 for any.
+template <class E, bool SEND, int SPREAD>
 __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
     const Pieces<E> pieces, const Vectors<E> norm, const Activation<E> act, Sums<E> __restrict__ partial,
-    int64_t channels) {
+    int64_t channels, const Sides sides) {
   using A = typename Wide<E>::type;
   constexpr int ROWS = 2;
+  const int size = SPREAD > 0 ? SPREAD : sides.kernel;
+  const A part = A(1) / static_cast<A>(size * size);
   SHARED_ARRAY(Kept<E>, kept, );
   const Piece<E>& piece = pieces.at[blockIdx.x % pieces.count];
   const Share share = share_of(pieces, piece);
@@ -155,7 +159,8 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
         const int64_t row = r + u * share.lanes;
         if (row >= share.last) break;
         x[u] = load_pack<W>(raw + row * piece.x.stride);
-        g[u] = load_pack<W>(gradient + row * piece.g.stride);
+        const int64_t from = SPREAD == 0 ? row : window_of(sides, static_cast<unsigned>(row), size);
+        g[u] = SPREAD != 0 && from < 0 ? Pack<E, W>{} : load_pack<W>(gradient + from * piece.g.stride);
         if (also) add[u] = load_pack<W>(also + row * piece.add.stride);
       }
 #pragma unroll
@@ -167,6 +172,7 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
           const A value = widen(x[u].at[i]), y = value * scale[i] + shift[i];
           const A before = also ? widen(add[u].at[i]) : A(0);
           A v = widen(g[u].at[i]);
+          if (SPREAD != 0) v *= part;
           if (!SEND) v += before;
           v = y > act.low && y < act.high ? v : A(0);
           sum[i] += v;
@@ -262,7 +268,20 @@ const char* mask_sums(
     Rows<E> out, int64_t rows, Sums<E> partial, Sums<E> sums, void* stream) {
   std::vector<Piece<E>> list;
   append(list, Piece<E>{z, g, add, out, 0, 0, 0}, channels);
-  const char* problem = launch_pieces(mask_kernel<E, false>, list, rows, stream, norm, act, partial, channels);
+  const char* problem = launch_pieces(mask_kernel<E, false, 0>, list, rows, stream, norm, act, partial, channels, Sides());
+  return problem ? problem : merge<false>(partial, channels, rows, sums, stream);
+}
+
+template <class E>
+const char* spread_mask_sums(
+    const E* grad, const E* z, Vectors<E> norm, Activation<E> act, E* out, const Pool& pool, int64_t images,
+    Sums<E> partial, Sums<E> sums, void* stream) {
+  if (const char* problem = sides_problem(pool, images)) return problem;
+  const int64_t rows = images * pool.height * pool.width, channels = pool.channels;
+  const auto kernel = pool.kernel == 2 ? mask_kernel<E, false, 2> : mask_kernel<E, false, -1>;
+  std::vector<Piece<E>> list;
+  append(list, Piece<E>{{z, channels}, {grad, channels}, {}, {out, channels}, 0, 0, 0}, channels);
+  const char* problem = launch_pieces(kernel, list, rows, stream, norm, act, partial, channels, sides_of(pool));
   return problem ? problem : merge<false>(partial, channels, rows, sums, stream);
 }
 
@@ -277,7 +296,7 @@ const char* send(
         list, Piece<E>{parts[j].in, arriving, parts[j].before, parts[j].out, static_cast<int>(channel), 0, 0},
         parts[j].channels);
   }
-  const char* problem = launch_pieces(mask_kernel<E, true>, list, rows, stream, norm, act, partial, total);
+  const char* problem = launch_pieces(mask_kernel<E, true, 0>, list, rows, stream, norm, act, partial, total, Sides());
   return problem ? problem : merge<false>(partial, total, rows, sums, stream);
 }
 
@@ -286,6 +305,8 @@ const char* send(
   template const char* mask_sums<E>(                                                                                  \
       Rows<const E>, Rows<const E>, Rows<const E>, int64_t, Vectors<E>, Activation<E>, Rows<E>, int64_t, Sums<E>,      \
       Sums<E>, void*);                                                                                                \
+  template const char* spread_mask_sums<E>(                                                                           \
+      const E*, const E*, Vectors<E>, Activation<E>, E*, const Pool&, int64_t, Sums<E>, Sums<E>, void*);              \
   template const char* send<E>(                                                                                       \
       Rows<const E>, const Part<E>*, int64_t, Vectors<E>, Activation<E>, int64_t, int64_t, Sums<E>, Sums<E>, void*)
 INSTANTIATE(float);

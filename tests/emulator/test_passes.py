@@ -216,8 +216,11 @@ def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
         pooled = emulated.max_pool2d(x, 3, 2, 1)
         back = emulated.max_pool2d_backward(pooled, x, 3, 2, 1)
         averages = emulated.avg_pool2d(x, *norm[:2], 1, 2)
-        spread = emulated.avg_pool2d_backward(averages, x, 2)
-        return [out, sums, sent, *parts, emulated.moments(x), pooled, back, averages, spread]
+        spread, masked = emulated.avg_pool2d_backward(averages, x, 2), torch.empty_like(x)
+        masked_sums = emulated.spread_mask_sums(averages, x, *norm, 1, 2, masked)
+        return [
+            out, sums, sent, *parts, emulated.moments(x), pooled, back, averages, spread, masked, masked_sums,
+        ]  # fmt: skip
 
     first, again = run(), run()
     emulated.reverse_order(True)
@@ -265,32 +268,41 @@ def test_max_pool_of_equal_values(emulated, value, kernel, stride, padding):
 @pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 6, 8), 300), ((1, 5, 5), 1)])
 def test_average_pooling(emulated, shape, channels, dtype, kernel):
     """Sides of whole windows and others, whose last pixels no window holds."""
-    x, (scale, shift) = pixels(shape, channels, dtype), vectors(2, channels, dtype)
+    x, (scale, shift, mean, rstd) = pixels(shape, channels, dtype), vectors(4, channels, dtype)
     window = [kernel] * 2, [kernel] * 2, [0, 0], False, True
     wanted = x.double().requires_grad_()
     pooled = F.avg_pool2d(wanted, kernel)
-    assert_one_pass(csrc.avg_pool2d(x, *window), pooled.detach(), dtype)
-    for number, activation in enumerate(("relu", "relu6"), 1):
-        made = emulated.avg_pool2d(x, scale, shift, number, kernel)
-        activated = elementwise.gather(double(x), double(scale, shift), activation)
-        assert_one_pass(made, F.avg_pool2d(activated, kernel), dtype)
+    assert_one_pass(csrc.avg_pool2d(x, window), pooled.detach(), dtype)
     grad = pixels(tuple(pooled.shape[i] for i in (0, 2, 3)), channels, dtype)
     pooled.backward(grad.double())
-    assert_one_pass(csrc.avg_pool2d_backward(grad, x, *window), wanted.grad, dtype)
+    assert_one_pass(emulated.avg_pool2d_backward(grad, x, kernel), wanted.grad, dtype)
+    for activation in ("relu", "relu6"):
+        made = csrc.avg_pool2d(x, window, (scale, shift), activation)
+        activated = elementwise.gather(double(x), double(scale, shift), activation)
+        assert_one_pass(made, F.avg_pool2d(activated, kernel), dtype)
+        found = csrc.avg_mask_sums(grad, window, x, (scale, shift), mean, rstd, activation)
+        expected = elementwise.avg_mask_sums(
+            grad.double(), window, x.double(), double(scale, shift), *double(mean, rstd), activation
+        )
+        for got, value, kind in zip(found, expected, (dtype, wide(dtype), wide(dtype)), strict=True):
+            assert_one_pass(got, value, kind)
 
 
 @pytest.mark.parametrize(
-    "window",
-    [([2, 2], [1, 1], [0, 0], False), ([3, 3], [3, 3], [1, 1], False), ([2, 3], [2, 3], [0, 0], False),
-     ([2, 2], [2, 2], [0, 0], True)],
-)  # fmt: skip
-def test_other_windows_are_averaged_by_torch(window, monkeypatch):
-    monkeypatch.setattr(csrc, "_operators", lambda: None)
-    x = pixels((2, 7, 5), 8, torch.float32)
-    pooled = elementwise.avg_pool2d(x, *window, False)
-    assert torch.equal(csrc.avg_pool2d(x, *window, False), pooled)
-    back = elementwise.avg_pool2d_backward(pooled, x, *window, False)
-    assert torch.equal(csrc.avg_pool2d_backward(pooled, x, *window, False), back)
+    "kernel, stride, padding, ceil", [(2, 1, 0, 0), (3, 3, 1, 0), ((2, 3), (2, 3), 0, 0), (2, 2, 0, 1)]
+)
+def test_other_windows_are_averaged_by_torch(emulated, kernel, stride, padding, ceil):
+    """Between our passes."""
+    window = *(torch.nn.modules.utils._pair(side) for side in (kernel, stride, padding)), bool(ceil), False
+    x, (scale, shift, mean, rstd) = pixels((2, 7, 5), 8, torch.float32), vectors(4, 8, torch.float32)
+    made, expected = (passes.avg_pool2d(x, window, (scale, shift)) for passes in (csrc, elementwise))
+    assert_one_pass(made, expected.double(), torch.float32)
+    grad = torch.randn_like(made)
+    found, wanted = (
+        passes.avg_mask_sums(grad, window, x, (scale, shift), mean, rstd, "relu") for passes in (csrc, elementwise)
+    )
+    for got, value in zip(found, wanted, strict=True):
+        assert_one_pass(got, value.double(), torch.float32)
 
 
 def test_averages_keep_infinities_and_nan_in_their_windows(emulated):
@@ -312,12 +324,15 @@ def test_no_images(emulated, dtype):
     assert emulated.max_pool2d_backward(emulated.max_pool2d(empty, 2, 2, 0), empty, 2, 2, 0).shape == empty.shape
     assert emulated.avg_pool2d(empty, *norm[:2], 1, 2).shape == (0, 5, 2, 2)
     assert emulated.avg_pool2d_backward(emulated.avg_pool2d(empty, None, None, 0, 2), empty, 2).shape == empty.shape
+    few = emulated.avg_pool2d(empty, None, None, 0, 2)
+    assert torch.equal(emulated.spread_mask_sums(few, empty, *norm, 1, 2, out), torch.zeros(2, 5, dtype=wide(dtype)))
     with pytest.raises(RuntimeError, match="moments: z must have at least one pixel"):
         emulated.moments(empty)
 
 
 def test_refusals(emulated):
     x, norm, small = pixels((2, 4, 4), 6, torch.float32), vectors(4, 6, torch.float32), torch.zeros(2, 3, 4, 4)
+    pooled = pixels((2, 2, 2), 6, torch.float32)
     cases = [
         ("gather: out must have 6 channels, got 3", lambda: emulated.gather([x], None, None, 1, small)),
         ("gather: tensor 0 must have the dtype", lambda: emulated.gather([x.half()], None, None, 1, x)),
@@ -339,6 +354,8 @@ def test_refusals(emulated):
         ("avg_pool2d: shift must be .* float32", lambda: emulated.avg_pool2d(x, norm[0], norm[1].double(), 0, 2)),
         ("avg_pool2d_backward: grad must have shape", lambda: emulated.avg_pool2d_backward(x, x, 2)),
         ("avg_pool2d_backward: grad must be", lambda: emulated.avg_pool2d_backward(small[..., :2, :2], x, 2)),
+        ("spread_mask_sums: out must be", lambda: emulated.spread_mask_sums(pooled, x, *norm, 1, 2, small)),
+        ("spread_mask_sums: grad must have", lambda: emulated.spread_mask_sums(x, x, *norm, 1, 2, x.clone())),
     ]  # fmt: skip
     for message, call in cases:
         with pytest.raises(RuntimeError, match=message):
