@@ -4,5 +4,7 @@
 #include "cuda/place.h"
 
 STABLE_TORCH_LIBRARY_IMPL(thresholdnet_csrc, CUDA, m) {
-  thresholdnet::Operators<thresholdnet::Launched<thresholdnet::CudaPlace>>::implement(m);
+  using Operators = thresholdnet::Operators<thresholdnet::Launched<thresholdnet::CudaPlace>>;
+  Operators::implement(m);
+  Operators::implement_averages(m);
 }

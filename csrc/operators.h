@@ -139,6 +139,13 @@ inline Pool pool_of(const char* op, const Tensor& x, int64_t kernel, int64_t str
   return {p.h, p.w, x.size(1), out_height, (p.w + 2 * padding - kernel) / stride + 1, kernel, stride, padding};
 }
 
+// Refuses a gradient that is not one of the pooled x.
+inline void pooled_must(const char* op, const Tensor& grad, const Tensor& x, const Pool& pool) {
+  const Pixels out{x.size(0), pool.out_height, pool.out_width};
+  if (row_stride(op, "grad", grad, x, out) != pool.channels || grad.size(1) != pool.channels)
+    refuse(op, ": grad must be channels_last with ", pool.channels, " channels, got shape ", listed(grad.sizes()));
+}
+
 // New tensors.
 
 inline Tensor two_vectors(const Tensor& like, int64_t channels) {
@@ -280,9 +287,7 @@ struct Operators {
   static Tensor max_pool2d_backward(Tensor grad, Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
     const char* op = "max_pool2d_backward";
     const Pool pool = pool_of(op, x, kernel, stride, padding);
-    const Pixels out{x.size(0), pool.out_height, pool.out_width};
-    if (row_stride(op, "grad", grad, x, out) != pool.channels || grad.size(1) != pool.channels)
-      refuse(op, ": grad must be channels_last with ", pool.channels, " channels, got shape ", listed(grad.sizes()));
+    pooled_must(op, grad, x, pool);
     const Tensor made = pixels_like(x, pool.height, pool.width);
     by_type(op, x, [&](auto element) {
       using E = decltype(element);
@@ -293,7 +298,59 @@ struct Operators {
     return made;
   }
 
-  // Registers all of them: STABLE_TORCH_LIBRARY_IMPL(name, key, m) { Operators<Device>::implement(m); }
+  static Tensor avg_pool2d(
+      Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, int64_t kernel) {
+    const char* op = "avg_pool2d";
+    const Pool pool = pool_of(op, x, kernel, kernel, 0);
+    if (scale.has_value() != shift.has_value()) refuse(op, ": scale and shift must come together");
+    const Tensor out = pixels_like(x, pool.out_height, pool.out_width);
+    by_type(op, x, [&](auto element) {
+      using E = decltype(element);
+      using A = typename Wide<E>::type;
+      const auto act = range_of<A>(op, activation);
+      const A* factor = scale ? vector<A>(op, "scale", *scale, pool.channels, x) : nullptr;
+      const A* constant = shift ? vector<A>(op, "shift", *shift, pool.channels, x) : nullptr;
+      Device(op, x).avg_pool(
+          static_cast<const E*>(x.data_ptr()), factor, constant, act, static_cast<E*>(out.data_ptr()), pool, x.size(0));
+    });
+    return out;
+  }
+
+  static Tensor avg_pool2d_backward(Tensor grad, Tensor x, int64_t kernel) {
+    const char* op = "avg_pool2d_backward";
+    const Pool pool = pool_of(op, x, kernel, kernel, 0);
+    pooled_must(op, grad, x, pool);
+    const Tensor made = pixels_like(x, pool.height, pool.width);
+    by_type(op, x, [&](auto element) {
+      using E = decltype(element);
+      Device(op, x).avg_pool_backward(
+          static_cast<const E*>(grad.data_ptr()), static_cast<E*>(made.data_ptr()), pool, x.size(0));
+    });
+    return made;
+  }
+
+  static Tensor spread_mask_sums(
+      Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int64_t activation, int64_t kernel,
+      Tensor out) {
+    const char* op = "spread_mask_sums";
+    const Pool pool = pool_of(op, z, kernel, kernel, 0);
+    pooled_must(op, grad, z, pool);
+    if (row_stride(op, "out", out, z, pixels_of(op, "z", z)) != pool.channels || out.size(1) != pool.channels)
+      refuse(op, ": out must be channels_last with ", pool.channels, " channels, got shape ", listed(out.sizes()));
+    const Tensor sums = two_vectors(z, pool.channels);
+    by_type(op, z, [&](auto element) {
+      using E = decltype(element);
+      using A = typename Wide<E>::type;
+      const auto act = range_of<A>(op, activation);
+      const auto norm = norm_of<A>(op, scale, shift, mean, rstd, pool.channels, z);
+      Device(op, z).spread_mask_sums(
+          static_cast<const E*>(grad.data_ptr()), static_cast<const E*>(z.data_ptr()), norm, act,
+          static_cast<E*>(out.data_ptr()), pool, z.size(0), static_cast<A*>(sums.data_ptr()));
+    });
+    return sums;
+  }
+
+  // Registers the operators of every device: STABLE_TORCH_LIBRARY_IMPL(name, key, m) { Operators<Device>::implement(m); }
   template <class Library>
   static void implement(Library& m) {
     m.impl("gather", TORCH_BOX(&Operators::gather));
@@ -303,6 +360,14 @@ struct Operators {
     m.impl("linear", TORCH_BOX(&Operators::linear));
     m.impl("max_pool2d", TORCH_BOX(&Operators::max_pool2d));
     m.impl("max_pool2d_backward", TORCH_BOX(&Operators::max_pool2d_backward));
+  }
+
+  // Registers those of GPUs alone.
+  template <class Library>
+  static void implement_averages(Library& m) {
+    m.impl("avg_pool2d", TORCH_BOX(&Operators::avg_pool2d));
+    m.impl("avg_pool2d_backward", TORCH_BOX(&Operators::avg_pool2d_backward));
+    m.impl("spread_mask_sums", TORCH_BOX(&Operators::spread_mask_sums));
   }
 };
 

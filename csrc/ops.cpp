@@ -35,6 +35,16 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");
 
+  // Averages of windows side by side (stride is kernel_size, no padding) of x, or of act(x * scale + shift), which is
+  // rounded with the average alone. On GPUs; backward reads of x its shape.
+  m.def("avg_pool2d(Tensor x, Tensor? scale, Tensor? shift, int activation, int kernel_size) -> Tensor");
+  m.def("avg_pool2d_backward(Tensor grad, Tensor x, int kernel_size) -> Tensor");
+
+  // mask_sums of avg_pool2d_backward(grad, z, kernel_size), which is not stored. On GPUs.
+  m.def(
+      "spread_mask_sums(Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int activation, "
+      "int kernel_size, Tensor(a!) out) -> Tensor");
+
   // The CPU's instructions in use: avx512, avx2 or baseline.
   m.def("instructions() -> str");
 }

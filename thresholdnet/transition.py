@@ -10,7 +10,6 @@ the convolution runs on the pooled, fewer pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from . import sync
 from .backends import elementwise
 from .backends.native import Verbs
-from .batchnorm import backward_norms, batch_norm, paired
+from .batchnorm import Norm, backward_norms, batch_norm, paired
 
 aten = torch.ops.aten
 
@@ -38,20 +37,21 @@ class Pool(NamedTuple):
     ceil_mode: bool = False
     count_include_pad: bool = True
 
-    def __call__(self, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
-        """The pooled x; `passes` has the max-pooling, see `backends.native`."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """The pooled x."""
         if self.kind == "max":
-            pooled: Tensor = passes.max_pool2d(x, *_pairs(self.window), self.ceil_mode)
-            return pooled
-        return aten.avg_pool2d(x, *_pairs(self.window), self.ceil_mode, self.count_include_pad)
+            return elementwise.max_pool2d(x, *self.sides, self.ceil_mode)
+        return elementwise.avg_pool2d(x, self.averages)
 
-    def backward(self, grad: Tensor, x: Tensor, passes: ModuleType = elementwise) -> Tensor:
-        """Gradient of x; average pooling reads only its shape."""
-        window = _pairs(self.window)
-        if self.kind == "max":
-            made: Tensor = passes.max_pool2d_backward(grad, x, *window, self.ceil_mode)
-            return made
-        return aten.avg_pool2d_backward(grad, x, *window, self.ceil_mode, self.count_include_pad, None)
+    @property
+    def sides(self) -> tuple[list[int], list[int], list[int]]:
+        """Kernel, stride and padding."""
+        return _pairs(self.window)
+
+    @property
+    def averages(self) -> elementwise.Averages:
+        """Everything about an average."""
+        return *self.sides, self.ceil_mode, self.count_include_pad
 
 
 class Spec(NamedTuple):
@@ -99,8 +99,7 @@ def forward(
     else:
         moments = sync.merge(verbs.moments(z), counts, spec.group)
     norm = batch_norm(gamma, beta, *moments, spec.eps, spec.fixed)
-    out = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
-    out = behind(spec, out, weight, verbs.passes)
+    out = _convolved(spec, _activated(spec, verbs, z, norm.affine), weight)
     return out.contiguous(memory_format=torch.channels_last), paired(*moments)
 
 
@@ -114,20 +113,15 @@ def backward(
     pixels = sync.total(counts, z.shape[0] * z.shape[2] * z.shape[3])
     (norm,) = backward_norms([(gamma, beta)], [statistics], [spec.eps], [spec.fixed], pixels)
     needs_z, dweight = any(needs[:3]), None
-    if weight is not None or spec.pool is not None:
-        y = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
     if weight is not None:
-        read = y if spec.pool is None else spec.pool(y, verbs.passes)
+        read = _activated(spec, verbs, z, norm.affine)
         grad, dweight, _ = aten.convolution_backward(
             grad, read, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(z, weight), [needs_z, needs[3], False]
         )
         dweight = dweight.contiguous() if needs[3] else None
     if not needs_z:
         return [None, None, None, dweight]
-    if spec.pool is not None:
-        grad = spec.pool.backward(grad, y, verbs.passes)
-    masked = (z, norm.affine, norm.mean, norm.rstd)
-    g, sum_g, sum_gx = verbs.gradient([], [], grad, into=("gradient", 0), masked=masked, activation=spec.activation)
+    g, sum_g, sum_gx = _masked(spec, verbs, grad, z, norm)
     dz = None
     if needs[0]:
         sums = paired(sum_g, sum_gx)
@@ -135,13 +129,40 @@ def backward(
     return [dz, sum_gx, sum_g, dweight]
 
 
-def behind(spec: Spec, y: Tensor, weight: Tensor | None, passes: ModuleType = elementwise) -> Tensor:
-    """Pooling and convolution of the activated values [N, C, H, W]."""
+def behind(spec: Spec, y: Tensor, weight: Tensor | None) -> Tensor:
+    """Pooling and convolution of the activated values [N, C, H, W], in torch's operations: for fake tensors."""
+    return _convolved(spec, y if spec.pool is None else spec.pool(y), weight)
+
+
+def _activated(spec: Spec, verbs: Verbs, z: Tensor, affine: elementwise.Affine) -> Tensor:
+    """The activated and pooled values; averages alone do without the values in between."""
+    if spec.pool is not None and spec.pool.kind == "avg":
+        made: Tensor = verbs.passes.avg_pool2d(z, spec.pool.averages, affine, spec.activation)
+        return made
+    y = verbs.normalise(z, affine, spec.activation, into=("scratch", 0))
     if spec.pool is not None:
-        y = spec.pool(y, passes)
-    if weight is not None:
-        y = aten.convolution(y, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(y, weight))
+        y = verbs.passes.max_pool2d(y, *spec.pool.sides, spec.pool.ceil_mode)
     return y
+
+
+def _masked(spec: Spec, verbs: Verbs, grad: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of y behind the activation's mask, its sum and that of its product with xhat."""
+    masked = (z, norm.affine, norm.mean, norm.rstd)
+    if spec.pool is not None and spec.pool.kind == "avg":
+        found: tuple[Tensor, Tensor, Tensor] = verbs.passes.avg_mask_sums(
+            grad, spec.pool.averages, *masked, spec.activation
+        )
+        return found
+    if spec.pool is not None:
+        y = verbs.normalise(z, norm.affine, spec.activation, into=("scratch", 0))
+        grad = verbs.passes.max_pool2d_backward(grad, y, *spec.pool.sides, spec.pool.ceil_mode)
+    return verbs.gradient([], [], grad, into=("gradient", 0), masked=masked, activation=spec.activation)
+
+
+def _convolved(spec: Spec, read: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return read
+    return aten.convolution(read, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(read, weight))
 
 
 def _groups(x: Tensor, weight: Tensor) -> int:

@@ -1,12 +1,13 @@
 // Launchers of the convolution: pack the operands in K order, multiply, merge the tiles' sums. See conv.h.
 #include "conv_halo.cuh"
 #include "conv_mma.cuh"
+#include "merging.cuh"
 
 namespace thresholdnet::convolution {
 namespace {
 
 constexpr int PACKING_THREADS = 128;
-constexpr int MERGED_CHANNELS = 8, SLICES = 32;  // of a merging block: few channels each, or one block would do it all
+constexpr int AT_ONCE = 8;  // tiles that a slice has on their way from memory
 
 // packed[n, k] = weight[n, weight_index[k]]; zeros where there is none and behind the last channel.
 __global__ void pack_weight(const Arguments p, int all_k) {
@@ -26,39 +27,55 @@ __global__ void pack_affine(const Arguments p, int length) {
   p.packed_affine[length + k] = channel < 0 ? 0 : p.shift[channel];
 }
 
-// Adds up a channel's slices, in their order.
-__device__ float over_slices(float* shared, float value) {
-  const int channel = threadIdx.x % MERGED_CHANNELS, slice = threadIdx.x / MERGED_CHANNELS;
-  shared[slice * MERGED_CHANNELS + channel] = value;
-  __syncthreads();
-  float sum = 0;
-  for (int s = 0; s < SLICES; ++s) sum += shared[s * MERGED_CHANNELS + channel];
-  __syncthreads();
-  return sum;
+// Adds up number(load(t)) over the tiles of a slice: AT_ONCE loads, then as many sums side by side.
+template <class Load, class Number>
+__device__ __forceinline__ float over_tiles(unsigned tiles, const Load& load, const Number& number) {
+  const unsigned step = slices();
+  float sum[AT_ONCE] = {};
+  for (unsigned t = threadIdx.x / MERGED; t < tiles; t += AT_ONCE * step) {
+    decltype(load(t)) found[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; ++u) found[u] = load(t + u * step < tiles ? t + u * step : t);
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; ++u) sum[u] += t + u * step < tiles ? number(found[u]) : 0.0f;
+  }
+#pragma unroll
+  for (int half = AT_ONCE / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int u = 0; u < half; ++u) sum[u] += sum[u + half];
+  }
+  return sum[0];
 }
+
+struct Tile {
+  float sum, squares;
+  int pixels;
+};
 
 // The tiles' partial sums to moments. With s_t a tile's sum, M2_t its squares around its own mean, n_t its pixels:
 //   mean = sum s_t / n,   variance = sum (M2_t + n_t (s_t / n_t - mean)^2) / n      (Chan: no cancellation)
-__global__ void merge(const Arguments p, int64_t tiles) {
-  SHARED_MEMORY(memory);
-  float* shared = reinterpret_cast<float*>(memory);
-  const int slice = threadIdx.x / MERGED_CHANNELS;
-  const int channel = blockIdx.x * MERGED_CHANNELS + threadIdx.x % MERGED_CHANNELS;
+__global__ void __launch_bounds__(MERGING_THREADS, 1) merge(const Arguments p, unsigned tiles) {
+  SHARED_ARRAY(float, shared, [MERGING_WARPS * MERGED]);
+  const int slice = threadIdx.x / MERGED;
+  const int channel = blockIdx.x * MERGED + threadIdx.x % MERGED;
   const bool moments = p.epilogue == Epilogue::statistics;
   const float pixels = static_cast<float>(p.batch * p.height * p.width);
-  float first = 0, second = 0;
-  for (int64_t t = slice; t < tiles; t += SLICES) {
-    first += p.partial[t * 2 * p.columns + channel];
-    if (!moments) second += p.partial[(t * 2 + 1) * p.columns + channel];
-  }
-  first = over_slices(shared, first);
+  const float* sums = p.partial + channel;
+  const int64_t step = 2 * p.columns;
+  const auto sum = [&](unsigned t) { return sums[t * step]; };
+  const auto other = [&](unsigned t) { return sums[t * step + p.columns]; };
+  const auto itself = [](float value) { return value; };
+  float first = over_slices(shared, over_tiles(tiles, sum, itself)), second = 0;
   if (moments) {
     first /= pixels;
-    for (int64_t t = slice; t < tiles; t += SLICES) {
-      const float count = static_cast<float>(p.tile_pixels[t]);
-      const float away = p.partial[t * 2 * p.columns + channel] / count - first;
-      second += p.partial[(t * 2 + 1) * p.columns + channel] + count * away * away;
-    }
+    second = over_tiles(
+        tiles, [&](unsigned t) { return Tile{sum(t), other(t), p.tile_pixels[t]}; },
+        [&](const Tile& tile) {
+          const float count = static_cast<float>(tile.pixels), away = tile.sum / count - first;
+          return tile.squares + count * away * away;
+        });
+  } else {
+    second = over_tiles(tiles, other, itself);
   }
   second = over_slices(shared, second);
   if (slice || channel >= p.channels) return;
@@ -123,8 +140,9 @@ const char* run(const Arguments& p, void* stream) {
     problem = p.element == Element::bf16 ? by_columns<bf16>(p, blocks, stream) : by_columns<fp16>(p, blocks, stream);
   }
   if (!problem && (p.epilogue == Epilogue::statistics || p.epilogue == Epilogue::mask)) {
-    const int merged = (p.channels + MERGED_CHANNELS - 1) / MERGED_CHANNELS, threads = MERGED_CHANNELS * SLICES;
-    problem = launch(merge, merged, threads, threads * static_cast<int>(sizeof(float)), stream, p, all_tiles);
+    const int merged = (p.channels + MERGED - 1) / MERGED;
+    const int threads = merging_threads(all_tiles, AT_ONCE);
+    problem = launch(merge, merged, threads, 0, stream, p, static_cast<unsigned>(all_tiles));
   }
   return problem;
 }

@@ -62,6 +62,27 @@ class Launched {
     check(pixels::max_pool_backward(grad, x, out, pool, images, place_.stream()));
   }
 
+  template <class E, class A>
+  void avg_pool(
+      const E* x, const A* scale, const A* shift, Range<A> act, E* out, const Pool& pool, int64_t images) const {
+    fits(pool.channels);
+    check(pixels::avg_pool(x, scale, shift, act, out, pool, images, place_.stream()));
+  }
+
+  template <class E>
+  void avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images) const {
+    fits(pool.channels);
+    check(pixels::avg_pool_backward(grad, out, pool, images, place_.stream()));
+  }
+
+  template <class E, class A>
+  void spread_mask_sums(
+      const E* grad, const E* z, Norm<A> norm, Range<A> act, E* out, const Pool& pool, int64_t images, A* sums) const {
+    const Tensor partial = workspace(pool.channels, images * pool.height * pool.width);
+    auto* tiles = static_cast<A*>(partial.data_ptr());
+    check(pixels::spread_mask_sums(grad, z, norm, act, out, pool, images, tiles, sums, place_.stream()));
+  }
+
  private:
   void check(const char* problem) const {
     if (problem) refuse(op_, ": it could not be launched: ", problem);

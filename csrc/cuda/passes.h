@@ -58,4 +58,19 @@ const char* max_pool(const E* x, E* out, const Pool& pool, int64_t images, void*
 template <class E>
 const char* max_pool_backward(const E* grad, const E* x, E* out, const Pool& pool, int64_t images, void* stream);
 
+// Windows side by side: pool.stride is pool.kernel, pool.padding 0. scale and shift null: averages of x itself.
+template <class E>
+const char* avg_pool(
+    const E* x, Vector<E> scale, Vector<E> shift, Activation<E> act, E* out, const Pool& pool, int64_t images,
+    void* stream);
+
+template <class E>
+const char* avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images, void* stream);
+
+// mask_sums of avg_pool_backward's result, which is nowhere stored.
+template <class E>
+const char* spread_mask_sums(
+    const E* grad, const E* z, Vectors<E> norm, Activation<E> act, E* out, const Pool& pool, int64_t images,
+    Sums<E> partial, Sums<E> sums, void* stream);
+
 }  // namespace thresholdnet::pixels

@@ -8,6 +8,7 @@
 // by value; longer lists take several launches. Offsets of rows are 64-bit.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "device.cuh"
@@ -136,6 +137,38 @@ template <int W, class A>
 __device__ __forceinline__ void load_vector(A (&to)[W], const A* vector, int first) {
 #pragma unroll
   for (int i = 0; i < W; ++i) to[i] = vector[first + i];
+}
+
+// W elements as they are loaded: half formats in pairs, widened and rounded without taking words apart.
+template <class E, int W>
+using Raw = std::conditional_t<sizeof(E) == 2 && W % 2 == 0, Pack<uint32_t, (W + 1) / 2>, Pack<E, W>>;
+
+template <class E, int W, class A>
+__device__ __forceinline__ void widen_all(const Raw<E, W>& from, A (&to)[W]) {
+  if constexpr (sizeof(E) == 2 && W % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) {
+      const float2 pair = unpack2<E>(from.at[i]);
+      to[2 * i] = pair.x;
+      to[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) to[i] = widen(from.at[i]);
+  }
+}
+
+template <class E, int W, class A>
+__device__ __forceinline__ void store_narrowed(E* to, const A (&from)[W]) {
+  Raw<E, W> made;
+  if constexpr (sizeof(E) == 2 && W % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) made.at[i] = pack2<E>(from[2 * i], from[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) made.at[i] = narrow<E>(from[i]);
+  }
+  store_aligned(to, made);
 }
 
 template <class A>

@@ -1,21 +1,22 @@
 // Passes that add up over pixels, in two launches: a tile of rows leaves partial[tile, 2, channels], a second launch
 // merges them.
 //
-//   moments     mean_t and M2_t = sum (z - mean_t)^2 of a tile; merged by Chan, Golub and LeVeque:
-//               mean += (mean_t - mean) n_t / n,  M2 += M2_t + (mean_t - mean)^2 (n - n_t) n_t / n,  n pixels so far
+//   moments     mean_t and M2_t = sum (z - mean_t)^2 of a tile of n_t rows; merged in two steps, without cancellation:
+//               mean = sum n_t mean_t / n,  M2 = sum (M2_t + n_t (mean_t - mean)^2)
 //   mask_sums   out = v = g [+ add] where act passes at x * scale + shift, else 0
+//   spread_mask_sums  the same of a g that is the gradient of averages: each of its rows for all pixels of a window
 //   send        v = g there, else 0, and out = [add +] scale * v
-//               both: sum v and rstd * sum v (x - mean)
+//               all three: sum v and rstd * sum v (x - mean)
 //
 // A thread sums its rows in registers, a block its threads as a tree in shared memory, the merge in double precision.
 // Every order is fixed by the shapes alone, and there are no atomics: two runs are equal bit by bit.
-#include "passes_pieces.cuh"
+#include "merging.cuh"
+#include "passes_sides.cuh"
 
 namespace thresholdnet::pixels {
 namespace {
 
-constexpr int MERGED = 32;  // channels of a merging block
-constexpr int SLICES = 16;  // of the tiles: threads that share a channel
+constexpr int EACH = MOST_TILES * MERGED / MERGING_THREADS;  // tiles of a slice, at most
 
 // Two numbers per thread and channel of its column; [i] lies behind [i - 1] of all threads: no bank conflicts.
 template <class E>
@@ -128,13 +129,16 @@ __global__ void __launch_bounds__(THREADS, 1) moments_kernel(
   });
 }
 
-// SEND: `send`, else `mask_sums`. out may be g or add.
-template <class E, bool SEND>
+// SEND: `send`, else `mask_sums`. out may be g or add. SPREAD: 0, or the size of the windows whose averages' gradient g
+// is, -1 for any.
+template <class E, bool SEND, int SPREAD>
 __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
     const Pieces<E> pieces, const Vectors<E> norm, const Activation<E> act, Sums<E> __restrict__ partial,
-    int64_t channels) {
+    int64_t channels, const Sides sides) {
   using A = typename Wide<E>::type;
   constexpr int ROWS = 2;
+  const int size = SPREAD > 0 ? SPREAD : sides.kernel;
+  const A part = A(1) / static_cast<A>(size * size);
   SHARED_ARRAY(Kept<E>, kept, );
   const Piece<E>& piece = pieces.at[blockIdx.x % pieces.count];
   const Share share = share_of(pieces, piece);
@@ -155,7 +159,8 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
         const int64_t row = r + u * share.lanes;
         if (row >= share.last) break;
         x[u] = load_pack<W>(raw + row * piece.x.stride);
-        g[u] = load_pack<W>(gradient + row * piece.g.stride);
+        const int64_t from = SPREAD == 0 ? row : window_of(sides, static_cast<unsigned>(row), size);
+        g[u] = SPREAD != 0 && from < 0 ? Pack<E, W>{} : load_pack<W>(gradient + from * piece.g.stride);
         if (also) add[u] = load_pack<W>(also + row * piece.add.stride);
       }
 #pragma unroll
@@ -167,6 +172,7 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
           const A value = widen(x[u].at[i]), y = value * scale[i] + shift[i];
           const A before = also ? widen(add[u].at[i]) : A(0);
           A v = widen(g[u].at[i]);
+          if (SPREAD != 0) v *= part;
           if (!SEND) v += before;
           v = y > act.low && y < act.high ? v : A(0);
           sum[i] += v;
@@ -188,49 +194,38 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
 
 // partial [tiles, 2, channels] -> found [2, channels]: sums, or (MOMENTS) mean and biased variance of all rows.
 template <class A, bool MOMENTS>
-__global__ void __launch_bounds__(MERGED * SLICES) merge_kernel(
+__global__ void __launch_bounds__(MERGING_THREADS, 1) merge_kernel(
     const A* __restrict__ partial, int64_t tiles, int64_t channels, int64_t rows, int64_t tile_rows,
     A* __restrict__ found) {
-  SHARED_ARRAY(double, first, [SLICES][MERGED]);
-  SHARED_ARRAY(double, second, [SLICES][MERGED]);
-  SHARED_ARRAY(double, counts, [SLICES]);
-  const int slice = threadIdx.x / MERGED, at = threadIdx.x % MERGED;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * MERGED + at;
-  double mean = 0, square = 0, count = 0;  // or two sums
-  const auto take = [&](double other_mean, double other_square, double more) {
-    const double all = count + more, d = other_mean - mean;
-    mean += d * more / all;
-    square += other_square + d * d * count * more / all;
-    count = all;
+  SHARED_ARRAY(double, shared, [MERGING_WARPS * MERGED]);
+  const int slice = threadIdx.x / MERGED;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * MERGED + threadIdx.x % MERGED;
+  A first[EACH], second[EACH];
+#pragma unroll
+  for (int u = 0; u < EACH; ++u) {
+    const int64_t t = slice + u * slices();
+    const bool there = t < tiles && channel < channels;
+    first[u] = there ? partial[t * 2 * channels + channel] : A(0);
+    second[u] = there ? partial[(t * 2 + 1) * channels + channel] : A(0);
+  }
+  const auto count = [&](int u) {
+    const int64_t left = rows - (slice + u * slices()) * tile_rows;
+    return static_cast<double>(left < 0 ? 0 : left < tile_rows ? left : tile_rows);
   };
-  if (channel < channels) {
-#pragma unroll 4
-    for (int64_t t = slice; t < tiles; t += SLICES) {
-      const double a = partial[t * 2 * channels + channel], b = partial[(t * 2 + 1) * channels + channel];
-      if (MOMENTS) {
-        const int64_t left = rows - t * tile_rows;
-        take(a, b, static_cast<double>(left < tile_rows ? left : tile_rows));
-      } else {
-        mean += a;
-        square += b;
-      }
-    }
-    first[slice][at] = mean;
-    second[slice][at] = square;
+  double mean = 0, square = 0;  // or two sums
+#pragma unroll
+  for (int u = 0; u < EACH; ++u) mean += MOMENTS ? count(u) * first[u] : first[u];
+  mean = over_slices(shared, mean);
+  if (MOMENTS) mean /= static_cast<double>(rows);
+#pragma unroll
+  for (int u = 0; u < EACH; ++u) {
+    const double away = first[u] - mean;
+    square += MOMENTS ? second[u] + count(u) * away * away : second[u];
   }
-  if (at == 0) counts[slice] = count;
-  __syncthreads();
+  square = over_slices(shared, square);
   if (slice > 0 || channel >= channels) return;
-  for (int s = 1; s < SLICES; ++s) {
-    if (!MOMENTS) {
-      mean += first[s][at];
-      square += second[s][at];
-    } else if (counts[s] > 0) {
-      take(first[s][at], second[s][at], counts[s]);
-    }
-  }
   found[channel] = static_cast<A>(mean);
-  found[channels + channel] = static_cast<A>(MOMENTS ? square / count : square);
+  found[channels + channel] = static_cast<A>(MOMENTS ? square / static_cast<double>(rows) : square);
 }
 
 template <bool MOMENTS, class A>
@@ -238,8 +233,8 @@ const char* merge(const A* partial, int64_t channels, int64_t rows, A* found, vo
   if (channels == 0) return nullptr;
   const int64_t blocks = (channels + MERGED - 1) / MERGED;
   return launch(
-      merge_kernel<A, MOMENTS>, blocks, MERGED * SLICES, 0, stream, partial, tiles(rows), channels, rows,
-      rows_of_tile(rows), found);
+      merge_kernel<A, MOMENTS>, blocks, merging_threads(tiles(rows), EACH), 0, stream, partial, tiles(rows), channels,
+      rows, rows_of_tile(rows), found);
 }
 
 }  // namespace
@@ -262,7 +257,20 @@ const char* mask_sums(
     Rows<E> out, int64_t rows, Sums<E> partial, Sums<E> sums, void* stream) {
   std::vector<Piece<E>> list;
   append(list, Piece<E>{z, g, add, out, 0, 0, 0}, channels);
-  const char* problem = launch_pieces(mask_kernel<E, false>, list, rows, stream, norm, act, partial, channels);
+  const char* problem = launch_pieces(mask_kernel<E, false, 0>, list, rows, stream, norm, act, partial, channels, Sides());
+  return problem ? problem : merge<false>(partial, channels, rows, sums, stream);
+}
+
+template <class E>
+const char* spread_mask_sums(
+    const E* grad, const E* z, Vectors<E> norm, Activation<E> act, E* out, const Pool& pool, int64_t images,
+    Sums<E> partial, Sums<E> sums, void* stream) {
+  if (const char* problem = sides_problem(pool, images)) return problem;
+  const int64_t rows = images * pool.height * pool.width, channels = pool.channels;
+  const auto kernel = pool.kernel == 2 ? mask_kernel<E, false, 2> : mask_kernel<E, false, -1>;
+  std::vector<Piece<E>> list;
+  append(list, Piece<E>{{z, channels}, {grad, channels}, {}, {out, channels}, 0, 0, 0}, channels);
+  const char* problem = launch_pieces(kernel, list, rows, stream, norm, act, partial, channels, sides_of(pool));
   return problem ? problem : merge<false>(partial, channels, rows, sums, stream);
 }
 
@@ -277,7 +285,7 @@ const char* send(
         list, Piece<E>{parts[j].in, arriving, parts[j].before, parts[j].out, static_cast<int>(channel), 0, 0},
         parts[j].channels);
   }
-  const char* problem = launch_pieces(mask_kernel<E, true>, list, rows, stream, norm, act, partial, total);
+  const char* problem = launch_pieces(mask_kernel<E, true, 0>, list, rows, stream, norm, act, partial, total, Sides());
   return problem ? problem : merge<false>(partial, total, rows, sums, stream);
 }
 
@@ -286,6 +294,8 @@ const char* send(
   template const char* mask_sums<E>(                                                                                  \
       Rows<const E>, Rows<const E>, Rows<const E>, int64_t, Vectors<E>, Activation<E>, Rows<E>, int64_t, Sums<E>,      \
       Sums<E>, void*);                                                                                                \
+  template const char* spread_mask_sums<E>(                                                                           \
+      const E*, const E*, Vectors<E>, Activation<E>, E*, const Pool&, int64_t, Sums<E>, Sums<E>, void*);              \
   template const char* send<E>(                                                                                       \
       Rows<const E>, const Part<E>*, int64_t, Vectors<E>, Activation<E>, int64_t, int64_t, Sums<E>, Sums<E>, void*)
 INSTANTIATE(float);

@@ -23,7 +23,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_emulated, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(thresholdnet_emulated, CPU, m) {
-  thresholdnet::Operators<thresholdnet::Launched<thresholdnet::EmulatedPlace>>::implement(m);
+  using Operators = thresholdnet::Operators<thresholdnet::Launched<thresholdnet::EmulatedPlace>>;
+  Operators::implement(m);
+  Operators::implement_averages(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(thresholdnet_emulated, CompositeExplicitAutograd, m) {

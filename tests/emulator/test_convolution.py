@@ -141,6 +141,24 @@ def test_variance_of_values_far_from_zero():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("tiles", [100, 300, 1030])  # merged by few threads, by more, by all of them in several rounds
+def test_sums_of_many_tiles(tiles):
+    size = 1, tiles, 128
+    _, (source, out) = laid_out(*size, (8, 9), torch.bfloat16, "rows")
+    weight, norm = torch.randn(9, 8, 1, 1).bfloat16(), [torch.rand(9) + 0.5 for _ in range(4)]
+    found = cuda_launch.conv([filled(source)], weight, out, statistics=True)
+    for got, expected in zip(found, moments(out), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    z, back = out.clone(), torch.randn(8, 9, 1, 1).bfloat16()
+    _, (raw,) = laid_out(*size, (9,), torch.bfloat16, "rows")
+    write(raw, z)
+    sum_g, sum_gx = cuda_launch.gradient([source], [back], out, mask=(raw, *norm), activation="relu")
+    g, xhat = out.double(), (z.double() - norm[2].view(1, -1, 1, 1)) * norm[3].view(1, -1, 1, 1)
+    largest = g.abs().sum((0, 2, 3)).max().item()
+    torch.testing.assert_close(sum_g, g.sum((0, 2, 3)).float(), rtol=1e-5, atol=1e-6 * largest)
+    torch.testing.assert_close(sum_gx, (g * xhat).sum((0, 2, 3)).float(), rtol=1e-5, atol=1e-5 * largest)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu6", None])
 def test_bias(activation, form):
     for channels in (14, 48):

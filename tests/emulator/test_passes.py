@@ -17,6 +17,7 @@ NAN = float("nan")
 def on_the_emulator(emulated, monkeypatch):
     """`csrc`'s functions, which GPUs run too, call the emulated operators."""
     monkeypatch.setattr(csrc, "_operators", lambda: emulated)
+    monkeypatch.setattr(csrc, "AVERAGING", ("cpu",))
     torch.manual_seed(0)
 
 
@@ -214,7 +215,12 @@ def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
         sent = emulated.send(g, [x[:, :20], x[:, 20:]], *norm, [x.new_empty(0)] * 2, 1, parts)
         pooled = emulated.max_pool2d(x, 3, 2, 1)
         back = emulated.max_pool2d_backward(pooled, x, 3, 2, 1)
-        return [out, sums, sent, *parts, emulated.moments(x), pooled, back]
+        averages = emulated.avg_pool2d(x, *norm[:2], 1, 2)
+        spread, masked = emulated.avg_pool2d_backward(averages, x, 2), torch.empty_like(x)
+        masked_sums = emulated.spread_mask_sums(averages, x, *norm, 1, 2, masked)
+        return [
+            out, sums, sent, *parts, emulated.moments(x), pooled, back, averages, spread, masked, masked_sums,
+        ]  # fmt: skip
 
     first, again = run(), run()
     emulated.reverse_order(True)
@@ -229,7 +235,7 @@ def test_two_runs_are_bit_equal_in_either_order_of_threads(emulated):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (1, 3, 0), (5, 2, 2)])
-@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 5, 5), 1)])
+@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 5, 5), 1), ((1, 34, 19), 72)])
 def test_max_pool(emulated, shape, channels, dtype, kernel, stride, padding):
     """Values of a few integers tie in nearly every window."""
     x = (torch.randint(-2, 3, (shape[0], channels, *shape[1:])).to(dtype)).contiguous(memory_format=torch.channels_last)
@@ -243,6 +249,68 @@ def test_max_pool(emulated, shape, channels, dtype, kernel, stride, padding):
     assert_one_pass(emulated.max_pool2d_backward(grad, x, kernel, stride, padding), wanted.grad, dtype)
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (2, 1, 1), (3, 2, 1), (3, 3, 1)])
+@pytest.mark.parametrize("value", [-float("inf"), NAN, 1.0])
+def test_max_pool_of_equal_values(emulated, value, kernel, stride, padding):
+    """One pixel of a window takes its gradient, at the image's borders too; what pads an image takes none."""
+    x = torch.full((1, 8, 6, 7), value).contiguous(memory_format=torch.channels_last)
+    wanted = x.double().requires_grad_()
+    pooled = F.max_pool2d(wanted, kernel, stride, padding)
+    made = emulated.max_pool2d(x, kernel, stride, padding)
+    torch.testing.assert_close(made.double(), pooled.detach(), equal_nan=True)
+    grad = torch.randint(1, 9, made.shape).float().contiguous(memory_format=torch.channels_last)
+    pooled.backward(grad.double())
+    assert torch.equal(emulated.max_pool2d_backward(grad, x, kernel, stride, padding).double(), wanted.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape, channels", [((2, 7, 5), 40), ((1, 13, 17), 3), ((3, 6, 8), 300), ((1, 5, 5), 1)])
+def test_average_pooling(emulated, shape, channels, dtype, kernel):
+    """Sides of whole windows and others, whose last pixels no window holds."""
+    x, (scale, shift, mean, rstd) = pixels(shape, channels, dtype), vectors(4, channels, dtype)
+    window = [kernel] * 2, [kernel] * 2, [0, 0], False, True
+    wanted = x.double().requires_grad_()
+    pooled = F.avg_pool2d(wanted, kernel)
+    assert_one_pass(csrc.avg_pool2d(x, window), pooled.detach(), dtype)
+    grad = pixels(tuple(pooled.shape[i] for i in (0, 2, 3)), channels, dtype)
+    pooled.backward(grad.double())
+    assert_one_pass(emulated.avg_pool2d_backward(grad, x, kernel), wanted.grad, dtype)
+    for activation in ("relu", "relu6"):
+        made = csrc.avg_pool2d(x, window, (scale, shift), activation)
+        activated = elementwise.gather(double(x), double(scale, shift), activation)
+        assert_one_pass(made, F.avg_pool2d(activated, kernel), dtype)
+        found = csrc.avg_mask_sums(grad, window, x, (scale, shift), mean, rstd, activation)
+        expected = elementwise.avg_mask_sums(
+            grad.double(), window, x.double(), double(scale, shift), *double(mean, rstd), activation
+        )
+        for got, value, kind in zip(found, expected, (dtype, wide(dtype), wide(dtype)), strict=True):
+            assert_one_pass(got, value, kind)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding, ceil", [(2, 1, 0, 0), (3, 3, 1, 0), ((2, 3), (2, 3), 0, 0), (2, 2, 0, 1)]
+)
+def test_other_windows_are_averaged_by_torch(emulated, kernel, stride, padding, ceil):
+    """Between our passes."""
+    window = *(torch.nn.modules.utils._pair(side) for side in (kernel, stride, padding)), bool(ceil), False
+    x, (scale, shift, mean, rstd) = pixels((2, 7, 5), 8, torch.float32), vectors(4, 8, torch.float32)
+    made, expected = (passes.avg_pool2d(x, window, (scale, shift)) for passes in (csrc, elementwise))
+    assert_one_pass(made, expected.double(), torch.float32)
+    grad = torch.randn_like(made)
+    found, wanted = (
+        passes.avg_mask_sums(grad, window, x, (scale, shift), mean, rstd, "relu") for passes in (csrc, elementwise)
+    )
+    for got, value in zip(found, wanted, strict=True):
+        assert_one_pass(got, value.double(), torch.float32)
+
+
+def test_averages_keep_infinities_and_nan_in_their_windows(emulated):
+    x = torch.zeros(1, 8, 4, 6).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 1, 2], x[0, 5, 2, 5] = float("inf"), NAN
+    assert torch.equal(emulated.avg_pool2d(x, None, None, 0, 2).nan_to_num(9), F.avg_pool2d(x, 2).nan_to_num(9))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_images(emulated, dtype):
     empty, norm = pixels((0, 4, 4), 5, dtype), vectors(4, 5, dtype)
@@ -254,12 +322,17 @@ def test_no_images(emulated, dtype):
     assert torch.equal(sums, torch.zeros(2, 5, dtype=wide(dtype)))
     assert emulated.max_pool2d(empty, 2, 2, 0).shape == (0, 5, 2, 2)
     assert emulated.max_pool2d_backward(emulated.max_pool2d(empty, 2, 2, 0), empty, 2, 2, 0).shape == empty.shape
+    assert emulated.avg_pool2d(empty, *norm[:2], 1, 2).shape == (0, 5, 2, 2)
+    assert emulated.avg_pool2d_backward(emulated.avg_pool2d(empty, None, None, 0, 2), empty, 2).shape == empty.shape
+    few = emulated.avg_pool2d(empty, None, None, 0, 2)
+    assert torch.equal(emulated.spread_mask_sums(few, empty, *norm, 1, 2, out), torch.zeros(2, 5, dtype=wide(dtype)))
     with pytest.raises(RuntimeError, match="moments: z must have at least one pixel"):
         emulated.moments(empty)
 
 
 def test_refusals(emulated):
     x, norm, small = pixels((2, 4, 4), 6, torch.float32), vectors(4, 6, torch.float32), torch.zeros(2, 3, 4, 4)
+    pooled = pixels((2, 2, 2), 6, torch.float32)
     cases = [
         ("gather: out must have 6 channels, got 3", lambda: emulated.gather([x], None, None, 1, small)),
         ("gather: tensor 0 must have the dtype", lambda: emulated.gather([x.half()], None, None, 1, x)),
@@ -275,6 +348,14 @@ def test_refusals(emulated):
         ("max_pool2d: .* padding from 0 to half", lambda: emulated.max_pool2d(x, 3, 1, 2**63 - 1)),
         ("max_pool2d: x must have pixels", lambda: emulated.max_pool2d(x[:, :, :0], 2, 1, 1)),
         ("max_pool2d: x must be channels_last, got a slice", lambda: emulated.max_pool2d(x[:, :3], 2, 2, 0)),
+        ("avg_pool2d: kernel_size and stride", lambda: emulated.avg_pool2d(x, None, None, 0, 0)),
+        ("avg_pool2d: x must have pixels", lambda: emulated.avg_pool2d(x, None, None, 0, 5)),
+        ("avg_pool2d: scale and shift must come", lambda: emulated.avg_pool2d(x, norm[0], None, 0, 2)),
+        ("avg_pool2d: shift must be .* float32", lambda: emulated.avg_pool2d(x, norm[0], norm[1].double(), 0, 2)),
+        ("avg_pool2d_backward: grad must have shape", lambda: emulated.avg_pool2d_backward(x, x, 2)),
+        ("avg_pool2d_backward: grad must be", lambda: emulated.avg_pool2d_backward(small[..., :2, :2], x, 2)),
+        ("spread_mask_sums: out must be", lambda: emulated.spread_mask_sums(pooled, x, *norm, 1, 2, small)),
+        ("spread_mask_sums: grad must have", lambda: emulated.spread_mask_sums(x, x, *norm, 1, 2, x.clone())),
     ]  # fmt: skip
     for message, call in cases:
         with pytest.raises(RuntimeError, match=message):

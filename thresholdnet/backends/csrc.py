@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from . import elementwise, libraries
-from .elementwise import Affine
+from .elementwise import Affine, Averages
 
 DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
+AVERAGING = ("cuda",)
+"""Devices whose library averages; torch's loops for CPUs are as good."""
+
 _ACTIVATIONS = {"relu": 1, "relu6": 2}
 
 
@@ -171,6 +174,41 @@ def max_pool2d_backward(
         return elementwise.max_pool2d_backward(grad, x, kernel, stride, padding, ceil)
     made: Tensor = _operators().max_pool2d_backward(_whole(grad), _whole(x), kernel[0], stride[0], padding[0])
     return made
+
+
+def avg_pool2d(x: Tensor, window: Averages, affine: Affine | None = None, activation: str = "relu") -> Tensor:
+    """See `elementwise.avg_pool2d`."""
+    if not _side_by_side(x, window):
+        return elementwise.avg_pool2d(x if affine is None else gather([x], affine, activation), window)
+    scale, shift = (None, None) if affine is None else affine
+    act = 0 if affine is None else _ACTIVATIONS[activation]
+    made: Tensor = _operators().avg_pool2d(_whole(x), scale, shift, act, window[0][0])
+    return made
+
+
+def avg_mask_sums(
+    grad: Tensor,
+    window: Averages,
+    z: Tensor,
+    affine: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `elementwise.avg_mask_sums`."""
+    if not _side_by_side(z, window):
+        g = torch.ops.aten.avg_pool2d_backward(grad, z, *window, None)
+        return mask_sums(g, None, z, affine, mean, rstd, activation, owned=True)
+    out, act = _pixels(z.shape, z), _ACTIVATIONS[activation]
+    sums = _operators().spread_mask_sums(_whole(grad), _whole(z), *affine, mean, rstd, act, window[0][0], out)
+    return out, *sums
+
+
+def _side_by_side(x: Tensor, window: Averages) -> bool:
+    """Whether the library averages such windows of x, each behind the other: on devices that gain by it."""
+    kernel, stride, padding, ceil, _ = window
+    apart = _square(kernel, stride, padding, ceil) and kernel[0] == stride[0] and padding[0] == 0
+    return apart and x.device.type in AVERAGING and x.numel() < 2**31 * x.shape[1]
 
 
 def _square(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> bool:

@@ -13,6 +13,9 @@ from torch import Tensor
 Affine = tuple[Tensor, Tensor]
 """scale and shift per channel."""
 
+Averages = tuple[Sequence[int], Sequence[int], Sequence[int], bool, bool]
+"""kernel, stride, padding, ceil_mode and count_include_pad of an average pooling."""
+
 _PIXELS = (0, 2, 3)
 
 aten = torch.ops.aten
@@ -96,6 +99,25 @@ def max_pool2d_backward(
     """Gradient of x; the maxima are found again."""
     _, indices = aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil)
     return aten.max_pool2d_with_indices_backward(grad, x, kernel, stride, padding, [1, 1], ceil, indices)
+
+
+def avg_pool2d(x: Tensor, window: Averages, affine: Affine | None = None, activation: str = "relu") -> Tensor:
+    """As torch.nn.functional.avg_pool2d of x, or of act(x * scale + shift)."""
+    return aten.avg_pool2d(x if affine is None else gather([x], affine, activation), *window)
+
+
+def avg_mask_sums(
+    grad: Tensor,
+    window: Averages,
+    z: Tensor,
+    affine: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mask_sums` of what the gradient of averages sends to their pixels."""
+    g = aten.avg_pool2d_backward(grad, z, *window, None)
+    return mask_sums(g, None, z, affine, mean, rstd, activation, owned=True)
 
 
 def _wide(x: Tensor) -> Tensor:
