@@ -134,19 +134,20 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         yield Form(
             "readers.gather_readers", architecture, dtype, tuple(constants.items()), readers.warps, readers.stages
         )
-    merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "TILES": 64, "BLOCK": 16}
+    merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "BANDS": 4096, "BLOCK": 4}
     small: list[tuple[str, dict[str, Any]]] = [
-        ("norm.merge_statistics", {"TILE_ROWS": 128, **merge}),
+        ("norm.merge_statistics", {"TILE_ROWS": 128, **merge, "ONCE": True}),
         ("norm.merge_sums", merge),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.bn_backward", {"HAS_A": True, "TILE_ROWS": 64, "BLOCK": 64}),
         ("conv.pack_weight", {"COLUMN_CHANNELS": 16, "POSITIONS": 4, "TILE_COLUMNS": 64, "TILE_K": 64}),
         ("conv.pack_affine", {"BLOCK": 256}),
-        ("weight_gradient.reduce_splits", {"BLOCK": 256}),
+        ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),
     ]
     for kernel, constants in small[:2] if quick else small:
-        yield Form(kernel, architecture, dtype, tuple(constants.items()), 4, 3, tensor_core=False)
+        warps = {"merge_statistics": 32, "merge_sums": 32, "reduce_splits": 8}.get(kernel.split(".")[1], 4)
+        yield Form(kernel, architecture, dtype, tuple(constants.items()), warps, 3, tensor_core=False)
 
 
 def all_forms(every_way: bool = False) -> list[Form]:

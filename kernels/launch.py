@@ -298,9 +298,11 @@ def weight_gradient(
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        device_weight_gradient.reduce_splits[(triton.cdiv(result.numel(), 256),)](
-            partial, table.k_of_weight, result, splits, all_k, columns, weights, result.numel(), BLOCK=256, num_warps=4
-        )
+        at_once, block, part, warps = _reduce_tile(result.numel(), columns)
+        device_weight_gradient.reduce_splits[triton.cdiv(weights, block), triton.cdiv(out_channels, part)](
+            partial, table.k_of_weight, result, splits, all_k, columns // 16, weights, out_channels,
+            SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
+        )  # fmt: skip
     return result
 
 
@@ -482,31 +484,54 @@ def _merge_statistics(
     partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: Layout, channels: int
 ) -> tuple[Tensor, Tensor]:
     mean, variance = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
-    positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
+    positions = group[0] * group[1]
+    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         device_norm.merge_statistics[(triton.cdiv(channels, block),)](
-            partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2],
-            TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
-            TILES=at_once, BLOCK=block, num_warps=4,
+            partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2] // LANES,
+            TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=padded_width(channels),
+            BANDS=bands, BLOCK=block, ONCE=tiles * positions <= bands, num_warps=warps,
         )  # fmt: skip
     return mean, variance
 
 
 def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tuple[Tensor, Tensor]:
     first, second = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
-    positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
+    positions = group[0] * group[1]
+    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         device_norm.merge_sums[(triton.cdiv(channels, block),)](
-            partial, first, second, tiles, channels, partial.shape[2],
-            POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
-            TILES=at_once, BLOCK=block, num_warps=4,
+            partial, first, second, tiles, channels, partial.shape[2] // LANES,
+            POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return first, second
 
 
-def _merge_tile(channels: int) -> tuple[int, int]:
-    """(channels, tiles) that a merging program takes at a time: few channels each, or one program would do it all."""
-    return (64, 16) if INTERPRETED else (16, 64)
+def _merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(bands, channels) that a merging program takes at a time, and warps.
+
+    A program's time is that of its loads one after the other: all of them at once, where the registers hold them.
+    """
+    if INTERPRETED:
+        return 16, 8, 4
+    if bands <= 256:
+        return 256, 4, 4
+    return (1024, 4, 8) if bands <= 1024 or dtype == torch.float64 else (4096, 4, 32)
+
+
+def _reduce_tile(elements: int, columns: int) -> tuple[int, int, int, int]:
+    """(splits, weights, columns) of a program of `reduce_splits`, and warps, for a gradient of so many elements.
+
+    Small gradients have many splits (see `weight_gradient_splits`): their time is that of loads which wait for each
+    other. So a program has 8192 elements in flight, and takes few weights where there are few.
+    """
+    if INTERPRETED:
+        return 2, 64, 16, 4
+    if elements < 96 * 256:
+        return 256, 2, 16, 8
+    if elements < 264 * 2048:
+        return 32, 16, 16, 8
+    return 4, 64, 32 if columns % 32 == 0 else 16, 8
 
 
 def _elementwise_tile(channels: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The weight gradient over the same K tables as the convolution, deterministic.
 
     partial[s, k, o] = sum over the pixels p of split s of A[p, k] dz[p, o]
-    dW[o, w]         = sum over s, ascending, of partial[s, k of weight element w, o]
+    dW[o, w]         = sum over s, in one fixed order, of partial[s, k of weight element w, o]
 
 A[p, k] as in conv.py, with the same affine and activation on load.
 
@@ -84,15 +84,26 @@ def weight_gradient(
         tl.store(to + k[:, None] * all_columns + columns[None, :], acc)
 
 
-@triton.jit(do_not_specialize=["splits", "all_k", "all_columns", "weights", "total"])
-def reduce_splits(partial, k_of_weight, out, splits, all_k, all_columns, weights, total, BLOCK: tl.constexpr):
-    """out[o, w] = sum over splits of partial[split, k_of_weight[w], o]; grid (blocks of out,)."""
-    ACC: tl.constexpr = partial.dtype.element_ty
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < total
-    k = tl.load(k_of_weight + element % weights, mask=mask, other=0)
-    at = k * all_columns + element // weights
-    acc = tl.zeros((BLOCK,), ACC)
-    for split in range(0, splits):
-        acc += tl.load(partial + split * all_k * all_columns + at, mask=mask, other=0.0)
-    tl.store(out + element, acc.to(out.dtype.element_ty), mask=mask)
+@triton.jit(do_not_specialize=["splits", "all_k", "columns16", "weights", "out_channels"])
+def reduce_splits(
+    partial, k_of_weight, out, splits, all_k, columns16, weights, out_channels,
+    SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW [out_channels, weights]; grid (blocks of weights, blocks of output channels).
+
+    SPLITS splits are in flight at once, for WEIGHTS x COLUMNS elements. o runs fastest, as it does in `partial`
+    [splits, K, columns16 * 16]: a K row of COLUMNS is one piece of memory, wherever k_of_weight puts it.
+    """
+    w = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
+    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = (w < weights)[:, None] & (o < out_channels)[None, :]
+    k = tl.load(k_of_weight + w, mask=w < weights, other=0)
+    at = k[:, None] * (columns16 * 16) + o[None, :]
+    split = tl.arange(0, SPLITS)
+    acc = tl.zeros((SPLITS, WEIGHTS, COLUMNS), partial.dtype.element_ty)
+    for start in range(0, splits, SPLITS):
+        to = (start + split) * all_k * (columns16 * 16)
+        inside = (start + split < splits)[:, None, None]  # of the tile whole rows: a mask an element would split copies
+        acc += tl.load(partial + (to[:, None, None] + at[None, :, :]), mask=inside, other=0.0)
+    result = tl.sum(acc, 0).to(out.dtype.element_ty)
+    tl.store(out + o[None, :] * weights + w[:, None], result, mask=real)
