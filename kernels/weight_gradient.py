@@ -16,20 +16,19 @@ import triton.language as tl
 from .conv import activate
 
 
-@triton.jit(
-    do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows", "affine_length"]
-)
+@triton.jit(do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows"])
 def weight_gradient(
-    source, dz, partial, entries, entry_row8, affine, taps_inside,
-    rows, source_row8, dz_row8, all_k, out_channels, split_rows, affine_length,
+    source, dz, partial, entries, entry_row8, scale, shift, channel, taps_inside,
+    rows, source_row8, dz_row8, all_k, out_channels, split_rows,
     TILE_ROWS: tl.constexpr, TILE_K: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
     SWAPPED: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of one split's partial sum; grid (chunks of K, column tiles, splits).
 
-    partial: fp32 [splits, K, columns]. SWAPPED computes the transposed tile, dz^T A: with AFFINE this keeps the copies
-    of A asynchronous on sm_90. TAPS, SLOT_ROWS, VECTOR as in conv.convolution.
+    partial: fp32 [splits, K, columns]; scale, shift [input channels], which `channel` (KTable.channel) brings in the
+    order of K. SWAPPED computes the transposed tile, dz^T A: with AFFINE this keeps the copies of A asynchronous on
+    sm_90. TAPS, SLOT_ROWS, VECTOR as in conv.convolution.
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
@@ -43,8 +42,9 @@ def weight_gradient(
     if SLOT_ROWS:
         row = tl.max_constancy(tl.load(entry_row8 + k // 8) * 8, VECTOR)
     if AFFINE:
-        scale = tl.load(affine + k)
-        shift = tl.load(affine + affine_length + k)
+        of_k = tl.load(channel + k)
+        a_scale = tl.load(scale + of_k, mask=of_k >= 0, other=0.0)
+        a_shift = tl.load(shift + of_k, mask=of_k >= 0, other=0.0)
     stored = columns < (out_channels + 7) // 8 * 8
     acc = tl.zeros((TILE_COLUMNS, TILE_K), ACC) if SWAPPED else tl.zeros((TILE_K, TILE_COLUMNS), ACC)
     start = split * split_rows
@@ -70,7 +70,7 @@ def weight_gradient(
         dz_at = (pixel * (dz_row8 * 8))[:, None] + columns[None, :]
         d = tl.load(dz + dz_at, mask=row_valid[:, None] & stored[None, :], other=0.0)
         if AFFINE:
-            a = activate(a.to(ACC) * scale[None, :] + shift[None, :], ACTIVATION).to(source.dtype.element_ty)
+            a = activate(a.to(ACC) * a_scale[None, :] + a_shift[None, :], ACTIVATION).to(source.dtype.element_ty)
             if TAPS:
                 a = tl.where(valid, a, 0.0)
         if SWAPPED:
