@@ -36,10 +36,11 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCMMA", "UTCQMMA")}
 STACK_LIMIT = 128  # bytes
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two
 SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
     "entries", "entry_row8", "taps_inside", "first_pixel", "index", "channel", "k_of_weight",
-    "dz_at8", "out_at8", "feature_at8", "column_channel",
+    "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel",
 }  # fmt: skip
 
 
@@ -134,20 +135,28 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         yield Form(
             "readers.gather_readers", architecture, dtype, tuple(constants.items()), readers.warps, readers.stages
         )
-    merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "TILES": 64, "BLOCK": 16}
+    merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "BANDS": 4096, "BLOCK": 4}
     small: list[tuple[str, dict[str, Any]]] = [
-        ("norm.merge_statistics", {"TILE_ROWS": 128, **merge}),
+        ("norm.merge_statistics", {"TILE_ROWS": 128, **merge, "ONCE": True}),
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.bn_backward", {"HAS_A": True, "TILE_ROWS": 64, "BLOCK": 64}),
-        ("conv.pack_weight", {"COLUMN_CHANNELS": 16, "POSITIONS": 4, "TILE_COLUMNS": 64, "TILE_K": 64}),
-        ("conv.pack_affine", {"BLOCK": 256}),
-        ("weight_gradient.reduce_splits", {"BLOCK": 256}),
+        ("conv.pack_weight", {"TAPS": 9, "TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
+        ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
+        ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),
+        ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),
     ]
     for kernel, constants in small[:3] if quick else small:
-        yield Form(kernel, architecture, dtype, tuple(constants.items()), 4, 3, tensor_core=False)
+        warps = {
+            "merge_statistics": 32,
+            "merge_sums": 32,
+            "merge_readers": 8,
+            "reduce_splits": 8,
+            "pack_weight": 2,
+        }.get(kernel.split(".")[1], 4)
+        yield Form(kernel, architecture, dtype, tuple(constants.items()), warps, 3, tensor_core=False)
 
 
 def all_forms(every_way: bool = False) -> list[Form]:
@@ -198,9 +207,12 @@ def compile_form(form: Form) -> Report:
             signature[name] = "constexpr"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
+        elif name in SEVERAL:
+            signature[name] = ("*fp32", "*fp32")
+            aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(2)}
         else:
-            slot = name in SLOTS or (name == "weight" and function != "pack_weight")
-            slot = slot and function not in ("pack_affine", "reduce_splits")
+            slot = name in SLOTS or name == "weight"
+            slot = slot and function != "reduce_splits"
             signature[name] = "*i32" if name in TABLES else f"*{TYPES[form.dtype]}" if slot else "*fp32"
             aligned[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(

@@ -293,8 +293,8 @@ def _uses(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
 
     def base(expression: ast.expr, seen: frozenset[str] = frozenset()) -> set[str]:
         """The pointer leads a sum: it is the leftmost name."""
-        while isinstance(expression, ast.BinOp):
-            expression = expression.left
+        while isinstance(expression, (ast.BinOp, ast.Subscript)):  # one of several pointers is a subscript
+            expression = expression.left if isinstance(expression, ast.BinOp) else expression.value
         if not isinstance(expression, ast.Name) or expression.id in seen:
             return set()
         if expression.id in parameters:

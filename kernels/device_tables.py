@@ -74,14 +74,9 @@ def device_pixels(batch: int, height: int, width: int, group: Group, device: tor
 @device_constant(maxsize=4096)
 def device_columns(
     outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out_at8, feature_at8, column_channel, column_of = column_table(outs, features, multiple)
-    return (
-        _upload(out_at8, device),
-        _upload(feature_at8, device),
-        _upload(column_channel, device),
-        _upload(column_of, device),
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    out_at8, feature_at8, column_channel = column_table(outs, features, multiple)
+    return _upload(out_at8, device), _upload(feature_at8, device), _upload(column_channel, device)
 
 
 @device_constant(maxsize=4096)

@@ -39,7 +39,7 @@ from .configs import (
     weight_gradient_splits,
 )
 from .device import INTERPRETED, capability_of, check_device, on_device_of
-from .device_tables import DeviceTable, device_columns, device_offsets, device_pixels, device_table
+from .device_tables import device_columns, device_offsets, device_pixels, device_table
 from .operands import (
     MAX_ELEMENTS,
     Layout,
@@ -59,6 +59,7 @@ from .tables import LANES, Group
 from .tuned import Shape, choice
 
 PLAIN, STATISTICS, BIAS, MASK = 0, 1, 2, 3
+MOST_WEIGHTS = 8  # that one launch packs: each is compiled into it
 
 
 class Mask(NamedTuple):
@@ -113,7 +114,7 @@ def conv(
         scale_shift = tuple(per_channel(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
     vectors = () if bias is None else (per_channel("bias", bias, out.shape[1], out),)
     partial, config, tiles = _convolve(
-        layout, weight, kernel_size, out,
+        layout, [weight], kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
         activation=activation_code(activation), affine=scale_shift, vectors=vectors, config=config,
     )  # fmt: skip
@@ -170,12 +171,8 @@ def gradient(
         vectors = tuple(per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
     if layout.pixels == 0:
         return (torch.zeros(channels, dtype=accumulator, device=out.device),) * 2 if mask is not None else None
-    if weights:
-        joined = torch.cat([weight.detach().transpose(0, 1) for weight in weights], 1)
-    else:
-        joined = out.new_empty(channels, 0, 1, 1)
     partial, config, tiles = _convolve(
-        layout, joined, kernel_size, out,
+        layout, weights, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
         activation=activation_code(activation) if mask is not None else 0,
         raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, config=config,
@@ -300,21 +297,23 @@ def weight_gradient(
     split_rows = triton.cdiv(triton.cdiv(layout.pixels, splits), config.rows) * config.rows
     splits = triton.cdiv(layout.pixels, split_rows)
     partial = torch.empty(splits, all_k, columns, dtype=accumulator, device=dz.device)
-    packed = _packed_affine(affine, table, config.chunk, accumulator, partial)
+    scale, shift = (partial, partial) if affine is None else affine
     inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
     with on_device_of(dz):
         device_weight_gradient.weight_gradient[table.chunks, columns // config.columns, splits](
-            layout.base, dz, partial, table.entries, table.row8, packed, inside,
-            layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows, all_k + config.chunk,
+            layout.base, dz, partial, table.entries, table.row8, scale, shift, table.channel, inside,
+            layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows,
             TILE_ROWS=config.rows, TILE_K=config.chunk, TILE_COLUMNS=config.columns, TAPS=kernel_size == 3,
             SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
             ACTIVATION=activation_code(activation) if affine is not None else 0,
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
-        device_weight_gradient.reduce_splits[(triton.cdiv(result.numel(), 256),)](
-            partial, table.k_of_weight, result, splits, all_k, columns, weights, result.numel(), BLOCK=256, num_warps=4
-        )
+        at_once, block, part, warps = _reduce_tile(result.numel(), columns)
+        device_weight_gradient.reduce_splits[triton.cdiv(weights, block), triton.cdiv(out_channels, part)](
+            partial, table.k_of_weight, result, splits, all_k, columns // 16, weights, out_channels,
+            SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
+        )  # fmt: skip
     return result
 
 
@@ -380,8 +379,8 @@ def gradient_of_readers(
     for i, weight in enumerate(weights):
         if check_weight(f"weights[{i}]", weight, depth, channels) != 1:
             raise ValueError(f"weights[{i}] must be a 1x1 weight, got {tuple(weight.shape)}")
-    scales = torch.stack([per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas)])
-    shifts = torch.stack([per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas)])
+    scales = tuple(per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas))
+    shifts = tuple(per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas))
     mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
     if read.pixels == 0:
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
@@ -392,34 +391,41 @@ def gradient_of_readers(
         config = tuned if isinstance(tuned, ReadersConfig) else rule
     part = min(256, max(16, triton.next_power_of_2(padded_width(depth))))
     parts = triton.cdiv(padded_width(depth), part)
-    out_at8, feature_at8, column_channel, column_of = device_columns(
-        written.sources, raw.sources, config.columns, first.device
-    )
+    out_at8, feature_at8, column_channel = device_columns(written.sources, raw.sources, config.columns, first.device)
     dz_at8 = device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
     columns = len(column_channel)
     tiles = triton.cdiv(read.pixels, config.rows)
-    packed = torch.zeros(readers, columns, parts * part, dtype=first.dtype, device=first.device)
-    stacked = torch.stack([weight.detach().flatten(1).t() for weight in weights]).to(first.dtype)
-    packed[:, :, :depth].index_copy_(1, column_of, stacked)
+    layouts = tuple(step for weight in weights for step in weight.stride()[:2])
+    packed = torch.empty(readers, columns, parts * part, dtype=first.dtype, device=first.device)
+    affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
     partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
+    sums = torch.empty(2, readers, channels, dtype=accumulator, device=first.device)
+    deep = min(64, part)
     with on_device_of(first):
+        device_readers.pack_readers[columns // 16, parts * part // deep, readers](
+            tuple(weights), scales, shifts, device_offsets(layouts, first.device), column_channel, packed, affine,
+            depth, TILE_COLUMNS=16, TILE_DEPTH=deep, num_warps=4,
+        )  # fmt: skip
         device_readers.gather_readers[columns // config.columns, tiles](
-            read.base, packed, written.base, raw.base, scales, shifts, mean, rstd,
+            read.base, packed, written.base, raw.base, affine, mean, rstd,
             dz_at8, out_at8, feature_at8, column_channel, partial,
-            read.pixels, readers, len(out_at8), channels, padded_width(depth) // LANES,
-            read.row8, written.row8, raw.row8,
+            read.pixels, readers, len(out_at8), padded_width(depth) // LANES, read.row8, written.row8, raw.row8,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts,
             ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
             STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
             maxnreg=config.registers or None,
         )  # fmt: skip
-    sums = partial.sum(0).index_select(2, column_of)
-    return sums[:, 0], sums[:, 1]
+        at_once, warps = (256, 4) if tiles <= 256 else (1024, 8)
+        device_readers.merge_readers[columns // LANES, readers, 2](
+            partial, column_channel, sums, tiles, channels, columns // LANES,
+            TILES=16 if INTERPRETED else at_once, BLOCK=LANES, num_warps=warps,
+        )  # fmt: skip
+    return sums[0], sums[1]
 
 
 def _convolve(
     layout: Layout,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     kernel_size: int,
     out: Tensor,
     *,
@@ -432,11 +438,15 @@ def _convolve(
     transposed: bool = False,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, ConvolutionConfig, int]:
-    """Pack the weight and launch; returns the partials [tiles, 2, columns], the tile, and the number of row tiles."""
+    """Pack the weights and launch; returns the partials [tiles, 2, columns], the tile, and the number of row tiles.
+
+    transposed: the weights are those of readers, whose output channels follow each other in K.
+    """
     batch, height, width = layout.images
     channels, accumulator, device = out.shape[1], accumulator_of(out), out.device
     if config is None:
-        config = _chosen_config(layout, weight.shape[1], kernel_size, out, affine is not None, transposed)
+        read = sum(source.width for source in layout.sources)
+        config = _chosen_config(layout, read, kernel_size, out, affine is not None, transposed)
     group = config.group
     positions = group[0] * group[1]
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
@@ -451,19 +461,27 @@ def _convolve(
     packed = torch.empty(columns, all_k, dtype=out.dtype, device=device)
     sums = epilogue in (STATISTICS, MASK)
     partial = torch.empty((tiles, 2, columns) if sums else 1, dtype=accumulator, device=device)
-    packed_affine = _packed_affine(affine, table, config.chunk, accumulator, partial)
+    packed_affine, scale, shift = partial, partial, partial
+    if affine is not None:
+        packed_affine, (scale, shift) = partial.new_empty(2, all_k + config.chunk), affine
     if kernel_size == 3:
         taps_inside, first_pixel = device_pixels(batch, height, width, group, device)
     else:
         taps_inside = first_pixel = table.entries
     four = (*vectors, *(partial,) * 4)[:4]
-    weight = weight.detach().contiguous()
     with on_device_of(out):
         if all_k:
-            block = math.gcd(columns, 64)
-            device_conv.pack_weight[columns // block, table.chunks](
-                weight, table.weight_index, packed, channels, weight[0].numel(), all_k,
-                COLUMN_CHANNELS=padded, POSITIONS=positions, TILE_COLUMNS=block, TILE_K=config.chunk, num_warps=4,
+            weights, layouts = _readable(weights, transposed)
+            block, at_once = LANES, 1
+            if INTERPRETED:  # few programs, and large ones
+                block = math.gcd(padded if positions > 1 else columns, 64)
+                at_once = table.chunks & -table.chunks if affine is None else 1
+            chunks = table.chunks // at_once
+            device_conv.pack_weight[columns // block, chunks + (affine is not None)](
+                weights, device_offsets(layouts, device), table.weight_index, packed,
+                scale, shift, table.channel, packed_affine, channels, chunks, padded // LANES, positions,
+                TAPS=kernel_size**2, TILE_COLUMNS=block, TILE_K=config.chunk * at_once, AFFINE=affine is not None,
+                num_warps=4,
             )  # fmt: skip
         device_conv.convolution[column_tiles, tiles](
             layout.base, packed, out, out if raw is None else raw, table.entries, table.row8, packed_affine,
@@ -497,31 +515,54 @@ def _merge_statistics(
     partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: Layout, channels: int
 ) -> tuple[Tensor, Tensor]:
     mean, variance = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
-    positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
+    positions = group[0] * group[1]
+    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         device_norm.merge_statistics[(triton.cdiv(channels, block),)](
-            partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2],
-            TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
-            TILES=at_once, BLOCK=block, num_warps=4,
+            partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2] // LANES,
+            TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=padded_width(channels),
+            BANDS=bands, BLOCK=block, ONCE=tiles * positions <= bands, num_warps=warps,
         )  # fmt: skip
     return mean, variance
 
 
 def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tuple[Tensor, Tensor]:
     first, second = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
-    positions, block, at_once = group[0] * group[1], *_merge_tile(channels)
+    positions = group[0] * group[1]
+    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         device_norm.merge_sums[(triton.cdiv(channels, block),)](
-            partial, first, second, tiles, channels, partial.shape[2],
-            POSITIONS=positions, GROUP_CHANNELS=triton.cdiv(channels, LANES) * LANES,
-            TILES=at_once, BLOCK=block, num_warps=4,
+            partial, first, second, tiles, channels, partial.shape[2] // LANES,
+            POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return first, second
 
 
-def _merge_tile(channels: int) -> tuple[int, int]:
-    """(channels, tiles) that a merging program takes at a time: few channels each, or one program would do it all."""
-    return (64, 16) if INTERPRETED else (16, 64)
+def _merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(bands, channels) that a merging program takes at a time, and warps.
+
+    A program's time is that of its loads one after the other: all of them at once, where the registers hold them.
+    """
+    if INTERPRETED:
+        return 16, 8, 4
+    if bands <= 256:
+        return 256, 4, 4
+    return (1024, 4, 8) if bands <= 1024 or dtype == torch.float64 else (4096, 4, 32)
+
+
+def _reduce_tile(elements: int, columns: int) -> tuple[int, int, int, int]:
+    """(splits, weights, columns) of a program of `reduce_splits`, and warps, for a gradient of so many elements.
+
+    Small gradients have many splits (see `weight_gradient_splits`): their time is that of loads which wait for each
+    other. So a program has 8192 elements in flight, and takes few weights where there are few.
+    """
+    if INTERPRETED:
+        return 2, 64, 16, 4
+    if elements < 96 * 256:
+        return 256, 2, 16, 8
+    if elements < 264 * 2048:
+        return 32, 16, 16, 8
+    return 4, 64, 32 if columns % 32 == 0 else 16, 8
 
 
 def _elementwise_tile(channels: int) -> tuple[int, int]:
@@ -532,18 +573,18 @@ def _elementwise_tile(channels: int) -> tuple[int, int]:
     return 4096 // block, block
 
 
-def _packed_affine(
-    affine: tuple[Tensor, ...] | None, table: DeviceTable, chunk: int, dtype: torch.dtype, unused: Tensor
-) -> Tensor:
-    if affine is None:
-        return unused
-    length = (table.chunks + 1) * chunk
-    packed = torch.empty(2, length, dtype=dtype, device=unused.device)
-    with on_device_of(packed):
-        device_conv.pack_affine[(triton.cdiv(length, 256),)](
-            affine[0], affine[1], table.channel, packed, length, BLOCK=256, num_warps=4
-        )
-    return packed
+def _readable(weights: Sequence[Tensor], transposed: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Weights whose taps lie one step apart, and for each the four numbers of `pack_weight`'s layouts."""
+    if len(weights) > MOST_WEIGHTS:
+        weights = [torch.cat([weight.detach() for weight in weights])]
+    read, layouts = [], []
+    for weight in weights:
+        if weight.shape[2] > 1 and weight.stride(2) != weight.shape[2] * weight.stride(3):
+            weight = weight.detach().contiguous()
+        row, column, _, tap = weight.stride()
+        layouts += [weight.shape[0], column, row, tap] if transposed else [weight.shape[1], row, column, tap]
+        read.append(weight)
+    return tuple(read), tuple(layouts)
 
 
 def _nan(length: int, dtype: torch.dtype, like: Tensor) -> Tensor:

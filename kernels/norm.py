@@ -5,8 +5,9 @@
     dz = a g + b z + c,   a = gamma rstd,   b = -a rstd sum(g xhat) / n,   c = -a sum(g) / n - b mean
 
 Letters: t tile of pixels with sum s_t, squared deviations M2_t around its own mean and n_t pixels; n pixels in all
-(times the pixels of an output group); z raw convolution output; y activated value; g gradient behind the activation; a
-program merges its channels' tiles in ascending order, so two runs are equal to the bit.
+(times the pixels of an output group); z raw convolution output; y activated value; g gradient behind the activation;
+band: one tile's columns of one pixel of an output group. One program sums all bands of its channels in one order, so
+two runs are equal to the bit.
 """
 
 # mypy: allow-untyped-defs
@@ -17,62 +18,77 @@ import triton.language as tl
 from .conv import activate
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "channels", "columns"])
-def merge_statistics(
-    partial, mean, variance, tiles, rows, channels, columns,
-    TILE_ROWS: tl.constexpr, POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """partial [tiles, 2, columns] (sum, M2) -> mean, biased variance [channels]; grid (blocks of channels,).
+@triton.jit
+def _band(first, bands, columns8, POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BANDS: tl.constexpr):
+    """(band's tile, where its columns start, whether there is such a band) of BANDS bands from `first` on."""
+    band = first + tl.arange(0, BANDS)
+    return band // POSITIONS, band // POSITIONS * (16 * columns8) + band % POSITIONS * GROUP_CHANNELS, band < bands
 
-    A tile holds TILE_ROWS rows, the last one what is left of `rows`; a channel has POSITIONS columns.
+
+@triton.jit(do_not_specialize=["tiles", "rows", "channels", "columns8"])
+def merge_statistics(
+    partial, mean, variance, tiles, rows, channels, columns8,
+    TILE_ROWS: tl.constexpr, POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """partial [tiles, 2, columns8 * 8] (sum, M2) -> mean, biased variance [channels]; grid (blocks of channels,).
+
+    A tile holds TILE_ROWS rows, the last one what is left of `rows`; a channel has POSITIONS columns, its bands. ONCE:
+    BANDS are all there are, and stay in registers between the two sums. A block of 4 or 8 channels lies within the
+    padded ones, so nothing is masked along it and its loads stay whole.
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    real = channel < channels
+    bands = tiles * POSITIONS
     pixels = (rows * POSITIONS).to(ACC)
-    total = tl.zeros((BLOCK,), ACC)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        mask = (tile < tiles)[:, None] & real[None, :]
-        for position in tl.static_range(POSITIONS):
-            at = tile[:, None] * 2 * columns + (position * GROUP_CHANNELS + channel)[None, :]
-            total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
-    center = total / pixels
-    squares = tl.zeros((BLOCK,), ACC)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        mask = (tile < tiles)[:, None] & real[None, :]
-        count = tl.maximum(tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS), 1).to(ACC)
-        for position in tl.static_range(POSITIONS):
-            at = tile[:, None] * 2 * columns + (position * GROUP_CHANNELS + channel)[None, :]
-            away = tl.load(partial + at, mask=mask, other=0.0) / count[:, None] - center[None, :]
-            inner = tl.load(partial + at + columns, mask=mask, other=0.0)
-            squares += tl.sum(tl.where(mask, inner + away * away * count[:, None], 0.0), 0)
-    tl.store(mean + channel, center, mask=real)
-    tl.store(variance + channel, squares / pixels, mask=real)
+    total = tl.zeros((BANDS, BLOCK), ACC)
+    squares = tl.zeros((BANDS, BLOCK), ACC)
+    if ONCE:
+        tile, at, inside = _band(0, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+        total = tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+        squares = tl.load(partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+        center = tl.sum(total, 0) / pixels
+        count = tl.where(inside, tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS), 0).to(ACC)
+        away = total / tl.maximum(count, 1)[:, None] - center[None, :]
+        squares += away * away * count[:, None]
+    else:
+        for first in range(0, bands, BANDS):
+            tile, at, inside = _band(first, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+            total += tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+        center = tl.sum(total, 0) / pixels
+        for first in range(0, bands, BANDS):
+            tile, at, inside = _band(first, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+            sums = tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+            inner = tl.load(
+                partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0
+            )
+            count = tl.where(inside, tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS), 0).to(ACC)
+            away = sums / tl.maximum(count, 1)[:, None] - center[None, :]
+            squares += inner + away * away * count[:, None]
+    tl.store(mean + channel, center, mask=channel < channels)
+    tl.store(variance + channel, tl.sum(squares, 0) / pixels, mask=channel < channels)
 
 
-@triton.jit(do_not_specialize=["tiles", "channels", "columns"])
+@triton.jit(do_not_specialize=["tiles", "channels", "columns8"])
 def merge_sums(
-    partial, first, second, tiles, channels, columns,
-    POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    partial, first, second, tiles, channels, columns8,
+    POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial [tiles, 2, columns] -> two sums [channels] over tiles and positions; grid (channel blocks,)."""
+    """partial [tiles, 2, columns8 * 8] -> two sums [channels] over tiles and positions; grid (blocks of channels,).
+
+    Bands and blocks as in `merge_statistics`.
+    """
     ACC: tl.constexpr = partial.dtype.element_ty
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    real = channel < channels
-    total = tl.zeros((BLOCK,), ACC)
-    total2 = tl.zeros((BLOCK,), ACC)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        mask = (tile < tiles)[:, None] & real[None, :]
-        for position in tl.static_range(POSITIONS):
-            at = tile[:, None] * 2 * columns + (position * GROUP_CHANNELS + channel)[None, :]
-            total += tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
-            total2 += tl.sum(tl.load(partial + at + columns, mask=mask, other=0.0), 0)
-    tl.store(first + channel, total, mask=real)
-    tl.store(second + channel, total2, mask=real)
+    bands = tiles * POSITIONS
+    total = tl.zeros((BANDS, BLOCK), ACC)
+    total2 = tl.zeros((BANDS, BLOCK), ACC)
+    for start in range(0, bands, BANDS):
+        _, at, inside = _band(start, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+        total += tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+        total2 += tl.load(partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
+    tl.store(first + channel, tl.sum(total, 0), mask=channel < channels)
+    tl.store(second + channel, tl.sum(total2, 0), mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["rows", "row8", "channels"])

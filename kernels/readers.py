@@ -22,12 +22,58 @@ import triton.language as tl
 from .conv import passes_gradient
 
 
+@triton.jit(do_not_specialize=["depth"])
+def pack_readers(
+    weights, gammas, betas, layouts, column_channel, packed, affine, depth,
+    TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """packed [readers, columns, depths] = W_r[d, channel of the column]; affine [readers, 2, columns] = gamma, beta.
+
+    0 in padding; grid (column tiles, depth tiles, readers). layouts [readers, 2]: a weight's steps between two rows and
+    two channels; depth: its rows.
+    """
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    d = tl.program_id(1) * TILE_DEPTH + tl.arange(0, TILE_DEPTH)
+    all_columns = tl.num_programs(0) * TILE_COLUMNS
+    depths = tl.num_programs(1) * TILE_DEPTH
+    channel = tl.load(column_channel + columns)
+    mask = (channel >= 0)[:, None] & (d < depth)[None, :]
+    for reader in tl.static_range(len(weights)):  # a program does its own one
+        if tl.program_id(2) == reader:
+            row = channel[:, None] * tl.load(layouts + reader * 2 + 1) + d[None, :] * tl.load(layouts + reader * 2)
+            value = tl.load(weights[reader] + row, mask=mask, other=0.0).to(packed.dtype.element_ty)
+            tl.store(packed + ((reader * all_columns + columns)[:, None] * depths + d[None, :]), value)
+            if tl.program_id(1) == 0:
+                gamma = tl.load(gammas[reader] + channel, mask=channel >= 0, other=0.0)
+                beta = tl.load(betas[reader] + channel, mask=channel >= 0, other=0.0)
+                tl.store(affine + reader * 2 * all_columns + columns, gamma.to(affine.dtype.element_ty))
+                tl.store(affine + (reader * 2 + 1) * all_columns + columns, beta.to(affine.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["tiles", "channels", "columns8"])
+def merge_readers(
+    partial, column_channel, sums, tiles, channels, columns8, TILES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """partial [tiles, readers, 2, columns8 * 8] -> sums [2, readers, channels]; grid (column blocks, readers, 2)."""
+    readers = tl.num_programs(1)
+    which = tl.program_id(1) * 2 + tl.program_id(2)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((TILES, BLOCK), partial.dtype.element_ty)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        at = (tile * (2 * readers) + which) * (columns8 * 8)
+        acc += tl.load(partial + (at[:, None] + columns[None, :]), mask=(tile < tiles)[:, None], other=0.0)
+    channel = tl.load(column_channel + columns)
+    to = sums + (tl.program_id(2) * readers + tl.program_id(1)) * channels + channel
+    tl.store(to, tl.sum(acc, 0), mask=channel >= 0)
+
+
 @triton.jit(
-    do_not_specialize=["rows", "readers", "columns8", "channels", "depth8", "dz_row8", "out_row8", "feature_row8"]
+    do_not_specialize=["rows", "readers", "columns8", "depth8", "dz_row8", "out_row8", "feature_row8"]
 )  # fmt: skip
 def gather_readers(
-    dz, weight, out, feature, gamma, beta, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, partial,
-    rows, readers, columns8, channels, depth8, dz_row8, out_row8, feature_row8,
+    dz, weight, out, feature, affine, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, partial,
+    rows, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -35,8 +81,8 @@ def gather_readers(
 
     dz_at8 [readers], out_at8 and feature_at8 [columns / 8]: where each reader's dz and each 8 columns lie, in units of
     8 elements; column_channel [columns]: the column's channel, -1 in padding. weight [readers, columns, PARTS *
-    DEPTH]; depth8: padded channels of dz / 8; gamma, beta [readers, channels]; mean, rstd [channels]; partial [row
-    tiles, readers, 2, columns].
+    DEPTH]; depth8: padded channels of dz / 8; affine [readers, 2, columns]: gamma, beta; mean, rstd [channels]; partial
+    [row tiles, readers, 2, columns].
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
@@ -60,8 +106,8 @@ def gather_readers(
     for reader in tl.range(0, readers, num_stages=STAGES):
         dz_at = dz + tl.load(dz_at8 + reader) * 8 + (pixel * (dz_row8 * 8))[:, None] + k[None, :]
         weight_at = weight + (reader * all_columns + columns[:, None]) * (PARTS * DEPTH) + k[None, :]
-        scale = tl.load(gamma + reader * channels + channel, mask=real, other=0.0)
-        shift = tl.load(beta + reader * channels + channel, mask=real, other=0.0)
+        scale = tl.load(affine + reader * 2 * all_columns + columns)
+        shift = tl.load(affine + (reader * 2 + 1) * all_columns + columns)
         g = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
         for part in tl.static_range(PARTS):
             d = tl.load(

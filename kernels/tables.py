@@ -229,9 +229,7 @@ def pixel_table(batch: int, height: int, width: int, group: Group = (1, 1)) -> P
     return _frozen(PixelTable(np.tile(bits.reshape(-1), batch), first.reshape(-1).astype(np.int32)))
 
 
-def column_table(
-    outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int
-) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+def column_table(outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int) -> tuple[Array, Array, Array]:
     """Where the columns of the gathered 1x1 data gradient lie: each slot's padded channels, one slot after the other.
 
     Args:
@@ -239,8 +237,8 @@ def column_table(
         multiple: the number of columns is rounded up to it.
 
     Returns:
-        Offset / 8 of every 8 columns in `outs` and in `features` (without the rounding), the channel of each column (-1
-        in padding), and the column of each channel.
+        Offset / 8 of every 8 columns in `outs` and in `features` (without the rounding), and the channel of each column
+        (-1 in padding).
     """
     at = [
         [source.offset // LANES + i for source in sources for i in range(source.padded // LANES)]
@@ -251,8 +249,7 @@ def column_table(
         channel += [first + i if i < source.width else -1 for i in range(source.padded)]
         first += source.width
     channel += [-1] * (-len(channel) % multiple)
-    columns = np.array(channel, np.int32)
-    return np.array(at[0], np.int32), np.array(at[1], np.int32), columns, np.flatnonzero(columns >= 0)
+    return np.array(at[0], np.int32), np.array(at[1], np.int32), np.array(channel, np.int32)
 
 
 def _frozen(table):  # type: ignore[no-untyped-def]  # any array in, the same out

@@ -1,7 +1,7 @@
 """The weight gradient over the same K tables as the convolution, deterministic.
 
     partial[s, k, o] = sum over the pixels p of split s of A[p, k] dz[p, o]
-    dW[o, w]         = sum over s, ascending, of partial[s, k of weight element w, o]
+    dW[o, w]         = sum over s, in one fixed order, of partial[s, k of weight element w, o]
 
 A[p, k] as in conv.py, with the same affine and activation on load.
 
@@ -16,20 +16,19 @@ import triton.language as tl
 from .conv import activate
 
 
-@triton.jit(
-    do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows", "affine_length"]
-)
+@triton.jit(do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows"])
 def weight_gradient(
-    source, dz, partial, entries, entry_row8, affine, taps_inside,
-    rows, source_row8, dz_row8, all_k, out_channels, split_rows, affine_length,
+    source, dz, partial, entries, entry_row8, scale, shift, channel, taps_inside,
+    rows, source_row8, dz_row8, all_k, out_channels, split_rows,
     TILE_ROWS: tl.constexpr, TILE_K: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
     SWAPPED: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of one split's partial sum; grid (chunks of K, column tiles, splits).
 
-    partial: fp32 [splits, K, columns]. SWAPPED computes the transposed tile, dz^T A: with AFFINE this keeps the copies
-    of A asynchronous on sm_90. TAPS, SLOT_ROWS, VECTOR as in conv.convolution.
+    partial: fp32 [splits, K, columns]; scale, shift [input channels], which `channel` (KTable.channel) brings in the
+    order of K. SWAPPED computes the transposed tile, dz^T A: with AFFINE this keeps the copies of A asynchronous on
+    sm_90. TAPS, SLOT_ROWS, VECTOR as in conv.convolution.
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
@@ -43,8 +42,9 @@ def weight_gradient(
     if SLOT_ROWS:
         row = tl.max_constancy(tl.load(entry_row8 + k // 8) * 8, VECTOR)
     if AFFINE:
-        scale = tl.load(affine + k)
-        shift = tl.load(affine + affine_length + k)
+        of_k = tl.load(channel + k)
+        a_scale = tl.load(scale + of_k, mask=of_k >= 0, other=0.0)
+        a_shift = tl.load(shift + of_k, mask=of_k >= 0, other=0.0)
     stored = columns < (out_channels + 7) // 8 * 8
     acc = tl.zeros((TILE_COLUMNS, TILE_K), ACC) if SWAPPED else tl.zeros((TILE_K, TILE_COLUMNS), ACC)
     start = split * split_rows
@@ -70,7 +70,7 @@ def weight_gradient(
         dz_at = (pixel * (dz_row8 * 8))[:, None] + columns[None, :]
         d = tl.load(dz + dz_at, mask=row_valid[:, None] & stored[None, :], other=0.0)
         if AFFINE:
-            a = activate(a.to(ACC) * scale[None, :] + shift[None, :], ACTIVATION).to(source.dtype.element_ty)
+            a = activate(a.to(ACC) * a_scale[None, :] + a_shift[None, :], ACTIVATION).to(source.dtype.element_ty)
             if TAPS:
                 a = tl.where(valid, a, 0.0)
         if SWAPPED:
@@ -84,15 +84,26 @@ def weight_gradient(
         tl.store(to + k[:, None] * all_columns + columns[None, :], acc)
 
 
-@triton.jit(do_not_specialize=["splits", "all_k", "all_columns", "weights", "total"])
-def reduce_splits(partial, k_of_weight, out, splits, all_k, all_columns, weights, total, BLOCK: tl.constexpr):
-    """out[o, w] = sum over splits of partial[split, k_of_weight[w], o]; grid (blocks of out,)."""
-    ACC: tl.constexpr = partial.dtype.element_ty
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < total
-    k = tl.load(k_of_weight + element % weights, mask=mask, other=0)
-    at = k * all_columns + element // weights
-    acc = tl.zeros((BLOCK,), ACC)
-    for split in range(0, splits):
-        acc += tl.load(partial + split * all_k * all_columns + at, mask=mask, other=0.0)
-    tl.store(out + element, acc.to(out.dtype.element_ty), mask=mask)
+@triton.jit(do_not_specialize=["splits", "all_k", "columns16", "weights", "out_channels"])
+def reduce_splits(
+    partial, k_of_weight, out, splits, all_k, columns16, weights, out_channels,
+    SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW [out_channels, weights]; grid (blocks of weights, blocks of output channels).
+
+    SPLITS splits are in flight at once, for WEIGHTS x COLUMNS elements. o runs fastest, as it does in `partial`
+    [splits, K, columns16 * 16]: a K row of COLUMNS is one piece of memory, wherever k_of_weight puts it.
+    """
+    w = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
+    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = (w < weights)[:, None] & (o < out_channels)[None, :]
+    k = tl.load(k_of_weight + w, mask=w < weights, other=0)
+    at = k[:, None] * (columns16 * 16) + o[None, :]
+    split = tl.arange(0, SPLITS)
+    acc = tl.zeros((SPLITS, WEIGHTS, COLUMNS), partial.dtype.element_ty)
+    for start in range(0, splits, SPLITS):
+        to = (start + split) * all_k * (columns16 * 16)
+        inside = (start + split < splits)[:, None, None]  # of the tile whole rows: a mask an element would split copies
+        acc += tl.load(partial + (to[:, None, None] + at[None, :, :]), mask=inside, other=0.0)
+    result = tl.sum(acc, 0).to(out.dtype.element_ty)
+    tl.store(out + o[None, :] * weights + w[:, None], result, mask=real)

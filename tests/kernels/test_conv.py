@@ -176,3 +176,26 @@ def test_batch_of_none():
     assert launch.conv([a], torch.ones(8, 8, 1, 1), out) is None
     mean, variance = launch.conv([a], torch.ones(8, 8, 3, 3), out, statistics=True)
     assert mean.isnan().all() and variance.isnan().all()
+
+
+STRIDES = {
+    "channels_last": lambda w: w.contiguous(memory_format=torch.channels_last),
+    "slices": lambda w: torch.randn(30, 40, 3, 3)[3:25:2, 5:].copy_(w[:, :35]) if w.shape[2] == 3 else w,
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "taps turned": lambda w: w.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda w: w[:1, :1].expand_as(w),
+    "bfloat16": lambda w: w.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("kernel_size", (1, 3))
+@pytest.mark.parametrize("form", STRIDES)
+def test_weights_are_read_where_they_lie(form, kernel_size):
+    _, (a, b, out, back) = rows(1, 3, 4, (20, 15, 11, 35), torch.float32)
+    fill(a), fill(b)
+    weight = STRIDES[form](random_weight(11, 35, kernel_size))
+    launch.conv([a, b], weight, out)
+    assert_near(out, expected([a, b], weight, out.dtype), out.dtype)
+    launch.gradient([out], [weight], back)
+    wanted = torch.nn.grad.conv2d_input(back.shape, weight.double(), out.double(), padding=kernel_size // 2)
+    assert_near(back, wanted, out.dtype)

@@ -183,3 +183,14 @@ def test_batch_of_none():
     vectors = [torch.ones(8)] * 4
     sums = launch.gradient([dz], [torch.ones(8, 8, 3, 3)], out, mask=(a, *vectors))
     assert not sums[0].any() and not sums[1].any()
+
+
+@pytest.mark.parametrize("readers", (launch.MOST_WEIGHTS, launch.MOST_WEIGHTS + 1))
+@pytest.mark.parametrize("group", ((1, 1), (2, 2)), ids=str)
+def test_many_readers(readers, group):
+    _, (*dz, out) = rows(1, 4, 6, (*range(3, 3 + readers), 12), torch.float32)
+    for slot in dz:
+        fill(slot)
+    weights = [torch.randn(d.shape[1], 40, 3, 3)[:, 5:17] / 10 for d in dz]
+    launch.gradient(dz, weights, out, config=ConvolutionConfig(16, 64, 0, 32, group=group))
+    assert_near(out, input_gradient(dz, weights, out.dtype), out.dtype)
