@@ -399,7 +399,7 @@ def gradient_of_readers(
     packed = torch.empty(readers, columns, parts * part, dtype=first.dtype, device=first.device)
     affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
     partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
-    sums = torch.empty(2, readers, channels, dtype=accumulator, device=first.device)
+    sums = torch.empty(readers, 2, channels, dtype=accumulator, device=first.device)
     deep = min(64, part)
     with on_device_of(first):
         device_readers.pack_readers[columns // 16, parts * part // deep, readers](
@@ -420,7 +420,7 @@ def gradient_of_readers(
             partial, column_channel, sums, tiles, channels, columns // LANES,
             TILES=16 if INTERPRETED else at_once, BLOCK=LANES, num_warps=warps,
         )  # fmt: skip
-    return sums[0], sums[1]
+    return sums[:, 0], sums[:, 1]
 
 
 def _convolve(

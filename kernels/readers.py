@@ -54,7 +54,7 @@ def pack_readers(
 def merge_readers(
     partial, column_channel, sums, tiles, channels, columns8, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """partial [tiles, readers, 2, columns8 * 8] -> sums [2, readers, channels]; grid (column blocks, readers, 2)."""
+    """partial [tiles, readers, 2, columns8 * 8] -> sums [readers, 2, channels]; grid (column blocks, readers, 2)."""
     readers = tl.num_programs(1)
     which = tl.program_id(1) * 2 + tl.program_id(2)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def merge_readers(
         at = (tile * (2 * readers) + which) * (columns8 * 8)
         acc += tl.load(partial + (at[:, None] + columns[None, :]), mask=(tile < tiles)[:, None], other=0.0)
     channel = tl.load(column_channel + columns)
-    to = sums + (tl.program_id(2) * readers + tl.program_id(1)) * channels + channel
+    to = sums + which * channels + channel
     tl.store(to, tl.sum(acc, 0), mask=channel >= 0)
 
 
