@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .tables import Group
 
@@ -80,6 +81,7 @@ COLUMN_PARTS = (
 GROUPED = {8: (128, 32, 0, 4), 16: (128, 64, 0, 4), 24: (128, 64, 32, 4), 32: (128, 128, 0, 8)}
 
 
+@lru_cache(maxsize=4096)
 def convolution_config(
     capability: Capability,
     dtype: str,
@@ -133,6 +135,7 @@ def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
     return min(tiles, key=lambda parts: (tiles[parts] * sum(parts), tiles[parts]))  # least padding, then fewest tiles
 
 
+@lru_cache(maxsize=4096)
 def weight_gradient_config(
     capability: Capability, dtype: str, out_channels: int, k_rows: int, affine: bool
 ) -> WeightGradientConfig:
@@ -156,6 +159,7 @@ def weight_gradient_config(
     return WeightGradientConfig(rows, chunk, columns, 8 if columns == 128 else 4, 3, swapped)
 
 
+@lru_cache(maxsize=4096)
 def weight_gradient_splits(capability: Capability, config: WeightGradientConfig, tiles: int, pixels: int) -> int:
     """Into how many ranges of pixels a weight gradient of `tiles` tiles is split."""
     if capability is None:
@@ -164,6 +168,7 @@ def weight_gradient_splits(capability: Capability, config: WeightGradientConfig,
     return max(1, min(wanted, -(-pixels // (4 * config.rows))))
 
 
+@lru_cache(maxsize=4096)
 def readers_config(capability: Capability, dtype: str, pixels: int) -> ReadersConfig:
     """Choose the tile of the gathered data gradient of 1x1 readers."""
     if capability is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,66 +34,81 @@ def lay_out(name: str, sources: Sequence[Tensor], out: Tensor, *others: Tensor, 
     named = [(f"{name}[{i}]", source) for i, source in enumerate(sources)]
     slots, pixels = check_slots([(out_name, out), *named, *(("mask.z", other) for other in others)])
     batch, _, height, width = out.shape
-    for key, source in named:
-        if source.shape[0] != batch or source.shape[2:] != out.shape[2:]:
-            raise ValueError(
-                f"{key} must have the batch and image size of {out_name}, {batch} x {height} x {width}, "
-                f"got {tuple(source.shape)}"
-            )
     out_row8 = slots[0].row // LANES
     raw_row8 = slots[-1].row // LANES if others else out_row8
     images = (batch, height, width)
+    read = slots[1 : len(named) + 1]
+    for (key, _), slot in zip(named, read, strict=True):
+        if slot.shape[0] != batch or slot.shape[2:] != out.shape[2:]:
+            raise ValueError(
+                f"{key} must have the batch and image size of {out_name}, {batch} x {height} x {width}, "
+                f"got {tuple(slot.shape)}"
+            )
     if not sources or not pixels:
-        empty = tuple(Source(0, source.shape[1], padded_width(source.shape[1])) for source in sources)
+        empty = tuple(Source(0, slot.shape[1], padded_width(slot.shape[1])) for slot in read)
         return Layout(out, empty, out_row8, False, out_row8, raw_row8, width, pixels, images)
-    base = min(sources, key=lambda source: source.data_ptr())
-    storage, size = base.untyped_storage().data_ptr(), base.element_size()
-    placed = []
-    for (key, source), slot in zip(named, slots[1:], strict=False):
-        if source.untyped_storage().data_ptr() != storage:
+    starts = [slot.start for slot in read]
+    first, size = min(starts), out.element_size()
+    for (key, _), slot in zip(named, read, strict=True):
+        if slot.storage != read[0].storage:
             raise ValueError(f"{name} must lie in one allocation, got {key} in another one than {name}[0]")
-        placed.append(Source((source.data_ptr() - base.data_ptr()) // size, source.shape[1], slot.row))
+    placed = tuple(Source((slot.start - first) // size, slot.shape[1], slot.row) for slot in read)
     end = max(source.offset + (pixels - 1) * source.row + source.padded for source in placed)
     if end >= MAX_ELEMENTS:
         raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
-    rows = {source.row for source in placed}
-    return Layout(base, tuple(placed), placed[0].row // LANES, len(rows) > 1, out_row8, raw_row8, width, pixels, images)
+    row = placed[0].row
+    several = any(source.row != row for source in placed)
+    base = sources[starts.index(first)]
+    return Layout(base, placed, row // LANES, several, out_row8, raw_row8, width, pixels, images)
 
 
 class _Slot(NamedTuple):
+    """A checked slot: elements between two pixels, its address and that of its allocation, its shape."""
+
     row: int
+    start: int
+    storage: int
+    shape: torch.Size
 
 
 def check_slots(tensors: Sequence[tuple[str, Tensor]]) -> tuple[list[_Slot], int]:
-    """Check that every tensor is a slot of one dtype and device; returns their rows and the first one's pixels."""
+    """Check that every tensor is a slot of one dtype and device; returns them and the first one's pixels."""
     first_name, first = tensors[0]
     if not isinstance(first, Tensor):
         raise TypeError(f"{first_name} must be a torch.Tensor, got {type(first).__name__}")
     if dtype_name(first) not in DTYPES:
         raise TypeError(f"{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}")
-    slots = []
+    dtype, device, size = first.dtype, first.device, first.element_size()
+    slots, rooms = [], {}
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype != first.dtype or tensor.device != first.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise TypeError(
-                f"{name} must have the dtype and device of {first_name}, {first.dtype} on {first.device}, "
+                f"{name} must have the dtype and device of {first_name}, {dtype} on {device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-        slots.append(_Slot(_row(name, tensor)))
+        shape, start, behind = tensor.shape, tensor.data_ptr(), int(tensor.storage_offset())
+        row, end = _row(shape, tensor.stride())
+        storage = start - behind * size
+        if storage not in rooms:  # asked once: it costs as much as all else here
+            rooms[storage] = tensor.untyped_storage().nbytes() // size
+        if row < 0 or start % 16 or end >= MAX_ELEMENTS or end > rooms[storage] - behind:
+            _refuse(name, tensor, row, end)
+        slots.append(_Slot(row, start, storage, shape))
     return slots, first.shape[0] * first.shape[2] * first.shape[3]
 
 
-def _row(name: str, tensor: Tensor) -> int:
-    """Elements between two pixels of a slot, or ValueError where the tensor is none."""
-    if tensor.dim() != 4 or tensor.shape[1] < 1:
-        raise ValueError(f"{name} must have the shape [N, C, H, W] with C at least 1, got {tuple(tensor.shape)}")
-    batch, channels, height, width = tensor.shape
+@lru_cache(maxsize=1 << 14)
+def _row(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int]:
+    """Elements between two pixels of a slot, and to its end; -1 for a tensor that is none."""
+    if len(shape) != 4 or shape[1] < 1:
+        return -1, 0
+    batch, channels, height, width = shape
     padded = padded_width(channels)
     pixels = batch * height * width
     if pixels == 0:
-        return padded
-    strides = tensor.stride()
+        return padded, 0
     if width > 1:
         row = strides[3]
     elif height > 1:
@@ -107,19 +123,28 @@ def _row(name: str, tensor: Tensor) -> int:
         and (batch == 1 or strides[0] == height * width * row)
     )
     if not lined_up or row % LANES or row < padded:
+        return -1, 0
+    return row, (pixels - 1) * row + padded
+
+
+def _refuse(name: str, tensor: Tensor, row: int, end: int) -> None:
+    """Say what of a slot is wrong, where something is."""
+    if tensor.dim() != 4 or tensor.shape[1] < 1:
+        raise ValueError(f"{name} must have the shape [N, C, H, W] with C at least 1, got {tuple(tensor.shape)}")
+    channels = tensor.shape[1]
+    padded = padded_width(channels)
+    if row < 0:
         raise ValueError(
             f"{name} must be a slot: channels side by side, pixels a multiple of {LANES} elements and at least "
-            f"{padded} apart, got shape {tuple(tensor.shape)} with strides {strides}"
+            f"{padded} apart, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
+    if end == 0:  # no pixels: it may lie anywhere
+        return
     if tensor.data_ptr() % 16:
         raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
-    end = (pixels - 1) * row + padded
     if end >= MAX_ELEMENTS:
         raise ValueError(f"{name} must span fewer than 2^31 elements, got {end}")
-    room = tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
-    if end > room:
-        raise ValueError(f"{name} must have room for {padded} channels a pixel, got {channels} at its buffer's end")
-    return row
+    raise ValueError(f"{name} must have room for {padded} channels a pixel, got {channels} at its buffer's end")
 
 
 def padded_width(channels: int) -> int:
@@ -150,7 +175,10 @@ def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must have the shape ({length},), got {tuple(vector.shape)}")
     if vector.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {vector.device}")
-    return vector.detach().to(accumulator_of(like)).contiguous()
+    vector, wide = vector.detach(), accumulator_of(like)
+    if vector.dtype == wide and vector.stride(0) == 1:  # mostly
+        return vector
+    return vector.to(wide).contiguous()
 
 
 def activation_code(name: str | None) -> int:
@@ -164,7 +192,12 @@ def accumulator_of(tensor: Tensor) -> torch.dtype:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name(tensor.dtype)
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def copy_elements(tensor: Tensor) -> int:
@@ -174,5 +207,7 @@ def copy_elements(tensor: Tensor) -> int:
 
 def uses_tf32(tensor: Tensor) -> bool:
     """TF32 where torch's own convolutions may use it."""
+    if tensor.dtype != torch.float32:
+        return False
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch hides it from mypy
-    return tensor.dtype == torch.float32 and bool(precision == "tf32")
+    return bool(precision == "tf32")
