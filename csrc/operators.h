@@ -316,19 +316,6 @@ struct Operators {
     return out;
   }
 
-  static Tensor avg_pool2d_backward(Tensor grad, Tensor x, int64_t kernel) {
-    const char* op = "avg_pool2d_backward";
-    const Pool pool = pool_of(op, x, kernel, kernel, 0);
-    pooled_must(op, grad, x, pool);
-    const Tensor made = pixels_like(x, pool.height, pool.width);
-    by_type(op, x, [&](auto element) {
-      using E = decltype(element);
-      Device(op, x).avg_pool_backward(
-          static_cast<const E*>(grad.data_ptr()), static_cast<E*>(made.data_ptr()), pool, x.size(0));
-    });
-    return made;
-  }
-
   static Tensor spread_mask_sums(
       Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int64_t activation, int64_t kernel,
       Tensor out) {
@@ -350,7 +337,7 @@ struct Operators {
     return sums;
   }
 
-  // Registers the operators of every device: STABLE_TORCH_LIBRARY_IMPL(name, key, m) { Operators<Device>::implement(m); }
+  // Registers those of every device: STABLE_TORCH_LIBRARY_IMPL(name, key, m) { Operators<Device>::implement(m); }
   template <class Library>
   static void implement(Library& m) {
     m.impl("gather", TORCH_BOX(&Operators::gather));
@@ -366,7 +353,6 @@ struct Operators {
   template <class Library>
   static void implement_averages(Library& m) {
     m.impl("avg_pool2d", TORCH_BOX(&Operators::avg_pool2d));
-    m.impl("avg_pool2d_backward", TORCH_BOX(&Operators::avg_pool2d_backward));
     m.impl("spread_mask_sums", TORCH_BOX(&Operators::spread_mask_sums));
   }
 };

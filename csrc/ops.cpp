@@ -36,11 +36,10 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");
 
   // Averages of windows side by side (stride is kernel_size, no padding) of x, or of act(x * scale + shift), which is
-  // rounded with the average alone. On GPUs; backward reads of x its shape.
+  // rounded with the average alone. On GPUs.
   m.def("avg_pool2d(Tensor x, Tensor? scale, Tensor? shift, int activation, int kernel_size) -> Tensor");
-  m.def("avg_pool2d_backward(Tensor grad, Tensor x, int kernel_size) -> Tensor");
 
-  // mask_sums of avg_pool2d_backward(grad, z, kernel_size), which is not stored. On GPUs.
+  // mask_sums of what the gradient of such averages sends to z, which is not stored. On GPUs.
   m.def(
       "spread_mask_sums(Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int activation, "
       "int kernel_size, Tensor(a!) out) -> Tensor");

@@ -69,12 +69,6 @@ class Launched {
     check(pixels::avg_pool(x, scale, shift, act, out, pool, images, place_.stream()));
   }
 
-  template <class E>
-  void avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images) const {
-    fits(pool.channels);
-    check(pixels::avg_pool_backward(grad, out, pool, images, place_.stream()));
-  }
-
   template <class E, class A>
   void spread_mask_sums(
       const E* grad, const E* z, Norm<A> norm, Range<A> act, E* out, const Pool& pool, int64_t images, A* sums) const {

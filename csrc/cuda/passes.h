@@ -64,10 +64,7 @@ const char* avg_pool(
     const E* x, Vector<E> scale, Vector<E> shift, Activation<E> act, E* out, const Pool& pool, int64_t images,
     void* stream);
 
-template <class E>
-const char* avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images, void* stream);
-
-// mask_sums of avg_pool_backward's result, which is nowhere stored.
+// mask_sums of the gradient that averages send to z, which is nowhere stored: grad / kernel^2, 0 outside the windows.
 template <class E>
 const char* spread_mask_sums(
     const E* grad, const E* z, Vectors<E> norm, Activation<E> act, E* out, const Pool& pool, int64_t images,

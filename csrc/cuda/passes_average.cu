@@ -1,7 +1,6 @@
-// Averages of windows side by side (kernel K = stride, no padding), and their gradient:
+// Averages of windows side by side (kernel K = stride, no padding); their gradient is passes_sums.cu's.
 //
 //   out[y, x] = sum of v over the K x K pixels of the window / K^2,  v = z, or act(z * scale + shift)
-//   dx[y, x]  = grad[y / K, x / K] / K^2, 0 behind the last whole window
 //
 // A window is added up row by row in float or double, and rounded once. A row here is a pixel of the result.
 #include "passes_sides.cuh"
@@ -65,41 +64,6 @@ __global__ void __launch_bounds__(THREADS, 1) average_kernel(
   });
 }
 
-template <class E, int SIZE>
-__global__ void __launch_bounds__(THREADS, 1) spread_kernel(const Pieces<E> pieces, const Sides sides) {
-  using A = typename Wide<E>::type;
-  constexpr int ROWS = 4;
-  const Piece<E>& piece = pieces.at[blockIdx.x % pieces.count];
-  const Share share = share_of(pieces, piece);
-  const int size = SIZE > 0 ? SIZE : sides.kernel;
-  const A part = A(1) / static_cast<A>(size * size);
-  by_width<E>(piece.width, [&](auto width) {
-    constexpr int W = decltype(width)::value;
-    const E* from = piece.g.data + share.column * W;
-    E* to = piece.out.data + share.column * W;
-    for (int64_t r = share.first; r < share.last; r += ROWS * share.lanes) {
-      Raw<E, W> found[ROWS];
-#pragma unroll
-      for (int u = 0; u < ROWS; ++u) {
-        const int64_t row = r + u * share.lanes;
-        if (row >= share.last) break;
-        const int64_t window = window_of(sides, static_cast<unsigned>(row), size);
-        found[u] = window < 0 ? Raw<E, W>{} : load_aligned<Raw<E, W>>(from + window * piece.g.stride);
-      }
-#pragma unroll
-      for (int u = 0; u < ROWS; ++u) {
-        const int64_t row = r + u * share.lanes;
-        if (row >= share.last) break;
-        A value[W];
-        widen_all<E>(found[u], value);
-#pragma unroll
-        for (int i = 0; i < W; ++i) value[i] *= part;
-        store_narrowed(to + row * piece.out.stride, value);
-      }
-    }
-  });
-}
-
 }  // namespace
 
 template <class E>
@@ -118,22 +82,9 @@ const char* avg_pool(
   return launch_pieces(kernel, list, rows, stream, sides_of(pool), scale, shift, act);
 }
 
-template <class E>
-const char* avg_pool_backward(const E* grad, E* out, const Pool& pool, int64_t images, void* stream) {
-  const auto kernel = pool.kernel == 2 ? spread_kernel<E, 2> : spread_kernel<E, 0>;
-  if (const char* problem = sides_problem(pool, images)) return problem;
-  Piece<E> piece{};
-  piece.g = {grad, pool.channels};
-  piece.out = {out, pool.channels};
-  std::vector<Piece<E>> list;
-  append(list, piece, pool.channels);
-  return launch_pieces(kernel, list, images * pool.height * pool.width, stream, sides_of(pool));
-}
-
-#define INSTANTIATE(E)                                                               \
-  template const char* avg_pool<E>(                                                  \
-      const E*, Vector<E>, Vector<E>, Activation<E>, E*, const Pool&, int64_t, void*); \
-  template const char* avg_pool_backward<E>(const E*, E*, const Pool&, int64_t, void*)
+#define INSTANTIATE(E)               \
+  template const char* avg_pool<E>( \
+      const E*, Vector<E>, Vector<E>, Activation<E>, E*, const Pool&, int64_t, void*)
 INSTANTIATE(float);
 INSTANTIATE(double);
 INSTANTIATE(bfloat16);
