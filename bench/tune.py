@@ -169,7 +169,7 @@ def tiles(work: Work, capability: Any) -> list[Any]:
             if columns < 2 * widest and widest > 32
         ]  # fmt: skip
     elif s.kind == "readers":
-        rule = configs.readers_config(capability, s.dtype, pixels)
+        rule = configs.readers_config(capability, s.dtype, s.out_channels)
         others = [
             configs.ReadersConfig(rows, columns, 4 if rows * columns <= 4096 else 8, stages, registers)
             for rows, columns in ((64, 64), (128, 64), (64, 32), (128, 32), (32, 64))

@@ -1,8 +1,9 @@
 """Launch choice: tile sizes, warps, stages as pure functions of shapes, element type and GPU generation. No autotune.
 
-The table comes from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it);
-what a GPU has measured goes before it (`tuned.py`). `capability` is (major, minor), or None in Triton's interpreter,
-which gets small tiles.
+The tables come from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it), for
+half formats on sm_90 from measurements on an H100 (bench/results/h100/2026-11-26-tune.json). What a GPU has measured at
+the very shape goes before either (`tuned.py`). `capability` is (major, minor), or None in Triton's interpreter, which
+gets small tiles.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from .tables import Group
 
 Capability = tuple[int, int] | None
 
+SHARED = 200 * 1024  # bytes of Hopper's shared memory that a tile's pipeline may take
 MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100 / H200, B200; others count as the first
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def convolution_config(
     if dtype == "float64":
         return ConvolutionConfig(32, 32, 0, 16, 4, 2)
     chunk = 32 if dtype == "float32" else 64
+    if capability[0] == 9 and dtype in HALF:
+        return _hopper_convolution(padded, kernel_size, pixels, grouped, affine)
     if grouped:
         rows, columns, columns2, warps = GROUPED[padded]
         return ConvolutionConfig(rows, columns, columns2, chunk, warps, 3, (2, 2))
@@ -135,6 +140,30 @@ def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
     return min(tiles, key=lambda parts: (tiles[parts] * sum(parts), tiles[parts]))  # least padding, then fewest tiles
 
 
+def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: bool, affine: bool) -> ConvolutionConfig:
+    """As measured on an H100: 4 warps of up to 255 registers leave room for two programs where 8 warps leave it for one.
+
+    Where the tiles do not fill the multiprocessors once, a long pipeline hides latency that no other program would.
+    """
+    wave = MULTIPROCESSORS[9]
+    if grouped and pixels // 4 >= 128 * wave:
+        rows, columns, columns2, warps = GROUPED[padded]
+        return ConvolutionConfig(rows, columns, columns2, 64, warps, 3, (2, 2))
+    if padded <= COLUMN_PARTS[-1][0]:
+        columns, columns2 = _column_parts(padded, False)
+    else:  # a column tile costs its own columns, and reading the pixels again: about as much as 64 columns
+        cost = {part: -(-padded // sum(part[1:])) * (sum(part[1:]) + 64) for part in COLUMN_PARTS[3:]}
+        _, columns, columns2 = min(cost, key=lambda part: cost[part])
+    across = -(-padded // (columns + columns2))
+    few = -(-pixels // 128) * across < (2 * wave if kernel_size == 1 else wave) and columns >= 64
+    rows = 64 if few else 128
+    stages = 4 if columns == 16 else 3
+    if -(-pixels // rows) * across <= wave:
+        stages = min(6, SHARED // (2 * 64 * (rows + columns + columns2)))
+    spills = columns + columns2 > (128 if affine else 160) and not few  # in the main loop, with 4 warps
+    return ConvolutionConfig(rows, columns, columns2, 64, 8 if spills else 4, stages)
+
+
 @lru_cache(maxsize=4096)
 def weight_gradient_config(
     capability: Capability, dtype: str, out_channels: int, k_rows: int, affine: bool
@@ -145,6 +174,8 @@ def weight_gradient_config(
         return WeightGradientConfig(32, 32, 16 if padded <= 16 else 32, swapped=affine)
     if dtype == "float64":
         return WeightGradientConfig(16, 32, 32, 4, 2)
+    if capability[0] == 9 and dtype in HALF:
+        return _hopper_weight_gradient(padded, k_rows, affine)
     rows = 32 if dtype == "float32" else 64
     if padded <= 32:
         chunk, columns = 64, 16 if padded <= 16 else 32
@@ -159,6 +190,21 @@ def weight_gradient_config(
     return WeightGradientConfig(rows, chunk, columns, 8 if columns == 128 else 4, 3, swapped)
 
 
+def _hopper_weight_gradient(padded: int, k_rows: int, affine: bool) -> WeightGradientConfig:
+    """As measured on an H100; a wide tile reads the pixels, nine taps of each, less often."""
+    if affine and padded > 32:  # wgmma takes A with an affine from shared memory as the second operand
+        return WeightGradientConfig(64, 64, 64, 4, 3, swapped=True)
+    if padded <= 16:
+        return WeightGradientConfig(64, 64, 16, 4, 3, programs=6)
+    if padded <= 32:
+        return WeightGradientConfig(64, 64, 32) if affine else WeightGradientConfig(64, 128, 32, 8)
+    if padded <= 64:
+        return WeightGradientConfig(64, 128, 64, 8) if k_rows >= 1024 else WeightGradientConfig(64, 64, 64)
+    if padded <= 128:
+        return WeightGradientConfig(64, 128, 128, 8, programs=2)
+    return WeightGradientConfig(64, 128 if k_rows >= 1024 else 64, 256, 8)
+
+
 @lru_cache(maxsize=4096)
 def weight_gradient_splits(capability: Capability, config: WeightGradientConfig, tiles: int, pixels: int) -> int:
     """Into how many ranges of pixels a weight gradient of `tiles` tiles is split."""
@@ -169,16 +215,16 @@ def weight_gradient_splits(capability: Capability, config: WeightGradientConfig,
 
 
 @lru_cache(maxsize=4096)
-def readers_config(capability: Capability, dtype: str, pixels: int) -> ReadersConfig:
-    """Choose the tile of the gathered data gradient of 1x1 readers."""
+def readers_config(capability: Capability, dtype: str, channels: int) -> ReadersConfig:
+    """Choose the tile of the gathered data gradient of 1x1 readers for slots of `channels` in all."""
     if capability is None:
         return ReadersConfig(32, 16)
     if dtype == "float64":
         return ReadersConfig(16, 16, 4, 1)
     if dtype == "float32":
         return ReadersConfig(64, 64, 4, 2)
-    if capability[0] == 9 and pixels >= 128 * 256:
-        return ReadersConfig(128, 64, 8, 2)  # 128 columns spill in the main loop with Triton 3.6
+    if capability[0] == 9:
+        return ReadersConfig(128, 32, 4, 2) if channels <= 32 else ReadersConfig(64, 64, 4, 2)
     return ReadersConfig(64, 64, 4, 3)
 
 
@@ -199,7 +245,7 @@ def shipped_weight_gradients(capability: Capability, dtype: str) -> Iterator[tup
     """(affine, tile) of every weight gradient that `weight_gradient_config` can choose; for compile checks."""
     seen = set()
     for affine in (False, True):
-        for padded in (16, 32, 64, 128):
+        for padded in (16, 32, 64, 128, 160):
             for k_rows in (512, 2048):
                 item = affine, weight_gradient_config(capability, dtype, padded, k_rows, affine)
                 if item not in seen:

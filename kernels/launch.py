@@ -387,7 +387,7 @@ def gradient_of_readers(
     if config is None:
         shape = Shape("readers", dtype_name(first), 1, False, readers * depth, channels, *read.images)
         tuned = choice(first.device, shape).tile
-        rule = readers_config(capability_of(first.device), dtype_name(first), read.pixels)
+        rule = readers_config(capability_of(first.device), dtype_name(first), channels)
         config = tuned if isinstance(tuned, ReadersConfig) else rule
     part = min(256, max(16, triton.next_power_of_2(padded_width(depth))))
     parts = triton.cdiv(padded_width(depth), part)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import slots
@@ -30,6 +31,7 @@ class Verbs:
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         self.plan, self.like = plan, x
         self.readers_at_once = 2 if plan is None else readers_at_once(plan)
+        self._single = tuple(x.shape[2:]) == (1, 1)
         self.arenas: dict[str, list[Tensor]] = {}
         self.memory: dict[str, Tensor] = {}  # the allocation behind each kind's slots
 
@@ -52,7 +54,7 @@ class Verbs:
             sources = self._packed(sources)
         out = self._slot(into, weight.shape[0])
         return out, self.launch.conv(
-            sources, weight, out, affine=affine, activation=activation, bias=bias, statistics=statistics
+            sources, self._met(weight), out, affine=affine, activation=activation, bias=bias, statistics=statistics
         )
 
     def way(self, layer: int, weight: Tensor) -> str:
@@ -87,6 +89,7 @@ class Verbs:
         if add is not None and add is not out:
             slots.write(out, add)
         mask = None if masked is None else (masked[0], *masked[1], masked[2], masked[3])
+        weights = [self._met(weight) for weight in weights]
         sums = self.launch.gradient(readers, weights, out, add=add is not None, mask=mask, activation=activation)
         return (out, *sums) if sums is not None else (out, out.new_empty(0), out.new_empty(0))
 
@@ -142,9 +145,11 @@ class Verbs:
         if affine is not None and kernel_size > 1 and len(sources) == 1:  # once, where the kernel would for every tap
             into = ("scratch", sources[0].shape[1])
             sources, affine = [self.normalise(sources[0], affine, activation, into=into)], None
-        return self.launch.weight_gradient(
-            sources, dz, kernel_size, affine=affine, activation=activation, dtype=dz.dtype
+        point = kernel_size == 3 and self._single
+        made: Tensor = self.launch.weight_gradient(
+            sources, dz, 1 if point else kernel_size, affine=affine, activation=activation, dtype=dz.dtype
         )
+        return F.pad(made, (1, 1, 1, 1)) if point else made
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         if self.plan is not None and len(nodes) == len(self.plan.node_widths) and output_holds_features(self.plan):
@@ -173,6 +178,10 @@ class Verbs:
 
     def kept_nodes(self, x: Tensor, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         return self.kept("node", saved)
+
+    def _met(self, weight: Tensor) -> Tensor:
+        """The taps that meet pixels: of a 3x3 kernel on a single pixel one of nine."""
+        return weight[:, :, 1:2, 1:2] if self._single and weight.shape[2] == 3 else weight
 
     def _slot(self, place: Place, channels: int) -> Tensor:
         kind, index = place
