@@ -141,7 +141,7 @@ def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
 
 
 def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: bool, affine: bool) -> ConvolutionConfig:
-    """As measured on an H100: 4 warps of up to 255 registers leave room for two programs where 8 warps leave it for one.
+    """As measured on an H100: 4 warps of up to 255 registers leave room for two programs, 8 warps mostly for one.
 
     Where the tiles do not fill the multiprocessors once, a long pipeline hides latency that no other program would.
     """

@@ -55,6 +55,20 @@ def test_the_rehearsal_leaves_results(tmp_path):
     assert len(json.loads((out / "tuned-cpu-sm00.json").read_text())["rows"]) == 3
 
 
+def test_steps_run_side_by_side(script, monkeypatch, tmp_path):
+    """Each of two waits for what the other writes; the one behind them waits for both."""
+    wait = "import pathlib, time\nwhile not pathlib.Path({0!r}).exists(): time.sleep(0.01)"
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    steps = [
+        step(script, "one", f"open({first!r}, 'w')\n{wait.format(second)}", together=True),
+        step(script, "two", f"open({second!r}, 'w')\n{wait.format(first)}", together=True),
+        step(script, "behind", f"import os; assert os.path.exists({second!r})"),
+    ]
+    assert call(script, monkeypatch, steps, tmp_path / "out") == 0
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert [(row["name"], row["rc"]) for row in rows] == [("one", 0), ("two", 0), ("behind", 0)]
+
+
 def test_without_a_gpu_it_says_so(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
