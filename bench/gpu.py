@@ -51,7 +51,8 @@ KILLED = -9
 class Step:
     """A command with the seconds that it may take and, less than which left, it is not worth beginning.
 
-    together: it runs side by side with its neighbours that do so, too: what is no measurement keeps many cores busy.
+    together: it runs side by side with its neighbours of the same number, 0 alone: what is no measurement keeps many
+    cores busy, as far as the GPU's memory holds it all.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Step:
     seconds: float
     least: float = 10.0
     environment: dict[str, str] = field(default_factory=dict)
-    together: bool = False
+    together: int = 0
 
 
 def gpu_steps(out: Path) -> list[Step]:
@@ -84,15 +85,15 @@ def gpu_steps(out: Path) -> list[Step]:
         named = (part for name in providers for part in ("--provider", name))
         return (*bench, "--out", str(out / file), "--filter", pattern, *named, *more)
 
-    def warm(pattern: str, provider: str) -> Step:
+    def warm(pattern: str, provider: str, together: int) -> Step:
         """Fills the caches of a compiler, and checks what it made."""
         name = f"warm {provider} {re.sub('[^a-z0-9_]+', ' ', pattern)}"
         file = tempfile.mkdtemp() + "/warm.json"
         made = measured(pattern, (provider,), "--rounds", "0", file=file)
-        return Step(name, made, 100, environment=few, together=True)
+        return Step(name, made, 100, environment=few, together=together)
 
     checks = [
-        Step("info", (*command, "info"), 30, together=True),
+        Step("info", (*command, "info"), 30, together=1),
         Step("tests", (python, "-m", "pytest", "-m", "gpu", "--no-header", *gpu_tests()), 90, environment=few),
         *(
             Step(f"selftest {name} {dtype}", (*command, "selftest", "--json", "--backend", name, "--dtype", dtype), 90)
@@ -109,12 +110,13 @@ def gpu_steps(out: Path) -> list[Step]:
         Step("machine", ("nvidia-smi",), 20),
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 180, 30, architecture),
         *(
-            replace(step, environment=bare if "compute-sanitizer" in step.command else few, together=True)
+            replace(step, environment=bare if "compute-sanitizer" in step.command else few, together=1)
             for step in checks
         ),
-        *(warm(rf"{model} 128x224.* train", name) for model in MODELS for name in ("fused_triton", "compile")),
-        warm(rf"{MODELS[0]} 100x32.* train", "fused_triton"),
-        warm(rf"{MODELS[0]} 128x224.* infer", "compile"),
+        *(warm(rf"{model} 128x224.* train", "compile", 1) for model in MODELS),
+        warm(rf"{MODELS[0]} 128x224.* infer", "compile", 1),
+        *(warm(rf"{model} 128x224.* train", "fused_triton", 2) for model in MODELS),
+        warm(rf"{MODELS[0]} 100x32.* train", "fused_triton", 2),
         Step("bench train 224 v1", measured(r"v1 128x224.* train", ("eager_channels_last", *ours), *GRAPH), 60, 20),
         Step("bench train 32 v1", measured(r"v1 100x32.* train", ("eager_channels_last", *ours[:2]), *GRAPH), 50, 20),
         Step(
