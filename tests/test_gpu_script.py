@@ -129,7 +129,7 @@ def test_the_steps_of_a_gpu(script, tmp_path, monkeypatch):
         named = [b for a, b in zip(s.command, s.command[1:], strict=False) if a == "--provider"]
         assert set(named) <= set(bench.PROVIDERS), s.name
     names = [s.name for s in steps]
-    first = steps[: names.index("bench train 224") + 1]
+    first = steps[: names.index("bench train 32 v1") + 1]
     alone = sum(s.seconds for s in first if not s.together)
     groups = {s.together for s in first} - {0}
     assert alone + sum(max(s.seconds for s in first if s.together == group) for group in groups) <= script.BUDGET
