@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import affine as device_affine
@@ -188,7 +187,7 @@ def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tenso
     vectors = [vector.detach().contiguous() for vector in (gamma, beta, mean, variance)]
     out = torch.empty(2, channels, dtype=mean.dtype, device=mean.device)
     with on_device_of(out):
-        device_affine.batch_norm_affine[(triton.cdiv(channels, 256),)](
+        device_affine.batch_norm_affine[(cdiv(channels, 256),)](
             *vectors, out, channels, EPS=eps, BLOCK=256, num_warps=4
         )
     scale, shift = out
@@ -206,7 +205,7 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(out):
-        device_norm.normalise[triton.cdiv(pixels, rows), triton.cdiv(channels, block)](
+        device_norm.normalise[cdiv(pixels, rows), cdiv(channels, block)](
             z, scale, shift, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
             ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -224,7 +223,7 @@ def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) ->
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(g):
-        device_norm.bn_backward[triton.cdiv(pixels, rows), triton.cdiv(channels, block)](
+        device_norm.bn_backward[cdiv(pixels, rows), cdiv(channels, block)](
             g, z, factor, b, c, pixels, g_slot.row // LANES, z_slot.row // LANES, channels,
             HAS_A=a is not None, TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -238,7 +237,7 @@ def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if pixels == 0:
         return (_nan(channels, accumulator, x),) * 2
     rows, block = _elementwise_tile(channels)
-    tiles, blocks = triton.cdiv(pixels, rows), triton.cdiv(channels, block)
+    tiles, blocks = cdiv(pixels, rows), cdiv(channels, block)
     partial = torch.empty(tiles, 2, blocks * block, dtype=accumulator, device=x.device)
     with on_device_of(x):
         device_norm.slot_statistics[blocks, tiles](
@@ -290,12 +289,12 @@ def weight_gradient(
         tuned = choice(dz.device, Shape(*form, channels, out_channels, *layout.images)).tile
         config = tuned if isinstance(tuned, WeightGradientConfig) else rule
     table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
-    columns = triton.cdiv(out_channels, config.columns) * config.columns
+    columns = cdiv(out_channels, config.columns) * config.columns
     all_k = table.chunks * config.chunk
     splits = weight_gradient_splits(capability, config, table.chunks * columns // config.columns, layout.pixels)
     splits = max(1, min(splits, (MAX_ELEMENTS - 1) // (all_k * columns)))
-    split_rows = triton.cdiv(triton.cdiv(layout.pixels, splits), config.rows) * config.rows
-    splits = triton.cdiv(layout.pixels, split_rows)
+    split_rows = cdiv(cdiv(layout.pixels, splits), config.rows) * config.rows
+    splits = cdiv(layout.pixels, split_rows)
     partial = torch.empty(splits, all_k, columns, dtype=accumulator, device=dz.device)
     scale, shift = (partial, partial) if affine is None else affine
     inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
@@ -310,7 +309,7 @@ def weight_gradient(
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
         at_once, block, part, warps = _reduce_tile(result.numel(), columns)
-        device_weight_gradient.reduce_splits[triton.cdiv(weights, block), triton.cdiv(out_channels, part)](
+        device_weight_gradient.reduce_splits[cdiv(weights, block), cdiv(out_channels, part)](
             partial, table.k_of_weight, result, splits, all_k, columns // 16, weights, out_channels,
             SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
         )  # fmt: skip
@@ -389,12 +388,12 @@ def gradient_of_readers(
         tuned = choice(first.device, shape).tile
         rule = readers_config(capability_of(first.device), dtype_name(first), channels)
         config = tuned if isinstance(tuned, ReadersConfig) else rule
-    part = min(256, max(16, triton.next_power_of_2(padded_width(depth))))
-    parts = triton.cdiv(padded_width(depth), part)
+    part = min(256, max(16, power_of_2(padded_width(depth))))
+    parts = cdiv(padded_width(depth), part)
     out_at8, feature_at8, column_channel = device_columns(written.sources, raw.sources, config.columns, first.device)
     dz_at8 = device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
     columns = len(column_channel)
-    tiles = triton.cdiv(read.pixels, config.rows)
+    tiles = cdiv(read.pixels, config.rows)
     layouts = tuple(step for weight in weights for step in weight.stride()[:2])
     packed = torch.empty(readers, columns, parts * part, dtype=first.dtype, device=first.device)
     affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
@@ -452,10 +451,10 @@ def _convolve(
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
         raise ValueError(f"config.group {group} needs a 3x3 kernel and an image it divides, got {height} x {width}")
     padded = padded_width(channels)
-    column_tiles = triton.cdiv(padded * positions, config.all_columns)
+    column_tiles = cdiv(padded * positions, config.all_columns)
     columns = column_tiles * config.all_columns
     rows = layout.pixels // positions
-    tiles = triton.cdiv(rows, config.rows)
+    tiles = cdiv(rows, config.rows)
     table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
     all_k = table.chunks * config.chunk
     packed = torch.empty(columns, all_k, dtype=out.dtype, device=device)
@@ -518,7 +517,7 @@ def _merge_statistics(
     positions = group[0] * group[1]
     bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
-        device_norm.merge_statistics[(triton.cdiv(channels, block),)](
+        device_norm.merge_statistics[(cdiv(channels, block),)](
             partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2] // LANES,
             TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=padded_width(channels),
             BANDS=bands, BLOCK=block, ONCE=tiles * positions <= bands, num_warps=warps,
@@ -531,11 +530,21 @@ def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tup
     positions = group[0] * group[1]
     bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
-        device_norm.merge_sums[(triton.cdiv(channels, block),)](
+        device_norm.merge_sums[(cdiv(channels, block),)](
             partial, first, second, tiles, channels, partial.shape[2] // LANES,
             POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return first, second
+
+
+def cdiv(number: int, part: int) -> int:
+    """Parts that hold a number; triton.cdiv takes 5 microseconds, and a step asks a thousand times."""
+    return -(-number // part)
+
+
+def power_of_2(number: int) -> int:
+    """The next one, from `number` on."""
+    return 1 << (number - 1).bit_length()
 
 
 def _merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -569,7 +578,7 @@ def _elementwise_tile(channels: int) -> tuple[int, int]:
     """(pixels, channels) of a program that runs over a slot."""
     if INTERPRETED:
         return 64, 64
-    block = min(64, triton.next_power_of_2(max(8, channels)))
+    block = min(64, power_of_2(max(8, channels)))
     return 4096 // block, block
 
 

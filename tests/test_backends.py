@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
@@ -76,6 +77,20 @@ def test_choices():
     assert backends.choose("reference", torch.zeros(1).to_sparse()) == "reference"
     with pytest.raises(ValueError, match="did you mean native"):
         backends.choose("nativ")
+
+
+def test_auto_takes_triton_where_a_gpu_has_measured_it(monkeypatch):
+    monkeypatch.setattr(backends, "_reason", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def chosen(device, dtype):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return backends.choose("auto", torch.empty(2, 8, 4, 4, device=device, dtype=dtype))
+
+    assert [chosen("cuda", dtype) for dtype in (torch.bfloat16, torch.float16)] == ["triton"] * 2
+    assert chosen("cuda", torch.float32) == chosen("cpu", torch.bfloat16) == "native"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen("cpu", torch.bfloat16) == "native"
 
 
 @pytest.mark.parametrize(

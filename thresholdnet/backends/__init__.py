@@ -25,8 +25,11 @@ from . import csrc, native, winograd
 
 NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
-AUTOMATIC = ("native",)
-"""What "auto" chooses among; Triton joins when a GPU has shown that it is right and faster there."""
+AUTOMATIC = ("triton", "native")
+"""What "auto" chooses among, best first: Triton's kernels on a GPU in half formats, as an H100 measured them
+(bench/results/h100), the rest natively."""
+
+HALF = (torch.bfloat16, torch.float16)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,7 +59,8 @@ def candidates(choice: str = "auto") -> tuple[str, ...]:
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
     if one_of("backend", choice, CHOICES) == "auto":
-        return tuple(name for name in AUTOMATIC if _reason(name) is None)
+        usable = (name for name in AUTOMATIC if _reason(name) is None)
+        return tuple(name for name in usable if name != "triton" or not _interpreted())
     reason = _reason(choice)
     if reason is not None:
         raise RuntimeError(f"backend {choice!r} cannot run here: {reason}")
@@ -72,6 +76,8 @@ def pick(names: Sequence[str], choice: str, x: Tensor) -> str:
     causes = []
     for name in names:
         cause = refusal(name, x)
+        if cause is None and choice == "auto" and name == "triton" and x.dtype not in HALF:
+            cause = "was measured in half formats alone: it is taken by name"
         if cause is None:
             return name
         causes.append(f"{name} {cause}")

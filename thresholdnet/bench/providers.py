@@ -104,8 +104,9 @@ class Graphed(Runner):
     def __init__(self, runner: Runner):
         super().__init__(runner.model, runner.images, runner.train, runner.call, runner.within, runner.real)
         self.images, self.target = runner.images, runner.target
-        before = torch.cuda.memory_reserved()
         self.clear()
+        torch.cuda.empty_cache()  # as the capture does: what it frees is no part of the pool
+        before = torch.cuda.memory_reserved()
         self._replay, self._out = graphs.capture(super().step)
         self.pool_bytes = torch.cuda.memory_reserved() - before
 
