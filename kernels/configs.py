@@ -1,9 +1,9 @@
 """Launch choice: tile sizes, warps, stages as pure functions of shapes, element type and GPU generation. No autotune.
 
 The tables come from offline compilation (registers, spills, loop instructions; bench/compile_report.py repeats it), for
-half formats on sm_90 from an H100 (bench/results/h100/2026-11-26-profile/tune.json). What a GPU has measured at the very
-shape goes before either (`tuned.py`). `capability` is (major, minor), or None in Triton's interpreter, which gets small
-tiles.
+half formats on sm_90 from an H100 (bench/results/h100/2026-11-26-profile/tune.json). What a GPU has measured at a shape
+itself goes before either (`tuned.py`). `capability` is (major, minor), or None in Triton's interpreter, which gets
+small tiles.
 """
 
 from __future__ import annotations
