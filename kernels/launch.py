@@ -184,7 +184,7 @@ def gradient(
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a BatchNorm, each [C] in the statistics' dtype; all arguments [C], on one device."""
     channels = mean.shape[0]
-    vectors = [vector.detach().contiguous() for vector in (gamma, beta, mean, variance)]
+    vectors = [vector if vector.is_contiguous() else vector.contiguous() for vector in (gamma, beta, mean, variance)]
     out = torch.empty(2, channels, dtype=mean.dtype, device=mean.device)
     with on_device_of(out):
         device_affine.batch_norm_affine[(cdiv(channels, 256),)](

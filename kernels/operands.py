@@ -175,7 +175,9 @@ def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must have the shape ({length},), got {tuple(vector.shape)}")
     if vector.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {vector.device}")
-    vector, wide = vector.detach(), accumulator_of(like)
+    wide = accumulator_of(like)
+    if vector.requires_grad:  # not always: it costs as much as all else here
+        vector = vector.detach()
     if vector.dtype == wide and vector.stride(0) == 1:  # mostly
         return vector
     return vector.to(wide).contiguous()

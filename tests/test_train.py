@@ -22,6 +22,7 @@ from thresholdnet import data as data_module
 from thresholdnet.checkpoint import INFO_KEY, load_checkpoint, read_checkpoint
 from thresholdnet.train import TrainConfig, classifier, train
 from thresholdnet.train.callbacks import StopSignal
+from thresholdnet.train.run import advice_for
 
 FIGURES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 TINY: dict[str, Any] = {
@@ -323,6 +324,14 @@ def test_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match=r"no finite number at epoch 2, step 6 \(learning rate .*\)"):
         train(tiny(tmp_path / "run"))
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").info["step"] <= 6
+
+
+def test_who_waits_for_python_is_told() -> None:
+    gpu, fused = torch.device("cuda"), TrainConfig(fused=True)
+    assert "--cuda-graph" in (advice_for(fused, gpu, 1) or "")
+    plain = replace(fused, fused=False)
+    assert advice_for(plain, gpu, 1) is None and advice_for(fused, torch.device("cpu"), 1) is None
+    assert advice_for(replace(fused, cuda_graph=True), gpu, 1) is None and advice_for(fused, gpu, 2) is None
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:

@@ -87,6 +87,13 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
         return run.fit(resume_from)
 
 
+def advice_for(config: TrainConfig, device: torch.device, processes: int) -> str | None:
+    """What would make a run faster, in one line; None where nothing is known."""
+    if config.fused and not config.cuda_graph and device.type == "cuda" and processes == 1:
+        return "fused steps on a GPU wait for Python: --cuda-graph made them 6 to 30 times as fast on an H100"
+    return None
+
+
 class _Run:
     """One call of `train`: the pieces and their order."""
 
@@ -119,6 +126,9 @@ class _Run:
         """Set up the trainer, train, and report."""
         self._prepare_folder()
         trainer = self._trainer()
+        advice = advice_for(self.config, trainer.strategy.root_device, trainer.world_size)
+        if advice is not None and not self.config.quiet:
+            self.bar.write(advice)
         started = time.perf_counter()
         try:
             trainer.fit(
