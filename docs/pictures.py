@@ -26,7 +26,7 @@ from thresholdnet.kernels.tables import LANES, TAP_BITS, Source, k_table, tap_sh
 
 import thresholdnet as tn
 from thresholdnet import engine
-from thresholdnet.backends import slotted
+from thresholdnet.backends import cuda_launch, slotted
 from thresholdnet.diagrams import arc_diagram
 from thresholdnet.figures import memory_bars
 from thresholdnet.memory import Account, over_time
@@ -201,7 +201,7 @@ def _recorded() -> tuple[list[tuple[str, set[Any], set[Any]]], dict[str, range]]
             super().__init__(plan, x)
             self.launch: Any = SimpleNamespace(
                 conv=self._conv, normalise=self._normalise, gradient=self._gradient, bn_backward=self._bn_backward,
-                weight_gradient=self._weight_gradient,
+                weight_gradient=self._weight_gradient, batch_norm_affine=cuda_launch.batch_norm_affine,
             )  # fmt: skip
 
         def _note(self, name: str, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
