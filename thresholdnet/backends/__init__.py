@@ -145,7 +145,8 @@ def _triton_reason() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
-    best = max(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    found = (torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    best = max(found, default=(0, 0))
     if best < (8, 0):
         return f"its kernels need a GPU of compute capability 8.0 or newer, got {best[0]}.{best[1]}"
     return None
