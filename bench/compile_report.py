@@ -81,22 +81,17 @@ def convolution_forms(architecture: int, dtype: str, ways: int = 2, tf32: bool =
     """Every tile of the launch table in the first `ways` of the ways to run it."""
     from thresholdnet.kernels.configs import shipped_convolutions
 
-    for kernel_size, affine, config in shipped_convolutions(ARCHITECTURES[architecture], dtype):
+    for kernel_size, affine, gradient, config in shipped_convolutions(ARCHITECTURES[architecture], dtype):
         grouped = config.group != (1, 1)
         # (epilogue, add, slot rows), see kernels/conv.py: the heaviest first
-        uses = [
-            (1, False, False),
-            (3, True, False),
-            (1, False, True),
-            (3, True, True),
-            (0, True, False),
-            (2, False, False),
-        ]
-        if kernel_size == 1:  # no mask behind a 1x1 kernel
-            uses = [(1, False, False), (0, True, False), (1, False, True), (2, False, False)]
+        if gradient:  # no mask behind a 1x1 kernel
+            masks = [(3, True, False), (3, True, True)] if kernel_size == 3 else []
+            uses, most = [*masks, (0, True, False)], ways // 2
+        else:
+            uses, most = [(1, False, False), (2, False, False), (1, False, True)], (ways + 1) // 2
         if affine:  # training and inference
-            uses = [(1, False, False), (2, False, False), (0, False, False), (1, False, True)]
-        for epilogue, add, slot_rows in uses[: 2 if affine and ways < 6 else ways]:
+            uses, most = [(1, False, False), (2, False, False), (0, False, False), (1, False, True)], max(ways, 2)
+        for epilogue, add, slot_rows in uses[:most]:
             constants = {
                 "TILE_ROWS": config.rows, "TILE_COLUMNS": config.columns, "TILE_COLUMNS2": config.columns2,
                 "TILE_K": config.chunk, "GROUP_H": config.group[0], "GROUP_W": config.group[1],

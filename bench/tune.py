@@ -177,8 +177,11 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         ]
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
-        rule = configs.convolution_config(*choose, s.height, s.width, s.affine)
-        odd = configs.convolution_config(*choose, 1, 1, s.affine)  # what the rule takes where grouping does not fit
+        gradient = s.kind == "gradient"
+        rule = configs.convolution_config(*choose, s.height, s.width, s.affine, gradient)
+        odd = configs.convolution_config(
+            *choose, 1, 1, s.affine, gradient
+        )  # what the rule takes where grouping does not fit
         others = [odd, *(each for tile in dict.fromkeys((rule, odd)) for each in _smaller(tile))]
         others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
     kept = [rule]

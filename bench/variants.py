@@ -174,8 +174,8 @@ def call(launcher: Any, op: Operation, o: Operands, read: Sequence[Tensor], mult
 def tile(op: Operation, o: Operands, grouped: bool = True) -> configs.ConvolutionConfig:
     """The rule's tile, or the one that it takes where 2x2 pixels do not fit."""
     size = (op.stage.side,) * 2 if grouped else (1, 1)
-    chosen = capability_of(o.z.device), launch.dtype_name(o.z), op.written, op.kernel, op.pixels, *size, op.activates
-    return configs.convolution_config(*chosen)
+    what = capability_of(o.z.device), launch.dtype_name(o.z), op.written, op.kernel, op.pixels
+    return configs.convolution_config(*what, *size, op.activates, op.from_readers)
 
 
 # ---------------------------------------------------------------- questions

@@ -94,6 +94,7 @@ def convolution_config(
     height: int,
     width: int,
     affine: bool = False,
+    gradient: bool = False,
 ) -> ConvolutionConfig:
     """Choose the tile of a convolution or data gradient.
 
@@ -105,6 +106,7 @@ def convolution_config(
         pixels: batch x height x width.
         height, width: of the image; output grouping needs both even.
         affine: an affine and an activation are applied on load.
+        gradient: it is a data gradient, whose mask needs registers behind the product.
     """
     padded = -(-out_channels // 8) * 8
     grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
@@ -115,7 +117,7 @@ def convolution_config(
         return ConvolutionConfig(32, 32, 0, 16, 4, 2)
     chunk = 32 if dtype == "float32" else 64
     if capability[0] == 9 and dtype in HALF:
-        return _hopper_convolution(padded, kernel_size, pixels, grouped, affine)
+        return _hopper_convolution(padded, kernel_size, pixels, grouped, affine or gradient)
     if grouped:
         rows, columns, columns2, warps = GROUPED[padded]
         return ConvolutionConfig(rows, columns, columns2, chunk, warps, 3, (2, 2))
@@ -140,10 +142,11 @@ def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
     return min(tiles, key=lambda parts: (tiles[parts] * sum(parts), tiles[parts]))  # least padding, then fewest tiles
 
 
-def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: bool, affine: bool) -> ConvolutionConfig:
+def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: bool, short: bool) -> ConvolutionConfig:
     """As measured on an H100: 4 warps of up to 255 registers leave room for two programs, 8 warps mostly for one.
 
     Where the tiles do not fill the multiprocessors once, a long pipeline hides latency that no other program would.
+    short: of registers, for what is done before or behind the product.
     """
     wave = MULTIPROCESSORS[9]
     if grouped and pixels // 4 >= 128 * wave:
@@ -160,7 +163,7 @@ def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: boo
     stages = 4 if columns == 16 else 3
     if -(-pixels // rows) * across <= wave:
         stages = min(6, SHARED // (2 * 64 * (rows + columns + columns2)))
-    spills = columns + columns2 > (128 if affine else 160) and not few  # in the main loop, with 4 warps
+    spills = columns + columns2 > (128 if short else 160) and not few  # with 4 warps
     return ConvolutionConfig(rows, columns, columns2, 64, 8 if spills else 4, stages)
 
 
@@ -228,14 +231,20 @@ def readers_config(capability: Capability, dtype: str, channels: int) -> Readers
     return ReadersConfig(64, 64, 4, 3)
 
 
-def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[int, bool, ConvolutionConfig]]:
-    """(kernel size, affine, tile) of every choice of `convolution_config` on a GPU; for compile checks."""
+def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[int, bool, bool, ConvolutionConfig]]:
+    """(kernel size, affine, gradient, tile) of every choice of `convolution_config` on a GPU; for compile checks."""
     seen = set()
-    for kernel_size, affine in ((3, False), (1, False), (1, True)):
+    for kernel_size, affine, gradient in (
+        (3, False, False),
+        (3, False, True),
+        (1, False, False),
+        (1, False, True),
+        (1, True, False),
+    ):
         for padded in (8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160, 192):
             for pixels, side in ((128 * 56 * 56, 56), (128 * 55 * 55, 55), (49, 7)):
-                tile = convolution_config(capability, dtype, padded, kernel_size, pixels, side, side, affine)
-                item = kernel_size, affine, tile
+                tile = convolution_config(capability, dtype, padded, kernel_size, pixels, side, side, affine, gradient)
+                item = kernel_size, affine, gradient, tile
                 if item not in seen:
                     seen.add(item)
                     yield item

@@ -506,7 +506,7 @@ def _chosen_config(
     if isinstance(tuned, ConvolutionConfig):
         return tuned
     return convolution_config(
-        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine
+        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine, transposed
     )
 
 
