@@ -30,7 +30,6 @@ from typing import Any
 
 MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 SIZES = ((128, 224), (100, 32))  # batch, side
-HALF = ("bfloat16", "float16")
 MARGIN = 0.98  # of the rule's time that another choice must stay below
 REPEATS = 20
 
@@ -209,10 +208,12 @@ def _smaller(tile: Any) -> list[Any]:
 
 def forms(work: Work) -> list[str]:
     """The CUDA kernels' forms, the rule's first; none where they cannot run or have no choice."""
+    from thresholdnet.kernels import configs
+
     from thresholdnet.backends import csrc, cuda_launch
 
     s = work.shape
-    if s.kind in ("weight", "readers") or s.dtype not in HALF or csrc.cuda_reason() is not None:
+    if s.kind in ("weight", "readers") or s.dtype not in configs.HALF or csrc.cuda_reason() is not None:
         return []
     rule = cuda_launch.convolution_form(s.kernel_size, s.out_channels, s.height, s.width)
     thin = s.kernel_size == 3 and s.out_channels <= 32

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from thresholdnet.bench import report, results
-from thresholdnet.bench.rounds import label_of
 from thresholdnet.bench.targets import BASE, OURS, TARGETS, share
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -33,8 +32,8 @@ def measured_runs(drawn: Mapping[str, Sequence[str]]) -> str:
 
 def _run(drawn: Sequence[str], path: str, found: Mapping[str, Any]) -> str:
     machine, rows = found["machine"], found["rows"]
-    ours = [row for row in rows if row["provider"].startswith(OURS) and _base(row) in (row["ratios"] or {})]
-    won = [row for row in ours if row["ratios"][_base(row)]["median"] > 1]
+    ours = [row for row in rows if row["provider"].startswith(OURS) and report.base(row) in (row["ratios"] or {})]
+    won = [row for row in ours if row["ratios"][report.base(row)]["median"] > 1]
     whole = report.markdown(found, Path(path).name)
     folded = re.sub("^### (.*)$", r"**\1**", whole, flags=re.MULTILINE).replace("\n", "\n    ")
     return "\n".join(
@@ -59,13 +58,8 @@ def _run(drawn: Sequence[str], path: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def _base(row: Mapping[str, Any]) -> str:
-    """What a row is measured against: plain torch with the same graph treatment."""
-    return label_of(BASE, row["graph"])
-
-
 def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    speed, kept = row["ratios"][_base(row)], share(row, rows, "saved_bytes")
+    speed, kept = row["ratios"][report.base(row)], share(row, rows, "saved_bytes")
     verdicts = [report.verdict(row)]
     for target in TARGETS:
         value = target.got(row, rows) if target.means(row) else None

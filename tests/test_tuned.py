@@ -146,6 +146,7 @@ def test_committed_tables_are_whole():
 
 @pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")
 def test_the_tuner_lists_shapes_and_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the command sets it
     monkeypatch.syspath_prepend(CHECKOUT / "bench")
     import tune
 

@@ -7,7 +7,7 @@ an eps and a selection of channels of its own; so per-channel vectors are kept o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,29 +115,24 @@ class Columns:
     def __init__(self, plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torch.device):
         self.start = _start(plan, layer, nodes)
         self.length = sum(plan.node_widths[node] for node in nodes)
-        self.positions = None if self.start is not None else _positions(plan, layer, nodes, device)
+        self.places = partial(_positions, plan, layer, nodes, device)
 
     def vector(self, vector: Tensor) -> Tensor:
         """[.., channels of the layer] -> [.., channels of the nodes]."""
         if self.start is not None:
             return vector.narrow(-1, self.start, self.length)
-        return torch.cat([vector, vector.new_zeros(*vector.shape[:-1], 1)], -1).index_select(-1, self._places)
+        return torch.cat([vector, vector.new_zeros(*vector.shape[:-1], 1)], -1).index_select(-1, self.places())
 
     def weight(self, weight: Tensor) -> Tensor:
         """[O, channels of the layer, 1, 1] -> [O, channels of the nodes, 1, 1]."""
         if self.start is not None:
             return weight.narrow(1, self.start, self.length)
-        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1).index_select(1, self._places)
+        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1).index_select(1, self.places())
 
     def norm(self, norm: Norm) -> Norm:
         """A BatchNorm over the layer's channels -> over the nodes'."""
         share = None if norm.share is None else self.vector(norm.share)
         return Norm._make((*(self.vector(v) for v in norm[:6]), norm.fixed, share))
-
-    @property
-    def _places(self) -> Tensor:
-        assert self.positions is not None
-        return self.positions
 
 
 def shared_statistics(columns: Sequence[Columns], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
@@ -161,7 +156,7 @@ def collected(plan: BlockPlan, layer: int, parts: Sequence[tuple[Columns, Tensor
         if columns.start is not None:
             whole[:, columns.start : columns.start + columns.length] = sums
         else:
-            whole.index_copy_(1, columns._places, sums)
+            whole.index_copy_(1, columns.places(), sums)
     return whole[:, :-1]
 
 

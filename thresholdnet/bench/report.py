@@ -75,9 +75,14 @@ def _steps(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def base(row: Row) -> str:
+    """What a row is held against: plain torch with the same graph treatment."""
+    return label_of(BASE, row["graph"])
+
+
 def verdict(row: Row) -> str:
     """ "faster" or "**slower**" than the base with the same graph treatment; empty for rivals."""
-    ratio = row["ratios"].get(label_of(BASE, row["graph"]))
+    ratio = row["ratios"].get(base(row))
     if not row["provider"].startswith(OURS) or ratio is None:
         return ""
     return "faster" if ratio["median"] > 1 else "**slower**"
@@ -116,7 +121,7 @@ def _layers(results: Mapping[str, Any]) -> list[str]:
     for row in timed:
         gflops = f"{1e3 * row['tflops']:,.1f}" if row["flops"] else "-"
         cells = [layer(row), row["operation"], label(row), _time(row)]
-        cells += [_ratio(row["ratios"].get(label_of(BASE, row["graph"]))), gflops, f"{row['gbs']:,.1f}"]
+        cells += [_ratio(row["ratios"].get(base(row))), gflops, f"{row['gbs']:,.1f}"]
         lines.append(_line([*cells, f"{row['roofline_share']:.2f}", verdict(row)]))
     lines += [
         "",
@@ -139,7 +144,7 @@ def _summary(timed: Sequence[Row]) -> list[str]:
     for row in timed:
         groups.setdefault((row["operation"], label(row)), []).append(row)
     for (operation, name), rows in groups.items():
-        found = [row["ratios"].get(label_of(BASE, row["graph"])) for row in rows]
+        found = [row["ratios"].get(base(row)) for row in rows]
         speeds = [ratio["median"] for ratio in found if ratio is not None]
         speed = f"{statistics.geometric_mean(speeds):.2f}" if speeds else "-"
         typical = f"{statistics.median(row['roofline_share'] for row in rows):.2f}"
