@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
 from . import affine as device_affine
 from . import conv as device_conv
 from . import norm as device_norm
@@ -187,9 +188,10 @@ def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tenso
     vectors = [vector if vector.is_contiguous() else vector.contiguous() for vector in (gamma, beta, mean, variance)]
     out = torch.empty(2, channels, dtype=mean.dtype, device=mean.device)
     with on_device_of(out):
-        device_affine.batch_norm_affine[(cdiv(channels, 256),)](
-            *vectors, out, channels, EPS=eps, BLOCK=256, num_warps=4
-        )
+        start(
+            device_affine.batch_norm_affine, (cdiv(channels, 256),),
+            *vectors, out, channels, EPS=eps, BLOCK=256, num_warps=4,
+        )  # fmt: skip
     scale, shift = out
     return scale, shift
 
@@ -205,7 +207,8 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(out):
-        device_norm.normalise[cdiv(pixels, rows), cdiv(channels, block)](
+        start(
+            device_norm.normalise, (cdiv(pixels, rows), cdiv(channels, block)),
             z, scale, shift, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
             ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -223,7 +226,8 @@ def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) ->
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(g):
-        device_norm.bn_backward[cdiv(pixels, rows), cdiv(channels, block)](
+        start(
+            device_norm.bn_backward, (cdiv(pixels, rows), cdiv(channels, block)),
             g, z, factor, b, c, pixels, g_slot.row // LANES, z_slot.row // LANES, channels,
             HAS_A=a is not None, TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -240,9 +244,10 @@ def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     tiles, blocks = cdiv(pixels, rows), cdiv(channels, block)
     partial = torch.empty(tiles, 2, blocks * block, dtype=accumulator, device=x.device)
     with on_device_of(x):
-        device_norm.slot_statistics[blocks, tiles](
-            x, partial, pixels, slot.row // LANES, channels, TILE_ROWS=rows, BLOCK=block, num_warps=4
-        )
+        start(
+            device_norm.slot_statistics, (blocks, tiles),
+            x, partial, pixels, slot.row // LANES, channels, TILE_ROWS=rows, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return _merge_statistics(partial, tiles, rows, (1, 1), Layout(x, (), 0, False, 0, 0, 0, pixels), channels)
 
 
@@ -299,7 +304,8 @@ def weight_gradient(
     scale, shift = (partial, partial) if affine is None else affine
     inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
     with on_device_of(dz):
-        device_weight_gradient.weight_gradient[table.chunks, columns // config.columns, splits](
+        start(
+            device_weight_gradient.weight_gradient, (table.chunks, columns // config.columns, splits),
             layout.base, dz, partial, table.entries, table.row8, scale, shift, table.channel, inside,
             layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows,
             TILE_ROWS=config.rows, TILE_K=config.chunk, TILE_COLUMNS=config.columns, TAPS=kernel_size == 3,
@@ -309,7 +315,8 @@ def weight_gradient(
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
         at_once, block, part, warps = _reduce_tile(result.numel(), columns)
-        device_weight_gradient.reduce_splits[cdiv(weights, block), cdiv(out_channels, part)](
+        start(
+            device_weight_gradient.reduce_splits, (cdiv(weights, block), cdiv(out_channels, part)),
             partial, table.k_of_weight, result, splits, all_k, columns // 16, weights, out_channels,
             SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
         )  # fmt: skip
@@ -401,11 +408,13 @@ def gradient_of_readers(
     sums = torch.empty(readers, 2, channels, dtype=accumulator, device=first.device)
     deep = min(64, part)
     with on_device_of(first):
-        device_readers.pack_readers[columns // 16, parts * part // deep, readers](
+        start(
+            device_readers.pack_readers, (columns // 16, parts * part // deep, readers),
             tuple(weights), scales, shifts, device_offsets(layouts, first.device), column_channel, packed, affine,
             depth, TILE_COLUMNS=16, TILE_DEPTH=deep, num_warps=4,
         )  # fmt: skip
-        device_readers.gather_readers[columns // config.columns, tiles](
+        start(
+            device_readers.gather_readers, (columns // config.columns, tiles),
             read.base, packed, written.base, raw.base, affine, mean, rstd,
             dz_at8, out_at8, feature_at8, column_channel, partial,
             read.pixels, readers, len(out_at8), padded_width(depth) // LANES, read.row8, written.row8, raw.row8,
@@ -415,7 +424,8 @@ def gradient_of_readers(
             maxnreg=config.registers or None,
         )  # fmt: skip
         at_once, warps = (256, 4) if tiles <= 256 else (1024, 8)
-        device_readers.merge_readers[columns // LANES, readers, 2](
+        start(
+            device_readers.merge_readers, (columns // LANES, readers, 2),
             partial, column_channel, sums, tiles, channels, columns // LANES,
             TILES=16 if INTERPRETED else at_once, BLOCK=LANES, num_warps=warps,
         )  # fmt: skip
@@ -476,13 +486,15 @@ def _convolve(
                 block = math.gcd(padded if positions > 1 else columns, 64)
                 at_once = table.chunks & -table.chunks if affine is None else 1
             chunks = table.chunks // at_once
-            device_conv.pack_weight[columns // block, chunks + (affine is not None)](
+            start(
+                device_conv.pack_weight, (columns // block, chunks + (affine is not None)),
                 weights, device_offsets(layouts, device), table.weight_index, packed,
                 scale, shift, table.channel, packed_affine, channels, chunks, padded // LANES, positions,
                 TAPS=kernel_size**2, TILE_COLUMNS=block, TILE_K=config.chunk * at_once, AFFINE=affine is not None,
                 num_warps=4,
             )  # fmt: skip
-        device_conv.convolution[column_tiles, tiles](
+        start(
+            device_conv.convolution, (column_tiles, tiles),
             layout.base, packed, out, out if raw is None else raw, table.entries, table.row8, packed_affine,
             taps_inside, first_pixel, *four, partial,
             rows, width, layout.row8, layout.out_row8, layout.raw_row8, table.chunks, channels,
@@ -517,7 +529,8 @@ def _merge_statistics(
     positions = group[0] * group[1]
     bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
-        device_norm.merge_statistics[(cdiv(channels, block),)](
+        start(
+            device_norm.merge_statistics, (cdiv(channels, block),),
             partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2] // LANES,
             TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=padded_width(channels),
             BANDS=bands, BLOCK=block, ONCE=tiles * positions <= bands, num_warps=warps,
@@ -530,7 +543,8 @@ def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tup
     positions = group[0] * group[1]
     bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
-        device_norm.merge_sums[(cdiv(channels, block),)](
+        start(
+            device_norm.merge_sums, (cdiv(channels, block),),
             partial, first, second, tiles, channels, partial.shape[2] // LANES,
             POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip

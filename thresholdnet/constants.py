@@ -44,3 +44,9 @@ def holding() -> Iterator[dict[int, Any]]:
         yield held
     finally:
         _holders[:] = [other for other in _holders if other is not held]
+
+
+def hold(tables: dict[int, Any]) -> None:
+    """Note constants that are used without being asked for: what `holding` yielded around the call that asked."""
+    for held in _holders:
+        held.update(tables)

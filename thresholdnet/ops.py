@@ -6,13 +6,13 @@ trip autograd's version counter. Running statistics stay with the module: the op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import engine, transforms
+from . import engine, packing, replay, transforms
 from . import transition as between
 from .backends import engine_for, load
 from .plan import BlockPlan
@@ -39,6 +39,11 @@ def _block_spec(
     return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
 
 
+def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:
+    """`function(*arguments)`, replayed where it may be; what talks to other processes or keeps weights may not."""
+    return function(*arguments) if group or packing.any_declared() else replay.call(function, *arguments)
+
+
 def run_block(
     x: Tensor,
     parameters: list[Tensor],
@@ -57,7 +62,7 @@ def run_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
     spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
-    return engine.forward(spec, x, parameters, running, engine.Extras(masks, counts))
+    return _run(engine.forward, group, spec, x, parameters, running, engine.Extras(masks, counts))
 
 
 block = torch.library.custom_op("thresholdnet::block", run_block, mutates_args=())
@@ -116,7 +121,8 @@ def run_block_backward(
 ) -> list[Tensor]:
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
     spec = _block_spec(x, plan, eps, fixed, activation, backend, True, recompute, drop, group)
-    return engine.backward(spec, grad, x, parameters, statistics, saved, needs, engine.Extras(masks, counts))
+    extras = engine.Extras(masks, counts)
+    return _run(engine.backward, group, spec, grad, x, parameters, statistics, saved, needs, extras)
 
 
 block_backward = torch.library.custom_op("thresholdnet::block_backward", run_block_backward, mutates_args=())
@@ -221,7 +227,7 @@ def run_transition(
 ) -> tuple[Tensor, Tensor]:
     """`transition.forward`; `window` is the pooling's kernel, stride and padding, ceil_mode and count_include_pad."""
     spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
-    return between.forward(spec, z, gamma, beta, weight, running, counts)
+    return _run(between.forward, group, spec, z, gamma, beta, weight, running, counts)
 
 
 transition = torch.library.custom_op("thresholdnet::transition", run_transition, mutates_args=())
@@ -269,6 +275,13 @@ def run_transition_backward(
 ) -> list[Tensor]:
     """`transition.backward`: gradients of z, gamma, beta, weight; empty tensors where `needs` is False."""
     spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
+    return _run(_transition_gradients, group, spec, grad, z, gamma, beta, weight, statistics, counts, needs)
+
+
+def _transition_gradients(
+    spec: between.Spec, grad: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor | None, statistics: Tensor,
+    counts: Tensor | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     grads = between.backward(spec, grad, z, gamma, beta, weight, statistics, counts, needs)
     inputs = [z, gamma, beta, z.new_empty(0) if weight is None else weight]
     return engine.own_gradients(inputs, grads, needs, grad)
@@ -322,6 +335,10 @@ transforms.differentiable(transition, _setup_transition, _backward_transition)
 @torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
 def linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     """conv2d of the concatenated sources, padding kernel // 2."""
+    return _run(_linked_forward, "", sources, weight, backend)
+
+
+def _linked_forward(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     verbs = load(backend).Verbs(None, sources[0])
     return verbs.leave([verbs.conv(sources, weight, into=("raw", 0))[0]])
 
@@ -338,6 +355,12 @@ def linked_conv2d_backward(
     grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of every source and of the weight; empty tensors where `needs` is False."""
+    return _run(_linked_gradients, "", grad, sources, weight, backend, needs)
+
+
+def _linked_gradients(
+    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
+) -> list[Tensor]:
     verbs = load(backend).Verbs(None, sources[0])
     dz = verbs.enter(grad)
     made, start = [], 0

@@ -73,6 +73,11 @@ def forms_of(weight: Tensor) -> Forms | None:
     return found[1] if found is not None and ours else None
 
 
+def any_declared() -> bool:
+    """Whether any weight of the process is declared constant."""
+    return bool(_declared)
+
+
 def once(forms: Forms, form: Hashable, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
     """`make()`, which reads these tensors, or its last result if none of them has been written since."""
     if form in forms:
