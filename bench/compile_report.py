@@ -138,7 +138,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.merge_sums", merge),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
-        ("norm.bn_backward", {"HAS_A": True, "TILE_ROWS": 64, "BLOCK": 64}),
+        ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),
         ("conv.pack_weight", {"TAPS": 9, "TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
         ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
         ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),

@@ -214,22 +214,37 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
         )  # fmt: skip
 
 
-def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> None:
-    """g = a * g + b * z + c in place; g and z are slots [N, C, H, W], a, b, c are [C] (a None: 1)."""
+def bn_backward(
+    g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
+    share: Tensor | None = None,
+) -> None:  # fmt: skip
+    """g = a * g + q * z + r - q * mean in place.
+
+    Args:
+        g, z: slots [N, C, H, W].
+        a: [C], None for 1.
+        q, r: [C].
+        mean: [C], None for 0.
+        share: [2, C] where r and q are sums still, to be multiplied by its first and second row.
+    """
     check_device("g", g)
     (g_slot, z_slot), pixels = check_slots([("g", g), ("z", z)])
     check_same_images("z", z, g)
     channels = g.shape[1]
-    b, c = per_channel("b", b, channels, g), per_channel("c", c, channels, g)
-    factor = b if a is None else per_channel("a", a, channels, g)
+    q, r = per_channel("q", q, channels, g), per_channel("r", r, channels, g)
+    factor = q if a is None else per_channel("a", a, channels, g)
+    center = q if mean is None else per_channel("mean", mean, channels, g)
+    shares = (q, q) if share is None else [per_channel(f"share[{i}]", v, channels, g) for i, v in enumerate(share)]
     if pixels == 0:
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(g):
         start(
             device_norm.bn_backward, (cdiv(pixels, rows), cdiv(channels, block)),
-            g, z, factor, b, c, pixels, g_slot.row // LANES, z_slot.row // LANES, channels,
-            HAS_A=a is not None, TILE_ROWS=rows, BLOCK=block, num_warps=4,
+            g, z, factor, q, r, center, shares[1], shares[0],
+            pixels, g_slot.row // LANES, z_slot.row // LANES, channels,
+            HAS_A=a is not None, HAS_MEAN=mean is not None, HAS_SHARE=share is not None, TILE_ROWS=rows, BLOCK=block,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -340,7 +355,7 @@ def gradient_of_readers(
     """Gather the gradients of R readers, each act(BatchNorm(features)) and a 1x1 convolution, into the features' slots.
 
     out_c = rstd_c * sum over readers of gamma_rc g_rc; the share of the statistics is left to `bn_backward` (see
-    readers.py), with b = -rstd^2 sum_r(gamma_r sum_g_xhat_r) / n and c = -rstd sum_r(gamma_r sum_g_r) / n - b mean.
+    readers.py), with q = -rstd^2 sum_r(gamma_r sum_g_xhat_r) / n and r = -rstd sum_r(gamma_r sum_g_r) / n.
 
     Args:
         dz: R slots [N, K, H, W] of one K and row, in one allocation: gradients of the readers' raw outputs.

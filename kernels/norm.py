@@ -2,7 +2,7 @@
 
     mean = sum_t s_t / n,   variance = sum_t (M2_t + n_t (s_t / n_t - mean)^2) / n        (Chan: no cancellation)
     y  = act(z scale + shift),   scale = gamma rstd,   shift = beta - mean scale,   rstd = 1 / sqrt(variance + eps)
-    dz = a g + b z + c,   a = gamma rstd,   b = -a rstd sum(g xhat) / n,   c = -a sum(g) / n - b mean
+    dz = a g + q z + r - q mean,   a = gamma rstd,   q = -a rstd sum(g xhat) / n,   r = -a sum(g) / n
 
 Letters: t tile of pixels with sum s_t, squared deviations M2_t around its own mean and n_t pixels; n pixels in all
 (times the pixels of an output group); z raw convolution output; y activated value; g gradient behind the activation;
@@ -129,10 +129,14 @@ def normalise(
 
 @triton.jit(do_not_specialize=["rows", "g_row8", "z_row8", "channels"])
 def bn_backward(
-    g, z, a, b, c, rows, g_row8, z_row8, channels,
-    HAS_A: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    g, z, a, q, r, mean, q_share, r_share, rows, g_row8, z_row8, channels,
+    HAS_A: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHARE: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g = a g + b z + c in place (a = 1 without HAS_A), zeros in the padding; grid (row tiles, channel blocks)."""
+    """g = a g + q z + r - q mean in place, zeros in the padding; grid (row tiles, channel blocks).
+
+    All per channel. HAS_SHARE: q and r are sums, to be multiplied by q_share and r_share. Without HAS_A a is 1, without
+    HAS_MEAN mean is 0.
+    """
     ACC: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     pixel = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -143,6 +147,12 @@ def bn_backward(
     value = tl.load(g_at, mask=mask, other=0.0).to(ACC)
     if HAS_A:
         value = value * tl.load(a + channel, mask=real, other=0.0).to(ACC)[None, :]
-    value += z_value * tl.load(b + channel, mask=real, other=0.0).to(ACC)[None, :]
-    value += tl.load(c + channel, mask=real, other=0.0).to(ACC)[None, :]
+    linear = tl.load(q + channel, mask=real, other=0.0).to(ACC)
+    constant = tl.load(r + channel, mask=real, other=0.0).to(ACC)
+    if HAS_SHARE:
+        linear *= tl.load(q_share + channel, mask=real, other=0.0).to(ACC)
+        constant *= tl.load(r_share + channel, mask=real, other=0.0).to(ACC)
+    if HAS_MEAN:
+        constant -= linear * tl.load(mean + channel, mask=real, other=0.0).to(ACC)
+    value += z_value * linear[None, :] + constant[None, :]
     tl.store(g_at, tl.where(real[None, :], value, 0.0).to(g.dtype.element_ty), mask=mask)

@@ -38,13 +38,20 @@ class Norm(NamedTuple):
         """scale and shift."""
         return self.scale, self.shift
 
-    def backward_terms(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of dz = a g + b z + c, from sum(g) and sum(g xhat), [2, C]."""
+    def backward_terms(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `verbs.linear` makes dz of, from sum(g) and sum(g xhat), [2, C]."""
         if self.share is None:
             nothing = torch.zeros_like(self.scale)
-            return self.scale, nothing, nothing
-        constant, linear = self.share * sums
-        return self.scale, linear, torch.addcmul(constant, linear, self.mean, value=-1)
+            return self.scale, nothing, nothing, None, None
+        constant, linear = sums
+        return self.scale, linear, constant, self.mean, self.share
+
+
+def linear_terms(q: Tensor, r: Tensor, mean: Tensor | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """b and c of b z + c = q z + r - q mean; with `share` [2, C] r and q are sums still, multiplied by its rows."""
+    if share is not None:
+        r, q = share[0] * r, share[1] * q
+    return q, r if mean is None else torch.addcmul(r, q, mean, value=-1)
 
 
 def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, fixed: bool) -> Norm:
@@ -246,6 +253,4 @@ class SharedTerms:
             return arriving
         start = sum(self.plan.node_widths[:node])
         constant, linear = self.values[:, start : start + self.plan.node_widths[node]]
-        return verbs.linear(
-            arriving, feature, None, linear, torch.addcmul(constant, linear, self.means[node], value=-1)
-        )
+        return verbs.linear(arriving, feature, None, linear, constant, self.means[node])

@@ -40,15 +40,18 @@ def test_batch_norm_affine(channels, dtype, wide):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("with_a", (True, False))
-def test_bn_backward(size, dtype, with_a):
+@pytest.mark.parametrize("given", ((), ("a",), ("mean",), ("a", "mean", "share")), ids=str)
+def test_bn_backward(size, dtype, given):
     _, (z, g, other) = rows(*size, (70, 70, 6), dtype)
     fill(z), fill(g)
-    a, b, c = torch.randn(3, 70)
-    before = g.double().clone()
-    launch.bn_backward(g, z, a if with_a else None, b, c)
-    a = a if with_a else torch.ones(70)
-    assert_near(g, before * a[:, None, None] + z.double() * b[:, None, None] + c[:, None, None], dtype)
+    q, r = torch.randn(2, 70)
+    plain = {"a": torch.ones(70), "mean": torch.zeros(70), "share": torch.ones(2, 70)}
+    all_given = {"a": torch.randn(70), "mean": torch.randn(70), "share": torch.randn(2, 70)}
+    used = {name: all_given[name] if name in given else None for name in plain}
+    a, mean, share = ((all_given if name in given else plain)[name].double()[..., None, None] for name in plain)
+    expected = g.double() * a + (z.double() - mean) * (q[:, None, None] * share[1]) + r[:, None, None] * share[0]
+    launch.bn_backward(g, z, used["a"], q, r, used["mean"], used["share"])
+    assert_near(g, expected, dtype)
     assert not padding(g).any() and other.isnan().all()
 
 

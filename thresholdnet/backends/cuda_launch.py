@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import batch_norm
+from ..batchnorm import batch_norm, linear_terms
 from ..constants import device_constant
 from ..kernels.device_tables import device_halo_table, device_pixels, device_table
 from ..kernels.operands import (
@@ -184,12 +184,15 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
     operators().gather([whole(z)], *affine, activation_code(activation), whole(out))
 
 
-def bn_backward(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> None:
+def bn_backward(
+    g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
+    share: Tensor | None = None,
+) -> None:  # fmt: skip
     """See `kernels.launch.bn_backward`."""
     check_slots([("g", g), ("z", z)])
     check_same_images("z", z, g)
     channels = g.shape[1]
-    given = [(name, v) for name, v in (("b", b), ("c", c), ("a", a)) if v is not None]
+    given = [(name, v) for name, v in zip("bca", (*linear_terms(q, r, mean, share), a), strict=True) if v is not None]
     b, c, *factor = _fitted([per_channel(name, v, channels, g) for name, v in given], channels)
     operators().linear(whole(g), whole(z), factor[0] if factor else None, b, c, whole(g))
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import batch_norm
+from ..batchnorm import batch_norm, linear_terms
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -245,9 +245,15 @@ class Verbs:
             sums.append(found)
         return [s for s in sent if s is not None], [g for g, _ in sums], [gx for _, gx in sums]
 
-    def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
-        """a * g + b * z + c per channel (a = 1 where None): the affine part of BatchNorm's backward; may reuse g."""
-        made: Tensor = self.passes.linear(g, z, a, b, c, self._owns(g))
+    def linear(
+        self, g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """a * g + q * z + r - q * mean per channel: the affine part of BatchNorm's backward; may reuse g.
+
+        a None stands for 1, mean None for 0; with `share` [2, C] r and q are sums still, multiplied by its rows.
+        """
+        made: Tensor = self.passes.linear(g, z, a, *linear_terms(q, r, mean, share), self._owns(g))
         return made
 
     def weight_gradient(

@@ -127,8 +127,11 @@ class Verbs:
         )  # fmt: skip
         return outs, list(sum_g), list(sum_gx)
 
-    def linear(self, g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor) -> Tensor:
-        self.launch.bn_backward(g, z, a, b, c)
+    def linear(
+        self, g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        self.launch.bn_backward(g, z, a, q, r, mean, share)
         return g
 
     def weight_gradient(
