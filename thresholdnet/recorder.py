@@ -1,0 +1,221 @@
+"""Notes what a call does while it does it: torch's operations by a dispatch mode, kernels by `replay.start`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .recording import Allocation, Interpreted, Launch, Operation, Pool, Recording, Step, View, tensors_in, views_in
+
+SMALL = 1 << 20  # bytes of a memory that may lie in a pool; larger ones are better left to torch's allocator
+
+ALIGNMENT = 256  # bytes: where memories of a pool begin
+
+aten = torch.ops.aten
+ALLOCATIONS = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+
+
+class _UnknownError(Exception):
+    """What a recording can't tell how to repeat."""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what a call does while it does it; `refused` says why that can't be replayed, if so."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__()
+        self.refused = ""
+        self.size = 0
+        self.steps: list[Step] = []
+        self.constants: dict[int, Tensor] = {}
+        self.tables: dict[int, Any] = {}
+        self._launching = False
+        self._words = _Words()
+        self._numbers: dict[tuple[int, torch.dtype], tuple[int, tuple[Any, ...]]] = {}
+        self._storages: dict[int, StorageWeakRef] = {}  # while this is held, no other storage takes its number
+        for tensor in tensors:  # of several over one storage the first stands for it: how they lie is part of the kind
+            self._number(tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self.refused and not self._launching:
+            try:
+                self._note(function, args, kwargs or {}, list(tensors_in(result)))
+            except _UnknownError as error:
+                self.refused = str(error)
+        return result
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Launch a Triton kernel, and note it."""
+        self._launching = True  # the interpreter copies tensors with torch's operations
+        try:
+            compiled = kernel[grid](*arguments, **options)
+        finally:
+            self._launching = False
+        if not self.refused:
+            try:
+                self.steps.append(self._launch(kernel, grid, arguments, options, compiled))
+            except _UnknownError as error:
+                self.refused = str(error)
+
+    def recording(self, result: Any) -> Recording | None:
+        """The call that returned `result`; None if it can't be replayed."""
+        try:
+            returned = self._described(result)
+        except _UnknownError as error:
+            self.refused = self.refused or str(error)
+        if self.refused:
+            return None
+        steps = _lean(self.steps, {view.memory for view in views_in(returned)})
+        addresses = {
+            number: [(place, behind) for behind, place in found.items()]
+            for number, found in self._words.addresses.items()
+        }
+        pool, steps = _pooled(steps, addresses)
+        return Recording(self.size, self._words.values, addresses, self.constants, self.tables, pool, steps, returned)
+
+    def _number(self, tensor: Tensor) -> int:
+        """The number of a memory that the call meets for the first time."""
+        storage, number = tensor.untyped_storage(), self.size
+        self.size += 1
+        self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
+        self._numbers.setdefault((storage._cdata, tensor.dtype), (number, _lie(tensor)))
+        return number
+
+    def _view(self, tensor: Tensor) -> View:
+        key = (tensor.untyped_storage()._cdata, tensor.dtype)
+        if key not in self._numbers:
+            for constant in tensors_in(list(self.tables.values())):
+                if (constant.untyped_storage()._cdata, constant.dtype) == key:
+                    self.constants[self._number(constant)] = constant
+                    break
+            else:
+                raise _UnknownError(f"a tensor from elsewhere, {tensor.dtype} {tuple(tensor.shape)}")
+        number, whole = self._numbers[key]
+        shape, strides, start = _lie(tensor)
+        offset = start - whole[2]
+        return View(number, (shape, strides, start) == whole, shape, strides, offset, offset * tensor.element_size())
+
+    def _described(self, value: Any) -> Any:
+        """A value with views in the place of tensors."""
+        if isinstance(value, Tensor):
+            return self._view(value)
+        if type(value) in (list, tuple):
+            return type(value)([self._described(each) for each in value])
+        return value
+
+    def _note(self, function: Any, args: Any, options: Any, results: list[Tensor]) -> None:
+        writes = function._schema.is_mutable
+        known = [each.untyped_storage()._cdata in self._storages for each in results]
+        if not writes and not results:
+            raise _UnknownError(f"{function}, whose result is no tensor")
+        if not writes and all(known):
+            return  # a view: where it lies is asked when it is read
+        if any(known) and not all(known):
+            raise _UnknownError(f"{function}, whose results lie in old and new memory")
+        if function in ALLOCATIONS:
+            (made,) = results
+            size = made.untyped_storage().nbytes()
+            self.steps.append(Allocation((self._number(made),), *_lie(made)[:2], made.dtype, made.device, size))
+            return
+        arguments = tuple(self._described(value) for value in args)
+        named = {name: self._described(value) for name, value in options.items()}
+        reads = tuple({view.memory for view in views_in([*arguments, *named.values()])})
+        makes = () if all(known) else tuple(self._number(each) for each in results)
+        self.steps.append(Operation(function, arguments, named, makes, reads, writes))
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any], compiled: Any
+    ) -> Step:
+        described = tuple(self._described(value) for value in arguments)
+        reads = tuple({view.memory for view in views_in(described)})
+        if compiled is None:
+            return Interpreted(kernel, grid, described, options, reads)
+        named = {**dict(zip(kernel.arg_names, described, strict=False)), **options}
+        values = [named[name] for name in kernel.arg_names]
+        tuples = {position: value for position, value in enumerate(values) if any(True for _ in views_in([value]))}
+        groups = tuple((place, self._words.picked(value)) for place, value in tuples.items() if type(value) is tuple)
+        flat = [value[0] if type(value) is tuple and place in tuples else value for place, value in enumerate(values)]
+        return Launch(compiled[(*grid, 1, 1)[:3]], self._words.picked(flat), groups, reads)
+
+
+class _Words:
+    """What launches hand over, each once: numbers and options as they are, and addresses by (memory, bytes behind)."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.addresses: dict[int, dict[int, int]] = {}  # memory -> bytes behind its first element -> place
+        self._constants: dict[tuple[type, Any], int] = {}
+
+    def place(self, value: Any) -> int:
+        """Where a parameter's word stands."""
+        found: dict[Any, int] = self._constants
+        key: Any = (type(value), value)  # True and 1 are equal
+        if isinstance(value, View):
+            found, key = self.addresses.setdefault(value.memory, {}), value.behind
+        if key not in found:
+            found[key] = len(self.values)
+            self.values.append(0 if isinstance(value, View) else value)
+        return found[key]
+
+    def picked(self, values: Sequence[Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
+        """What makes the tuple of these parameters out of a call's words."""
+        places = [self.place(value) for value in values]
+        return itemgetter(*places) if len(places) > 1 else lambda words: tuple([words[place] for place in places])
+
+
+def _lean(steps: Sequence[Step], kept: set[int]) -> list[tuple[Step, tuple[int, ...]]]:
+    """The steps that something comes of, each with the memories that end with it; `kept` do not end."""
+    made = {number for step in steps for number in step.makes} - kept
+    lean: list[tuple[Step, tuple[int, ...]]] = []
+    needed = set(kept)
+    for step in reversed(steps):
+        if not step.writes and needed.isdisjoint(step.makes):
+            continue
+        ended = {*step.reads, *step.makes} & made - needed
+        lean.append((step, tuple(ended)))
+        needed |= {*step.reads, *step.makes}
+    return lean[::-1]
+
+
+def _pooled(
+    steps: Sequence[tuple[Step, tuple[int, ...]]], addresses: dict[int, list[tuple[int, int]]]
+) -> tuple[Pool, list[tuple[Step, tuple[int, ...]]]]:
+    """A pool for the small memories that steps allocate and end, and the steps without those; takes their addresses."""
+    ends = {number: position for position, (_, ended) in enumerate(steps) for number in ended}
+    rooms: list[tuple[int, int, int]] = []  # (start, end, last step) of those that are there, by start
+    starts: dict[int, int] = {}
+    words, tensors, left, size = [], [], [], 0
+    for position, (step, _) in enumerate(steps):
+        if not isinstance(step, Allocation) or not 0 < step.size <= SMALL or step.makes[0] not in ends:
+            left.append(step)
+            continue
+        number = step.makes[0]
+        rooms = [room for room in rooms if room[2] >= position]
+        start = 0
+        for begin, end, _ in rooms:
+            if begin - start >= step.size:
+                break
+            start = end
+        end = start + -(-step.size // ALIGNMENT) * ALIGNMENT
+        rooms = sorted([*rooms, (start, end, ends[number])])
+        starts[number], size = start, max(size, end)
+        words += [(place, start + behind) for place, behind in addresses.pop(number, ())]
+        tensors.append((number, start, step.shape, step.strides, step.dtype))
+    ended = dict(zip(map(id, (step for step, _ in steps)), (ended for _, ended in steps), strict=True))
+    read = {number for step in left if isinstance(step, Operation | Interpreted) for number in step.reads}
+    pool = Pool(size, words, [tensor for tensor in tensors if tensor[0] in read])
+    return pool, [(step, tuple(n for n in ended[id(step)] if n not in starts)) for step in left]
+
+
+def _lie(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())

@@ -1,0 +1,235 @@
+"""A recorded call as steps over numbered memories, and its replay.
+
+A memory is a tensor that the call takes, a constant or something that it makes; views say how other tensors lie in it.
+Compiled kernels take addresses, so that most views are never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .constants import hold
+
+
+class View(NamedTuple):
+    """A tensor as it lies in a memory of a recording.
+
+    Attributes:
+        memory: the memory's number.
+        whole: it is the tensor that stands for the memory; the rest says how any other one lies there.
+        offset: elements behind the first of the memory's tensor.
+        behind: the same in bytes.
+    """
+
+    memory: int
+    whole: bool
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    behind: int
+
+
+class Allocation(NamedTuple):
+    """torch.empty."""
+
+    makes: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    size: int  # bytes
+
+    reads: tuple[int, ...] = ()
+    writes: bool = False
+
+    def run(self, call: Call) -> None:
+        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        call.put(self.makes[0], tensor)
+
+
+class Operation(NamedTuple):
+    """A torch operation whose results are memories of their own, or that writes where its arguments lie."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    makes: tuple[int, ...]
+    reads: tuple[int, ...]
+    writes: bool
+
+    def run(self, call: Call) -> None:
+        memory = call.memory
+        result = self.function(
+            *[filled(value, memory) for value in self.arguments],
+            **{name: filled(value, memory) for name, value in self.options.items()},
+        )
+        for number, tensor in zip(self.makes, tensors_in(result), strict=False):  # made in place: no number
+            call.put(number, tensor)
+
+
+class Launch(NamedTuple):
+    """A compiled Triton kernel on one grid.
+
+    Attributes:
+        start: the kernel's runner, which takes all parameters in order, addresses in the place of tensors.
+        values: picks them out of the call's words; of a tuple of tensors the first.
+        groups: positions of tuples among them, and what picks those.
+    """
+
+    start: Callable[..., None]
+    values: Callable[[list[Any]], tuple[Any, ...]]
+    groups: tuple[tuple[int, Callable[[list[Any]], tuple[Any, ...]]], ...]
+    reads: tuple[int, ...]
+
+    makes: tuple[int, ...] = ()
+    writes: bool = True
+
+    def run(self, call: Call) -> None:
+        values: Any = self.values(call.words)
+        if self.groups:
+            values = list(values)
+            for position, group in self.groups:
+                values[position] = group(call.words)
+        self.start(*values, stream=call.stream)
+
+
+class Interpreted(NamedTuple):
+    """A Triton kernel in the interpreter, which takes tensors."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    reads: tuple[int, ...]
+
+    makes: tuple[int, ...] = ()
+    writes: bool = True
+
+    def run(self, call: Call) -> None:
+        self.kernel[self.grid](*[filled(value, call.memory) for value in self.arguments], **self.options)
+
+
+Step = Allocation | Operation | Launch | Interpreted
+
+
+class Call:
+    """One replay: its memories, and the words of its launches."""
+
+    def __init__(self, recording: Recording, stream: int | None):
+        self.memory: list[Any] = [None] * recording.size
+        self.words = list(recording.words)
+        self.stream = stream
+        self._addresses = recording.addresses
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        """A memory is there from now on."""
+        self.memory[number] = tensor
+        if number in self._addresses:
+            start = tensor.data_ptr()
+            for place, behind in self._addresses[number]:
+                self.words[place] = start + behind
+
+
+class Pool(NamedTuple):
+    """The small memories that end within a call, side by side in one allocation, or one after the other in a place.
+
+    Attributes:
+        size: bytes in all.
+        words: place of each of their addresses among the call's words, and bytes from the pool's beginning.
+        tensors: of those that operations read: number, bytes from the beginning, shape, strides, dtype.
+    """
+
+    size: int
+    words: list[tuple[int, int]]
+    tensors: list[tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]]
+
+    def allocate(self, call: Call, device: torch.device) -> Tensor:
+        """The allocation for one call, which keeps it to its end."""
+        pool = torch.empty(self.size, dtype=torch.uint8, device=device)
+        base = pool.data_ptr()
+        for place, behind in self.words:
+            call.words[place] = base + behind
+        typed = {dtype: pool.view(dtype) for dtype in {dtype for *_, dtype in self.tensors}}
+        for number, start, shape, strides, dtype in self.tensors:
+            call.memory[number] = typed[dtype].as_strided(shape, strides, start // dtype.itemsize)
+        return pool
+
+
+class Recording(NamedTuple):
+    """A call as steps over numbered memories: first those of its tensors, then constants and what the call makes.
+
+    Attributes:
+        size: how many memories.
+        words, addresses: see `_Words`; the places of a memory's addresses, and bytes behind its first element.
+        constants: tables of `device_constant`, by number.
+        tables: what holds them, as `holding` yields it.
+        pool: the small memories that end within the call.
+        steps: each with the memories that nothing behind it needs.
+        result: what the call returns, views in the place of tensors.
+    """
+
+    size: int
+    words: list[Any]
+    addresses: dict[int, list[tuple[int, int]]]
+    constants: dict[int, Tensor]
+    tables: dict[int, Any]
+    pool: Pool
+    steps: list[tuple[Step, tuple[int, ...]]]
+    result: Any
+
+    def replay(self, tensors: Sequence[Tensor]) -> Any:
+        """The call on other tensors of the same kind."""
+        hold(self.tables)
+        device = tensors[0].device
+        if device.type != "cuda":
+            return self._run(tensors, None)
+        with torch.cuda.device(device):
+            return self._run(tensors, torch.cuda.current_stream().cuda_stream)
+
+    def _run(self, tensors: Sequence[Tensor], stream: int | None) -> Any:
+        call = Call(self, stream)
+        for number, tensor in enumerate(tensors):
+            call.put(number, tensor)
+        for number, tensor in self.constants.items():
+            call.put(number, tensor)
+        pool = self.pool.allocate(call, tensors[0].device)
+        memory = call.memory
+        for step, ended in self.steps:
+            step.run(call)
+            for number in ended:
+                memory[number] = None
+        del pool  # whose memory is taken again behind the last kernel of this stream
+        return filled(self.result, memory)
+
+
+def filled(value: Any, memory: Sequence[Any]) -> Any:
+    """A value with tensors in the place of views."""
+    kind = type(value)
+    if kind is View:
+        tensor = memory[value.memory]
+        if value.whole:
+            return tensor
+        return tensor.as_strided(value.shape, value.strides, tensor.storage_offset() + value.offset)
+    if kind is list or kind is tuple:
+        return kind([filled(each, memory) for each in value])
+    return value
+
+
+def views_in(value: Any) -> Iterator[View]:
+    if type(value) is View:
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from views_in(each)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
