@@ -49,8 +49,8 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py \
-		-k "triton and (opcheck or training_equals and (size0 or reference))"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py tests/test_replay.py \
+		-k "triton and (opcheck or replays_are_equal or training_equals and (size0 or reference))"
 
 fuzz: install
 	THRESHOLDNET_FUZZ_MINUTES=10 $(BIN)/python -m pytest tests/test_fuzz.py
@@ -59,7 +59,8 @@ sanitize: install
 	$(BIN)/python tests/sanitize.py
 
 test-slow: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --timeout 1800 tests/test_engine.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --timeout 1800 tests/test_engine.py tests/test_replay.py \
+		-k triton
 
 # The wheel is built from the sdist, so that a file missing there is noticed.
 wheel: install

@@ -14,17 +14,18 @@ def main() -> int:
     """Command line: the backend's name."""
     import torch
 
-    from thresholdnet import ThresholdBlock, links
+    from thresholdnet import ThresholdBlock, links, replay
 
     (backend,) = sys.argv[1:]
     for unit, rows in (("conv_bn_relu", links.harmonic(4)), ("bottleneck", links.dense(3))):
         block = ThresholdBlock(20, rows, 12, unit=unit, fused=True, backend=backend).cuda().bfloat16()
         for images, high, wide in SIZES:
             x = torch.randn(images, 20, high, wide, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            y = block.train()(x)
-            y.backward(torch.ones_like(y))
-            with torch.no_grad():
-                block.eval()(x)
+            for _ in range(replay.CALLS):  # run, recorded, replayed
+                y = block.train()(x)
+                y.backward(torch.ones_like(y))
+                with torch.no_grad():
+                    block.eval()(x)
         torch.cuda.synchronize()
         if block.backend != backend:
             print(f"error: {backend} was asked for, {block.backend} ran", file=sys.stderr)

@@ -51,7 +51,7 @@ def measured_runs() -> str:
 
 FILLED = {
     "kernel_operands": kernel_operands, "measured_runs": measured_runs, "memory": measured.memory,
-    "compiled": measured.compiled, "trained": measured.trained, "source": source,
+    "compiled": measured.compiled, "trained": measured.trained, "host_time": measured.host_time, "source": source,
 }  # fmt: skip
 
 

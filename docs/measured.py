@@ -108,6 +108,26 @@ def compiled() -> str:
     return "\n".join(_table(("file", "forms", "with faults", "registers", "stack bytes", "shared KiB"), lines))
 
 
+def host_time() -> str:
+    """What Python takes to launch a training step, run and replayed: the newest file of bench/host_time.py."""
+    file = max(RESULTS.glob("*/host-time/*.json"), key=lambda file: file.name)
+    found = json.loads(file.read_text())
+    lines = [
+        [
+            f"`{row['model']}`",
+            f"{row['launches']}",
+            f"{row['run_ms']:.1f}",
+            f"{row['replayed_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    where = (
+        f"*`{file.relative_to(RESULTS.parents[1])}`: {found['machine']['cpu']}, Triton {found['machine']['triton']}.*"
+    )
+    return "\n".join([*_table(("blocks of", "launches a step", "run, ms", "replayed, ms", "ratio"), lines), "", where])
+
+
 def trained() -> str:
     """Every training run of bench/results."""
     lines = []

@@ -67,14 +67,14 @@ class Recorder(TorchDispatchMode):
             except _UnknownError as error:
                 self.refused = str(error)
 
-    def recording(self, result: Any) -> Recording | None:
-        """The call that returned `result`; None if it can't be replayed."""
+    def recording(self, result: Any) -> Recording | str:
+        """The call that returned `result`, or why it can't be replayed."""
         try:
             returned = self._described(result)
         except _UnknownError as error:
             self.refused = self.refused or str(error)
         if self.refused:
-            return None
+            return self.refused
         steps = _lean(self.steps, {view.memory for view in views_in(returned)})
         addresses = {
             number: [(place, behind) for behind, place in found.items()]

@@ -23,11 +23,13 @@ from .constants import holding
 from .recorder import Recorder
 from .recording import Recording, tensors_in
 
+CALLS = 3  # of a kind, of which the last one is a replay
+
 MOST = 256  # kinds kept, the last used ones: a recording of a large block takes some 300 kB of host memory
 
 PLAIN = {Tensor, nn.Parameter}  # subclasses may mean something else by an operation
 
-SEEN, REFUSED = "seen", "refused"
+SEEN = "seen once"  # of a kind; any other string says why its calls are not replayed
 
 _known: OrderedDict[Hashable, Recording | str] = OrderedDict()
 _lock = threading.Lock()
@@ -54,7 +56,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         return found.replay(tensors)
     if found is SEEN:
         made, recording = _recorded(function, arguments, tensors)
-        _keep(key, recording or REFUSED)
+        _keep(key, recording)
         return made
     made = function(*arguments)
     if found is None:
@@ -83,7 +85,7 @@ def _recorder() -> Recorder | None:
 
 def _recorded(
     function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
-) -> tuple[Any, Recording | None]:
+) -> tuple[Any, Recording | str]:
     recorder = Recorder(tensors)
     _here.recorder = recorder
     try:

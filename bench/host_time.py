@@ -1,0 +1,253 @@
+"""How long Python takes to launch a training step's fused blocks on Triton's kernels, run and replayed; no GPU needed.
+
+    python bench/host_time.py                                         ThresholdNet v1, HarDNet68 and DenseNet121, bf16
+    python bench/host_time.py --model thresholdnet_v2 --out FILE      one network, and a JSON file
+    python bench/host_time.py --quick                                 two small blocks, in half a minute
+
+The kernels are compiled for an H100 and launched by Triton's own launcher into a driver that does nothing
+(bench/silent_driver.c), so the time is the processor's alone; tensors lie on the CPU, small ones, since their size
+changes no launch's time. Torch's operations run on the CPU here: on a GPU they would be launched instead.
+
+Both ways must launch the same kernels with the same numbers: "differ" counts those that do not, apart from addresses.
+A GPU step waits for Python where this time is longer than the kernels'. The file:
+
+    {"machine", "rows": [{"model", "launches", "run_ms", "replayed_ms" (medians), "ratio", "differ"}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MODELS = ("thresholdnet_v1", "hardnet68", "densenet121")
+ROUNDS = 15
+
+
+class Silent:
+    """The driver that does nothing, in Triton's place of a GPU."""
+
+    def __init__(self, folder: Path):
+        library = folder / "libcuda.so.1"
+        command = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+        source = Path(__file__).with_name("silent_driver.c")
+        subprocess.run([*command, "-o", str(library), str(source)], check=True)
+        os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+        self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on
+        self.library.silent_launches.restype = ctypes.c_long
+
+    def install(self) -> None:
+        """Let Triton compile for an H100 and launch here, whatever the machine has."""
+        import torch
+        from thresholdnet.kernels import launch
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+        from triton.compiler.compiler import CompiledKernel
+        from triton.runtime.driver import driver
+
+        class Driver:
+            launcher_cls = CudaLauncher
+            utils = CudaUtils()
+
+            def get_current_target(self) -> Any:
+                return GPUTarget("cuda", 90, 32)
+
+            def get_current_device(self) -> int:
+                return 0
+
+            def get_current_stream(self, device: int) -> int:
+                return 0
+
+            def get_device_interface(self) -> Any:
+                return torch.cuda
+
+        driver.set_active(Driver())
+        launch.check_device = lambda name, tensor: None
+        launch.capability_of = lambda device: (9, 0)
+        load = CompiledKernel._init_handles
+
+        def loaded(kernel: Any) -> None:
+            fresh = kernel.module is None
+            load(kernel)
+            if fresh:
+                sizes = list(_sizes(kernel.src.signature.values()))
+                given = (ctypes.c_int * len(sizes))(*sizes)
+                if self.library.silent_sizes(ctypes.c_long(kernel.function), len(sizes), given):
+                    raise RuntimeError(f"{kernel.name} must have at most 128 parameters, got {len(sizes)}")
+
+        CompiledKernel._init_handles = loaded
+
+    def launches_of(self, step: Callable[[], None], folder: Path) -> list[list[str]]:
+        """Every launch of a step: function, grid, threads, shared memory, parameters."""
+        log = folder / "launches"
+        self.library.silent_log(str(log).encode())
+        step()
+        self.library.silent_log(None)
+        return [line.split() for line in log.read_text().splitlines()]
+
+
+def _sizes(types: Any) -> Iterator[int]:
+    """Bytes of each parameter that a kernel takes, tuples in a row, constants left out."""
+    for kind in types:
+        if isinstance(kind, tuple | list):
+            yield from _sizes(kind)
+        elif kind != "constexpr":
+            yield 8 if kind[0] == "*" or kind in ("i64", "u64", "fp64") else 4
+
+
+def blocks_of(model: str) -> list[tuple[Any, list[Any], str]]:
+    """Input shape, parameter shapes and plan of each fused block of a network; "": of two small ones."""
+    import torch
+    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from thresholdnet import ThresholdBlock, create_model
+
+    calls: list[tuple[Any, list[Any], str]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.thresholdnet.block.default:
+                calls.append((args[0].shape, [p.shape for p in args[1]], args[3]))
+            return func(*args, **(kwargs or {}))
+
+    settings: dict[str, Any] = {"fused": True, "backend": "native", "device": "meta"}
+    if model:
+        network, image = create_model(model, num_classes=10, **settings), (2, 3, 32, 32)
+    else:
+        first = ThresholdBlock(16, growth_rate=8, num_layers=3, threshold=2, **settings)
+        second = ThresholdBlock(first.out_channels, None, 8, unit="bottleneck", num_layers=3, threshold=2, **settings)
+        network, image = nn.Sequential(first, second), (2, 16, 8, 8)
+    with Record():
+        network.train()(torch.empty(image, device="meta"))
+    return calls
+
+
+def step_of(blocks: list[tuple[Any, list[Any], str]], activation: str) -> Callable[[], None]:
+    """Forward and backward of blocks, one after the other, through the engine as its operators call it."""
+    import torch
+
+    from thresholdnet import engine, replay
+    from thresholdnet.plan import BlockPlan
+
+    calls = []
+    for shape, sizes, text in blocks:
+        plan = BlockPlan.from_text(text)
+        norms = plan.num_layers * (2 if plan.unit == "bottleneck" else 1)
+        spec = engine.Spec(plan, (1e-5,) * norms, (False,) * norms, activation, "triton", True)
+        x = torch.zeros(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        calls.append((spec, x, [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]))
+
+    @torch.no_grad()
+    def step() -> None:
+        for spec, x, parameters in calls:
+            out, used, saved = replay.call(engine.forward, spec, x, parameters, [], engine.NO_EXTRAS)
+            kept = [out, *saved] if spec.keeps_output else saved
+            needs = [True] * (1 + len(parameters))
+            replay.call(
+                engine.backward, spec, torch.empty_like(out), x, parameters, used, kept, needs, engine.NO_EXTRAS
+            )
+
+    return step
+
+
+def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
+    """One row; "" for the small blocks."""
+    from thresholdnet import replay
+
+    step = step_of(blocks_of(model), "relu6" if "hardnet" in model else "relu")
+    times: dict[str, float] = {}
+    launched: dict[str, list[list[str]]] = {}
+    for way, switch in (("run", "0"), ("replayed", "1")):
+        os.environ["THRESHOLDNET_REPLAY"] = switch
+        for _ in range(replay.CALLS):
+            step()
+        taken = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            step()
+            taken.append(1e3 * (time.perf_counter() - began))
+        times[way] = statistics.median(taken)
+        launched[way] = silent.launches_of(step, folder)
+    return {
+        "model": model or "two small blocks",
+        "launches": len(launched["run"]),
+        "run_ms": times["run"],
+        "replayed_ms": times["replayed"],
+        "ratio": times["run"] / times["replayed"],
+        "differ": differing(launched["run"], launched["replayed"]),
+    }
+
+
+def differing(run: list[list[str]], replayed: list[list[str]]) -> int:
+    """Numbers that two logs do not share; addresses must both be some, and equally aligned."""
+    wrong = abs(len(run) - len(replayed))
+    for one, other in zip(run, replayed, strict=False):
+        wrong += abs(len(one) - len(other))
+        for ours, theirs in zip(one, other, strict=False):
+            if min(len(ours), len(theirs)) > 8:  # more than 32 bits: an address
+                wrong += int(ours, 16) % 16 != int(theirs, 16) % 16
+            else:
+                wrong += ours != theirs
+    return wrong
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What there is to read."""
+    yield f"{'':20} {'launches':>8} {'run':>9} {'replayed':>9} {'ratio':>6} {'differ':>6}"
+    for row in rows:
+        yield (
+            f"{row['model']:20} {row['launches']:8} {row['run_ms']:6.1f} ms {row['replayed_ms']:6.1f} ms "
+            f"{row['ratio']:6.2f} {row['differ']:6}"
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure; exit code 1 where a replay launches anything else."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET must not be 1: the interpreter launches nothing")
+    import torch
+
+    from thresholdnet.bench.results import machine
+    from thresholdnet.checkpoint import write_atomic
+
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        silent = Silent(Path(folder))
+        silent.install()
+        for model in [""] if options.quick else options.model or MODELS:
+            rows.append(measure(model, silent, Path(folder)))
+            print(*(list(table(rows))[0 if len(rows) == 1 else -1 :]), sep="\n", flush=True)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        head = machine(device="cpu") | {"command": shlex.join(sys.argv)}
+        write_atomic(options.out, (json.dumps({"machine": head, "rows": rows}, indent=1) + "\n").encode())
+    return int(any(row["differ"] for row in rows))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", metavar="NAME", help="a network of the zoo; may repeat")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file as well")
+    parser.add_argument("--quick", action="store_true", help="two small blocks instead")
+    try:
+        return run(parser.parse_args(arguments))
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

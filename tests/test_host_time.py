@@ -1,0 +1,61 @@
+"""bench/host_time.py: replays through Triton's own launcher, into a driver that notes what arrives; no GPU needed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "host_time.py"
+if not SCRIPT.is_file():
+    pytest.skip("run outside a checkout", allow_module_level=True)
+if shutil.which(os.environ.get("CC", "cc")) is None:
+    pytest.skip("no C compiler", allow_module_level=True)
+
+
+def run(*arguments, **environment):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
+    )
+
+
+def test_replays_launch_what_calls_launch(tmp_path):
+    done = run("--quick", "--out", tmp_path / "times.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "times.json").read_text())
+    (row,) = found["rows"]
+    assert row["differ"] == 0 and row["launches"] > 90
+    assert row["ratio"] == pytest.approx(row["run_ms"] / row["replayed_ms"]) and row["replayed_ms"] > 0
+    assert found["machine"]["triton"] and done.stdout.splitlines()[1].startswith("two small blocks")
+
+
+def test_a_difference_is_found():
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import host_time
+one = "7 1 1 1 128 0 7f0000001000 10 3".split()
+same, moved, odd, other, short = (text.split() for text in (
+    "7 1 1 1 128 0 7f0000002000 10 3", "7 2 1 1 128 0 7f0000001000 10 3", "7 1 1 1 128 0 7f0000001008 10 3",
+    "7 1 1 1 128 0 7f0000001000 10 4", "7 1 1 1 128 0 7f0000001000 10"))
+print([host_time.differing([one], [line]) for line in (same, moved, odd, other, short)], host_time.differing([one], []))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 1, 1, 1, 1] 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("--model", "thresholdnet_v9"), {}, "error: "),
+        ((), {"TRITON_INTERPRET": "1"}, "error: TRITON_INTERPRET must not be 1"),
+    ],
+)
+def test_errors(arguments, environment, message):
+    done = run(*arguments, **environment)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
