@@ -50,7 +50,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_engine.py tests/test_replay.py \
-		-k "triton and (opcheck or replays_are_equal or training_equals and (size0 or reference))"
+		-k "triton and (opcheck or test_autocast or replays_are_equal or training_equals and (size0 or reference))"
 
 fuzz: install
 	THRESHOLDNET_FUZZ_MINUTES=10 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -128,14 +128,17 @@ def gpu_steps(out: Path) -> list[Step]:
             measured(r"v1 128x224.* infer", ("eager_channels_last", "eager_folded", "compile", *ours[:2]), *GRAPH),
             50, 20,
         ),
-        # in a file of its own: a case that is measured again takes the place of its earlier rows
-        Step(
-            "bench compile",
-            measured(
-                r"(v1|hardnet68|densenet121) 128x224.* train", ("compile", "fused_triton"), *GRAPH,
-                file="bench-compile.json",
-            ),
-            120, 40,
+        # in a file of their own: a case that is measured again takes the place of its earlier rows
+        *(
+            Step(
+                f"bench compile {model}",
+                measured(
+                    rf"{model} 128x224.* train", ("eager_channels_last", "compile", "fused_triton"), *GRAPH,
+                    file="bench-compile.json",
+                ),
+                60, 25,
+            )
+            for model in MODELS
         ),
         Step("questions", (*questions, "--budget", "45"), 55, 20),
         # grouping or not, table kernel or gather + library, halo or implicit product: at the widths that decide it

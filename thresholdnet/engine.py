@@ -361,7 +361,7 @@ class _ConvBNReLU(_Block):
                 for node, part in zip(plan.outputs, self.tail.split(plan.output_widths, dim=1), strict=True)
             }
             if needs[-1]:
-                grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1)
+                grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1, dtype=self.tail.dtype)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         for node in range(plan.num_layers, self.lowest_needed(needs) - 1, -1):
             readers = [i for i in plan.readers[node] if dz[i] is not None]
@@ -382,7 +382,8 @@ class _ConvBNReLU(_Block):
             dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
-                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3)
+                kind = self.weight(node, 0).dtype
+                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3, dtype=kind)
             grads[first + 1], grads[first + 2] = sum_gx, sum_g
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back
@@ -515,7 +516,9 @@ class _Bottleneck(_Block):
         inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
         first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
-            grads[first + 5] = verbs.weight_gradient([inner], dfeature, 3, affine=norm.affine, activation=self.act)
+            grads[first + 5] = verbs.weight_gradient(
+                [inner], dfeature, 3, affine=norm.affine, activation=self.act, dtype=self.weight(i, 5).dtype
+            )
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self._readers_at_once())
         g, sum_g, sum_gx = verbs.gradient(
@@ -525,7 +528,9 @@ class _Bottleneck(_Block):
         dinner = verbs.linear(g, inner, *terms)
         grads[first + 3], grads[first + 4] = sum_gx, sum_g
         if needs[first + 2]:
-            grads[first + 2] = verbs.weight_gradient(read, dinner, 1, affine=outer.affine, activation=self.act)
+            grads[first + 2] = verbs.weight_gradient(
+                read, dinner, 1, affine=outer.affine, activation=self.act, dtype=self.weight(i, 2).dtype
+            )
         return _Reader(i, dinner, self.weight(i, 2), outer, [])
 
     def _readers_at_once(self) -> int:

@@ -120,10 +120,12 @@ class LinkedBlock(nn.Module):
             x = x.to(dtype)
         elif first.dtype != x.dtype:
             raise TypeError(f"input of the block must have the weights' dtype {first.dtype}, got {x.dtype}")
-        weights = {id(conv): conv.weight.to(x.dtype) for conv in convolutions}
+        # Triton's kernels round weights as they lay them out: no cast of each, and none of its gradient on the way back
+        rounded = backend == "triton" and not transforms.active()
+        weights = {id(conv): conv.weight if rounded else conv.weight.to(x.dtype) for conv in convolutions}
         parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights)]
         if tail is not None:
-            parameters.append(tail.to(x.dtype))
+            parameters.append(tail if rounded else tail.to(x.dtype))
         running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
         # a transform hides from the tensors of its inner levels that somebody differentiates further out
         save = torch.is_grad_enabled() and (transforms.active() or any(t.requires_grad for t in (x, *parameters)))

@@ -220,6 +220,7 @@ def filled(value: Any, memory: Sequence[Any]) -> Any:
 
 
 def views_in(value: Any) -> Iterator[View]:
+    """The views in lists and tuples, in order."""
     if type(value) is View:
         yield value
     elif isinstance(value, list | tuple):
@@ -228,6 +229,7 @@ def views_in(value: Any) -> Iterator[View]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists and tuples, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):

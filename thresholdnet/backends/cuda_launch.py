@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -337,23 +337,30 @@ def _convolved(read: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
     return F.conv2d(read, weight.contiguous(memory_format=torch.channels_last), padding=weight.shape[2] // 2)
 
 
-class _Places:
-    """Between channels side by side and slots side by side with their padding."""
+class _Places(NamedTuple):
+    """Between channels side by side and slots side by side with their padding.
 
-    def __init__(self, widths: tuple[int, ...], device: torch.device):
-        channels, first = sum(widths), 0
-        of_padded: list[int] = []  # channel of each padded place; in padding one behind the last
-        for width in widths:
-            of_padded += [*range(first, first + width), *[channels] * (padded_width(width) - width)]
-            first += width
-        self.of_padded = torch.tensor(of_padded, device=device)
-        self.of_channel = torch.tensor([i for i, c in enumerate(of_padded) if c < channels], device=device)
+    Attributes:
+        of_padded: channel of each padded place; in padding one behind the last.
+        of_channel: padded place of each channel.
+    """
+
+    of_padded: Tensor
+    of_channel: Tensor
 
 
 @device_constant(maxsize=4096)
 def _places(widths: tuple[int, ...], device: torch.device) -> _Places | None:
     """None where no slot is padded."""
-    return _Places(widths, device) if any(width % 8 for width in widths) else None
+    if not any(width % 8 for width in widths):
+        return None
+    channels, first = sum(widths), 0
+    of_padded: list[int] = []
+    for width in widths:
+        of_padded += [*range(first, first + width), *[channels] * (padded_width(width) - width)]
+        first += width
+    of_channel = [i for i, c in enumerate(of_padded) if c < channels]
+    return _Places(torch.tensor(of_padded, device=device), torch.tensor(of_channel, device=device))
 
 
 def _spread(values: Tensor, dim: int, of_padded: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ class Verbs:
         *,
         affine: Affine | None = None,
         activation: str = "relu",
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         if self.plan is None:
             sources = self._packed(sources)
@@ -150,7 +151,7 @@ class Verbs:
             sources, affine = [self.normalise(sources[0], affine, activation, into=into)], None
         point = kernel_size == 3 and self._single
         made: Tensor = self.launch.weight_gradient(
-            sources, dz, 1 if point else kernel_size, affine=affine, activation=activation, dtype=dz.dtype
+            sources, dz, 1 if point else kernel_size, affine=affine, activation=activation, dtype=dtype or dz.dtype
         )
         return F.pad(made, (1, 1, 1, 1)) if point else made
 
