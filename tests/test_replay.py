@@ -263,6 +263,13 @@ def test_switched_off(monkeypatch):
     assert not replay._known
 
 
+def test_fake_tensors_are_not_replayed():
+    block = block_of("dense", "conv_bn_relu", "native").to("meta")
+    for _ in range(3):
+        assert block(torch.empty(2, 7, 3, 3, device="meta")).shape[0] == 2
+    assert not replay._known
+
+
 def test_packed_weights_are_not_replayed():
     block = tn.prepack(block_of("dense", "conv_bn_relu", "native").eval())
     with torch.no_grad():

@@ -114,7 +114,7 @@ def _keep(key: Hashable, what: Recording | str) -> None:
 def _wanted(arguments: tuple[Any, ...]) -> bool:
     switch = os.environ.get("THRESHOLDNET_REPLAY", "")
     first = next(tensors_in(arguments), None) if switch != "0" else None
-    return first is not None and (first.is_cuda or switch == "1")
+    return first is not None and (first.is_cuda or (switch == "1" and first.is_cpu))
 
 
 def _surroundings(device: torch.device) -> Hashable:
