@@ -91,7 +91,8 @@ def convolution_forms(architecture: int, dtype: str, ways: int = 2, tf32: bool =
             uses, most = [(1, False, False), (2, False, False), (1, False, True)], (ways + 1) // 2
         if affine:  # training and inference
             uses, most = [(1, False, False), (2, False, False), (0, False, False), (1, False, True)], max(ways, 2)
-        for epilogue, add, slot_rows in uses[:most]:
+        split = [(4, False, False)] if config.splits > 1 else []
+        for epilogue, add, slot_rows in (*uses[:most], *split):
             constants = {
                 "TILE_ROWS": config.rows, "TILE_COLUMNS": config.columns, "TILE_COLUMNS2": config.columns2,
                 "TILE_K": config.chunk, "GROUP_H": config.group[0], "GROUP_W": config.group[1],
@@ -132,6 +133,8 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
             tensor_core=readers.columns >= 64,  # wgmma has 64 rows at least, and the tile is transposed
         )  # fmt: skip
     merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "BANDS": 4096, "BLOCK": 4}
+    end = {"TILE_COLUMNS": 32, "GROUP_H": 1, "GROUP_W": 1, "GROUP_CHANNELS": 0}
+    end |= {"EPILOGUE": 3, "ACTIVATION": 1, "ADD": True}
     small: list[tuple[str, dict[str, Any]]] = [
         ("norm.merge_statistics", {"TILE_ROWS": 128, **merge, "ONCE": True}),
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
@@ -139,6 +142,8 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
         ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),
+        ("conv.finish_splits", {"SPLITS": 2, "TILE_ROWS": 64, **end}),
+        ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),
         ("conv.pack_weight", {"TAPS": 9, "TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
         ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
         ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),
@@ -181,8 +186,9 @@ def quick_forms() -> list[Form]:
     keep = [form for form in picked.values() if form.architecture == 90 or form.tensor_core]
     gradient = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 3][:3]
     affine = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["AFFINE"]][-1:]
+    split = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 4][::12]
     fp32 = [*convolution_forms(90, "float32", 2)][4:5]
-    return [*keep, *gradient, *affine, *fp32]
+    return [*keep, *gradient, *affine, *split, *fp32]
 
 
 def compile_form(form: Form) -> Report:

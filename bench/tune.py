@@ -177,12 +177,14 @@ def tiles(work: Work, capability: Any) -> list[Any]:
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
         gradient = s.kind == "gradient"
-        rule = configs.convolution_config(*choose, s.height, s.width, s.affine, gradient)
+        rule = configs.convolution_config(*choose, s.height, s.width, s.affine, gradient, s.in_channels)
         odd = configs.convolution_config(
-            *choose, 1, 1, s.affine, gradient
+            *choose, 1, 1, s.affine, gradient, s.in_channels
         )  # what the rule takes where grouping does not fit
         others = [odd, *(each for tile in dict.fromkeys((rule, odd)) for each in _smaller(tile))]
         others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
+        if pixels <= 8192:  # more have tiles for every multiprocessor
+            others += [replace(rule, splits=splits) for splits in (1, 2, 4, 8, 16)]
     kept = [rule]
     for tile in others:
         try:

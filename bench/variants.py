@@ -175,7 +175,7 @@ def tile(op: Operation, o: Operands, grouped: bool = True) -> configs.Convolutio
     """The rule's tile, or the one that it takes where 2x2 pixels do not fit."""
     size = (op.stage.side,) * 2 if grouped else (1, 1)
     what = capability_of(o.z.device), launch.dtype_name(o.z), op.written, op.kernel, op.pixels
-    return configs.convolution_config(*what, *size, op.activates, op.from_readers)
+    return configs.convolution_config(*what, *size, op.activates, op.from_readers, op.read)
 
 
 # ---------------------------------------------------------------- questions

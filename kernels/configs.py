@@ -9,7 +9,7 @@ small tiles.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .tables import Group
@@ -20,6 +20,9 @@ SHARED = 200 * 1024  # bytes of Hopper's shared memory that a tile's pipeline ma
 MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100 / H200, B200; others count as the first
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HALF = ("bfloat16", "float16")
+MOST_SPLITS = 32  # of K, which the kernel that joins them holds at once
+LEAST_CHUNKS = 4  # of a split
+SAVED_CHUNKS = 8  # that a program must have fewer than without splits
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ConvolutionConfig:
 
     registers: at most so many a thread, 0 for the compiler's choice; fewer let more programs share a multiprocessor.
     group: pixels (height, width) of a row. vector: elements of one asynchronous copy, if 16 bytes hold as many; smaller
-    copies pass through the L1 cache.
+    copies pass through the L1 cache. splits: ranges of K, each with programs of its own, joined by another launch.
     """
 
     rows: int
@@ -40,6 +43,7 @@ class ConvolutionConfig:
     group: Group = (1, 1)
     vector: int = 8
     registers: int = 0
+    splits: int = 1
 
     @property
     def all_columns(self) -> int:
@@ -95,6 +99,7 @@ def convolution_config(
     width: int,
     affine: bool = False,
     gradient: bool = False,
+    in_channels: int = 0,
 ) -> ConvolutionConfig:
     """Choose the tile of a convolution or data gradient.
 
@@ -107,7 +112,41 @@ def convolution_config(
         height, width: of the image; output grouping needs both even.
         affine: an affine and an activation are applied on load.
         gradient: it is a data gradient, whose mask needs registers behind the product.
+        in_channels: channels read; 0 leaves K whole.
     """
+    tile = _convolution_tile(capability, dtype, out_channels, kernel_size, pixels, height, width, affine, gradient)
+    if capability is None or dtype == "float64":
+        return tile
+    high, wide = tile.group
+    columns = -(-out_channels // 8) * 8 * high * wide
+    programs = -(-pixels // (high * wide * tile.rows)) * -(-columns // tile.all_columns)
+    taps = 1 if kernel_size == 1 else (high + 2) * (wide + 2)
+    chunks = -(-(-(-in_channels // 8) * 8 * taps) // tile.chunk)
+    return replace(tile, splits=_splits(MULTIPROCESSORS.get(capability[0], 108), programs, chunks))
+
+
+def _splits(multiprocessors: int, programs: int, chunks: int) -> int:
+    """Into how many splits K goes: as many as run beside each other, where that shortens a program's way by enough.
+
+    An H100 took 0.6 us a chunk of bf16, of any tile, where multiprocessors were idle (docs/kernels.md). Joining is
+    predicted to take 2 to 3 us with its launch, as 4 or 5 chunks do: splits must save SAVED_CHUNKS.
+    """
+    splits = min(multiprocessors // programs, chunks // LEAST_CHUNKS, MOST_SPLITS)
+    longest = -(-chunks // max(1, splits))
+    return -(-chunks // longest) if chunks - longest >= SAVED_CHUNKS else 1
+
+
+def _convolution_tile(
+    capability: Capability,
+    dtype: str,
+    out_channels: int,
+    kernel_size: int,
+    pixels: int,
+    height: int,
+    width: int,
+    affine: bool,
+    gradient: bool,
+) -> ConvolutionConfig:
     padded = -(-out_channels // 8) * 8
     grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
     if capability is None:
@@ -243,7 +282,9 @@ def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[i
     ):
         for padded in (8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160, 192):
             for pixels, side in ((128 * 56 * 56, 56), (128 * 55 * 55, 55), (49, 7)):
-                tile = convolution_config(capability, dtype, padded, kernel_size, pixels, side, side, affine, gradient)
+                tile = convolution_config(
+                    capability, dtype, padded, kernel_size, pixels, side, side, affine, gradient, 1024
+                )
                 item = kernel_size, affine, gradient, tile
                 if item not in seen:
                     seen.add(item)

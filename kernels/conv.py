@@ -12,12 +12,17 @@ and one of these epilogues writes the slot `out`:
     MASK        g = acc where act'(z scale + shift) = 1, else 0 (with ADD: out + acc is masked); out = round(g);
                 partial[tile] = sum of round(g), and sum of round(g) xhat, xhat = (z - mean) rstd
 
+Where few programs would each walk a long K, splits of it do so at once, and another kernel ends them all the same way:
+
+    PARTIAL     partial[s] = sum over the k of split s
+    then        acc = sum over s, in one fixed order, of partial[s], and one of the above
+
 Everything is accumulated in fp32 (fp64 for fp64 slots) and each output element is written once, by one program.
 
 Letters: m row of the product: one pixel, or a group of GROUP_H x GROUP_W of them; n column: output channel, or (pixel
-of the group, channel); k position in K, see tables.py; tile: TILE_ROWS rows of one program. Two column parts,
-TILE_COLUMNS + TILE_COLUMNS2, share a tile of A: widths such as 40 or 144 are no power of two. Names in 8: a number of
-8-channel units, so that the compiler knows the alignment.
+of the group, channel); k position in K, see tables.py; tile: TILE_ROWS rows of one program; s split: a range of K's
+chunks. Two column parts, TILE_COLUMNS + TILE_COLUMNS2, share a tile of A: widths such as 40 or 144 are no power of two.
+Names in 8: a number of 8-channel units, so that the compiler knows the alignment.
 """
 
 # mypy: allow-untyped-defs
@@ -29,6 +34,7 @@ PLAIN = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)
 BIAS = tl.constexpr(2)
 MASK = tl.constexpr(3)
+PARTIAL = tl.constexpr(4)
 
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -81,6 +87,9 @@ def _epilogue(
         acc += tl.where(real[None, :], before, 0.0)
     if EPILOGUE == PLAIN:
         tl.store(out + to, acc.to(dtype), mask=mask)
+    elif EPILOGUE == PARTIAL:  # whole tiles: `finish_splits` reads no row that was not written
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        tl.store(partial + row[:, None] * all_columns + columns[None, :], acc)
     elif EPILOGUE == BIAS:
         bias = tl.load(vector0 + channel, mask=stored & real, other=0.0).to(acc.dtype)
         tl.store(out + to, activate(acc + bias[None, :], ACTIVATION).to(dtype), mask=mask)
@@ -124,11 +133,12 @@ def convolution(
     TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
     EPILOGUE: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the convolution; grid (column tiles, row tiles).
+    """One tile of the convolution; grid (column tiles, row tiles), with PARTIAL (column tiles, row tiles, splits).
 
     source, out, raw point at the first channel of the base slot, the written slot and the raw slot of MASK; weight is
     packed [columns, K] with K contiguous (every dtype reaches the tensor cores with 16-byte copies). affine: fp32
-    [2, K + TILE_K]. vector0..3: bias, or scale, shift, mean, rstd, each [out_channels]. partial: [tiles, 2, columns].
+    [2, K + TILE_K]. vector0..3: bias, or scale, shift, mean, rstd, each [out_channels]. partial: [tiles, 2, columns],
+    with PARTIAL [splits, tiles * TILE_ROWS, columns], which all else of an epilogue is left out for.
     TAPS: the kernel is 3x3 and reads taps_inside. SLOT_ROWS: the slots differ in their rows, and entry_row8 holds them.
     VECTOR: elements of one asynchronous copy.
     """
@@ -142,6 +152,15 @@ def convolution(
         inside = tl.load(taps_inside + rows, mask=row_valid, other=0)
     k = tl.arange(0, TILE_K)
     all_k = num_chunks * TILE_K
+    if EPILOGUE == PARTIAL:  # no split is a chunk longer than another
+        split, splits = tl.program_id(2), tl.num_programs(2)
+        first_chunk = split * num_chunks // splits
+        num_chunks = (split + 1) * num_chunks // splits - first_chunk
+        entries += first_chunk * (TILE_K // 8)
+        entry_row8 += first_chunk * (TILE_K // 8)
+        weight += first_chunk * TILE_K
+        affine += first_chunk * TILE_K
+        tile += split * tl.num_programs(1)
     columns = column_tile * (TILE_COLUMNS + TILE_COLUMNS2) + tl.arange(0, TILE_COLUMNS)
     weight_at = weight + columns[:, None] * all_k + k[None, :]
     ACC: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
@@ -214,6 +233,38 @@ def convolution(
             first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
             TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
         )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["splits", "split_rows", "num_rows", "image_width", "out_row8", "raw_row8", "out_channels"]
+)
+def finish_splits(
+    products, out, raw, first_pixel, vector0, vector1, vector2, vector3, partial,
+    splits, split_rows, num_rows, image_width, out_row8, raw_row8, out_channels,
+    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    GROUP_H: tl.constexpr, GROUP_W: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One tile of the sum over splits, with the convolution's epilogue; grid (column tiles, row tiles).
+
+    products: `convolution`'s PARTIAL, [splits, split_rows, columns]; all of them, at most SPLITS, are in flight at
+    once. A tile has fewer elements than the convolution's, to have many programs. The other operands as there.
+    """
+    tile = tl.program_id(1)
+    all_columns = tl.num_programs(0) * TILE_COLUMNS
+    rows = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    split = tl.arange(0, SPLITS)
+    row = split[:, None] * split_rows + rows[None, :]
+    at = row[:, :, None] * all_columns + columns[None, None, :]
+    product = tl.load(products + at, mask=(split < splits)[:, None, None], other=0.0)
+    row_valid = rows < num_rows
+    first = tl.load(first_pixel + rows, mask=row_valid, other=0) if GROUP_H * GROUP_W > 1 else rows
+    _epilogue(
+        tl.sum(product, 0), columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
+        first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
+        TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["out_channels", "chunks", "column_channels8", "positions"])

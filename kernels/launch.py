@@ -30,6 +30,7 @@ from . import norm as device_norm
 from . import readers as device_readers
 from . import weight_gradient as device_weight_gradient
 from .configs import (
+    MOST_SPLITS,
     ConvolutionConfig,
     ReadersConfig,
     WeightGradientConfig,
@@ -58,7 +59,7 @@ from .operands import (
 from .tables import LANES, Group
 from .tuned import Shape, choice
 
-PLAIN, STATISTICS, BIAS, MASK = 0, 1, 2, 3
+PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
 MOST_WEIGHTS = 8  # that one launch packs: each is compiled into it
 
 
@@ -113,14 +114,14 @@ def conv(
     if affine is not None:
         scale_shift = tuple(per_channel(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
     vectors = () if bias is None else (per_channel("bias", bias, out.shape[1], out),)
-    partial, config, tiles = _convolve(
+    partial, tile_rows, group = _convolve(
         layout, [weight], kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
         activation=activation_code(activation), affine=scale_shift, vectors=vectors, config=config,
     )  # fmt: skip
     if not statistics:
         return None
-    return _merge_statistics(partial, tiles, config.rows, config.group, layout, out.shape[1])
+    return _merge_statistics(partial, len(partial), tile_rows, group, layout, out.shape[1])
 
 
 def gradient(
@@ -171,7 +172,7 @@ def gradient(
         vectors = tuple(per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
     if layout.pixels == 0:
         return (torch.zeros(channels, dtype=accumulator, device=out.device),) * 2 if mask is not None else None
-    partial, config, tiles = _convolve(
+    partial, _, group = _convolve(
         layout, weights, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
         activation=activation_code(activation) if mask is not None else 0,
@@ -179,7 +180,7 @@ def gradient(
     )  # fmt: skip
     if mask is None:
         return None
-    return _merge_sums(partial, tiles, config.group, channels)
+    return _merge_sums(partial, len(partial), group, channels)
 
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -461,8 +462,8 @@ def _convolve(
     add: bool = False,
     transposed: bool = False,
     config: ConvolutionConfig | None = None,
-) -> tuple[Tensor, ConvolutionConfig, int]:
-    """Pack the weights and launch; returns the partials [tiles, 2, columns], the tile, and the number of row tiles.
+) -> tuple[Tensor, int, Group]:
+    """Pack the weights and launch; returns the partials [tiles, 2, columns], the rows of such a tile, and their group.
 
     transposed: the weights are those of readers, whose output channels follow each other in K.
     """
@@ -475,6 +476,8 @@ def _convolve(
     positions = group[0] * group[1]
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
         raise ValueError(f"config.group {group} needs a 3x3 kernel and an image it divides, got {height} x {width}")
+    if not 1 <= config.splits <= MOST_SPLITS:
+        raise ValueError(f"config.splits must be 1 to {MOST_SPLITS}, got {config.splits}")
     padded = padded_width(channels)
     column_tiles = cdiv(padded * positions, config.all_columns)
     columns = column_tiles * config.all_columns
@@ -483,8 +486,12 @@ def _convolve(
     table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
     all_k = table.chunks * config.chunk
     packed = torch.empty(columns, all_k, dtype=out.dtype, device=device)
+    split_rows = tiles * config.rows
+    splits = max(1, min(config.splits, table.chunks, (MAX_ELEMENTS - 1) // (split_rows * columns)))
+    held, tile_rows, tile_columns = _finish_tile(splits, config.rows, columns)
     sums = epilogue in (STATISTICS, MASK)
-    partial = torch.empty((tiles, 2, columns) if sums else 1, dtype=accumulator, device=device)
+    partial = torch.empty((cdiv(rows, tile_rows), 2, columns) if sums else 1, dtype=accumulator, device=device)
+    products = partial.new_empty(splits, split_rows, columns) if splits > 1 else partial
     packed_affine, scale, shift = partial, partial, partial
     if affine is not None:
         packed_affine, (scale, shift) = partial.new_empty(2, all_k + config.chunk), affine
@@ -493,6 +500,7 @@ def _convolve(
     else:
         taps_inside = first_pixel = table.entries
     four = (*vectors, *(partial,) * 4)[:4]
+    of_group = {"GROUP_H": group[0], "GROUP_W": group[1], "GROUP_CHANNELS": padded if positions > 1 else 0}
     with on_device_of(out):
         if all_k:
             weights, layouts = _readable(weights, transposed)
@@ -509,17 +517,25 @@ def _convolve(
                 num_warps=4,
             )  # fmt: skip
         start(
-            device_conv.convolution, (column_tiles, tiles),
+            device_conv.convolution, (column_tiles, tiles, splits),
             layout.base, packed, out, out if raw is None else raw, table.entries, table.row8, packed_affine,
-            taps_inside, first_pixel, *four, partial,
+            taps_inside, first_pixel, *four, products,
             rows, width, layout.row8, layout.out_row8, layout.raw_row8, table.chunks, channels,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, TILE_COLUMNS2=config.columns2, TILE_K=config.chunk,
-            GROUP_H=group[0], GROUP_W=group[1], GROUP_CHANNELS=padded if positions > 1 else 0,
-            TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None, ACTIVATION=activation,
-            EPILOGUE=epilogue, ADD=add, TF32=uses_tf32(out), VECTOR=min(config.vector, copy_elements(out)),
+            **of_group, TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
+            ACTIVATION=activation, EPILOGUE=PARTIAL if splits > 1 else epilogue, ADD=add and splits == 1,
+            TF32=uses_tf32(out), VECTOR=min(config.vector, copy_elements(out)),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
-    return partial, config, tiles
+        if splits > 1:
+            start(
+                device_conv.finish_splits, (columns // tile_columns, cdiv(rows, tile_rows)),
+                products, out, out if raw is None else raw, first_pixel, *four, partial,
+                splits, split_rows, rows, width, layout.out_row8, layout.raw_row8, channels,
+                SPLITS=held, TILE_ROWS=tile_rows, TILE_COLUMNS=tile_columns, **of_group,
+                EPILOGUE=epilogue, ACTIVATION=activation, ADD=add, num_warps=4,
+            )  # fmt: skip
+    return partial, tile_rows, group
 
 
 def _chosen_config(
@@ -533,7 +549,7 @@ def _chosen_config(
     if isinstance(tuned, ConvolutionConfig):
         return tuned
     return convolution_config(
-        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine, transposed
+        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine, transposed, read
     )
 
 
@@ -601,6 +617,18 @@ def _reduce_tile(elements: int, columns: int) -> tuple[int, int, int, int]:
     if elements < 264 * 2048:
         return 32, 16, 16, 8
     return 4, 64, 32 if columns % 32 == 0 else 16, 8
+
+
+def _finish_tile(splits: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """(splits, rows, columns) of a program that runs the epilogue: of `convolution`'s own, or of `finish_splits`.
+
+    The latter has 4096 products in flight, more only where 8 rows have more. Its tiles divide the former's rows and all
+    columns, so that no row or column of the products is masked.
+    """
+    if splits == 1:
+        return 1, rows, columns
+    held, block = power_of_2(splits), math.gcd(columns, 32)
+    return held, min(rows, max(8, 4096 // (held * block))), block
 
 
 def _elementwise_tile(channels: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .configs import DTYPES, ConvolutionConfig, ReadersConfig, WeightGradientConfig
+from .configs import DTYPES, MOST_SPLITS, ConvolutionConfig, ReadersConfig, WeightGradientConfig
 from .tables import MAX_TAPS
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -168,10 +168,10 @@ def _check_tile(shape: Shape, tile: Tile) -> None:
         value = getattr(tile, name)
         if type(value) is not int or not least <= value <= most or value & (value - 1):
             raise ValueError(f"{name} of a tile must be a power of two from {least} to {most}, got {value!r}")
-    for name in ("stages", "programs"):
+    for name, most in (("stages", 8), ("programs", 8), ("splits", MOST_SPLITS)):
         value = getattr(tile, name, 1)
-        if type(value) is not int or not 1 <= value <= 8:
-            raise ValueError(f"{name} of a tile must be 1 to 8, got {value!r}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} of a tile must be 1 to {most}, got {value!r}")
     if type(tile.registers) is not int or tile.registers not in (0, *range(32, 256, 8)):
         raise ValueError(f"registers of a tile must be 0, or a multiple of 8 from 32 to 248, got {tile.registers!r}")
     if isinstance(tile, WeightGradientConfig) and type(tile.swapped) is not bool:

@@ -18,6 +18,7 @@ SHAPE = tuned.Shape("forward", "bfloat16", 3, False, 64, 24, 128, 56, 56)
 WEIGHT = SHAPE._replace(kind="weight", kernel_size=1, affine=True)
 ROWS = {
     SHAPE: tuned.Choice(ConvolutionConfig(128, 64, 32, group=(2, 2)), "library"),
+    SHAPE._replace(batch=2): tuned.Choice(ConvolutionConfig(64, 32, splits=7)),
     SHAPE._replace(kind="gradient"): tuned.Choice(None, "wide"),
     WEIGHT: tuned.Choice(WeightGradientConfig(64, 128, 32, swapped=True, programs=6)),
     SHAPE._replace(kind="readers", kernel_size=1): tuned.Choice(ReadersConfig(128, 64, 8, 2)),
@@ -64,6 +65,12 @@ def test_rows_are_read_back(on_gpu):
     assert tuned.choice(device, SHAPE) == ROWS[SHAPE], "the file is read once"
 
 
+def test_a_tile_without_splits_has_one():
+    old = row()
+    del old["tile"]["splits"]
+    assert tuned._row(old) == (SHAPE, ROWS[SHAPE]) and ROWS[SHAPE].tile.splits == 1
+
+
 def test_no_table_no_choice(on_gpu, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -105,6 +112,8 @@ def tile(**changes):
         (document(tile(columns2=8)), "columns2 of a tile"),
         (document(tile(warps=True)), "warps of a tile"),
         (document(tile(stages=0)), "stages of a tile must be 1 to 8, got 0"),
+        (document(tile(splits=0)), "splits of a tile must be 1 to 32, got 0"),
+        (document(tile(splits=33)), "splits of a tile must be 1 to 32, got 33"),
         (document(tile(group=[3, 1])), "group of a tile must divide"),
         (document(tile(group=[4, 4])), "group of a tile must divide"),
         (document(tile(group=[2])), "ValueError"),

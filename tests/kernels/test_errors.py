@@ -44,6 +44,8 @@ def other(shape=(2, 8, 4, 4), dtype=torch.float32):
         (lambda a: {"affine": (1, 2)}, TypeError, r"affine\[0\] must be a torch.Tensor"),
         (lambda a: {"activation": "gelu"}, ValueError, "'relu', 'relu6' or None"),
         (lambda a: {"config": ConvolutionConfig(16, 16, 16, 16, group=(3, 1))}, ValueError, "config.group"),
+        (lambda a: {"config": ConvolutionConfig(16, 16, splits=0)}, ValueError, "config.splits must be 1 to 32, got 0"),
+        (lambda a: {"config": ConvolutionConfig(16, 16, splits=33)}, ValueError, "config.splits .* got 33"),
     ),
 )
 def test_conv(slots, change, error, words):

@@ -110,6 +110,13 @@ def test_the_tuner_measures_what_a_block_convolves(unit, monkeypatch):
     }
 
 
+@pytest.mark.parametrize(("side", "splits"), ((2, {1, 2, 4, 8, 16}), (56, {1})))
+def test_the_tuner_tries_splits_of_small_images(side, splits):
+    shape = tuned.Shape("forward", "bfloat16", 3, False, 288, 40, 100, side, side)
+    found = tune.tiles(tune.Work(shape, (288,), "rows"), (9, 0))
+    assert {tile.splits for tile in found} - {found[0].splits} == splits - {found[0].splits}
+
+
 def test_the_tuner_goes_on_where_it_was_stopped(tmp_path, capsys):
     out = tmp_path / "table.json"
     assert tune.main(["--interpreter", "--out", str(out), "--limit", "1", "--json"]) == 0

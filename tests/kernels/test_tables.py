@@ -1,5 +1,7 @@
 """Tables against a slow reading of what they mean; the checker against broken ones; the launch choice."""
 
+import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +133,43 @@ def test_thin_layers_pad_little():
     assert config.group == (2, 2)
     wide = configs.convolution_config((9, 0), "bfloat16", 334, 3, 128 * 7 * 7, 7, 7)
     assert -(-336 // wide.all_columns) * wide.all_columns == 384
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("capability", ((8, 0), (9, 0), (10, 0)))
+def test_splits_fit_beside_each_other_and_have_work(capability, dtype):
+    found = set()
+    for batch, side, read, written, kernel in itertools.product(
+        (1, 100, 128), (1, 2, 4, 7, 56), (32, 272, 912), (8, 32, 116, 464), (1, 3)
+    ):
+        tile = configs.convolution_config(
+            capability, dtype, written, kernel, batch * side * side, side, side, in_channels=read
+        )
+        found.add(tile.splits)
+        high, wide = tile.group
+        programs = math.ceil(batch * side**2 / (high * wide * tile.rows))
+        programs *= math.ceil(written * high * wide / tile.all_columns)
+        taps = (high + 2) * (wide + 2) if kernel == 3 else 1
+        assert tile.splits == 1 or programs * tile.splits <= configs.MULTIPROCESSORS[capability[0]]
+        assert tile.splits == 1 or math.ceil(read * taps / tile.chunk) // tile.splits >= configs.LEAST_CHUNKS
+    assert 1 in found and max(found) > 8
+
+
+def test_a_long_K_of_few_programs_is_split():
+    def splits(*shape, capability=(9, 0), dtype="bfloat16"):
+        read, written, kernel, batch, side = shape
+        pixels = batch * side * side
+        return configs.convolution_config(
+            capability, dtype, written, kernel, pixels, side, side, in_channels=read
+        ).splits
+
+    assert splits(912, 462, 3, 100, 1) == 22  # 6 programs of 129 chunks
+    assert splits(128, 32, 3, 100, 2) == 4
+    assert splits(128, 32, 3, 100, 8) == 2
+    assert splits(128, 32, 3, 128, 56) == 1, "the multiprocessors have enough to do"
+    assert splits(512, 128, 1, 100, 2) == 1, "8 chunks are over sooner than another launch"
+    assert splits(912, 462, 3, 100, 1, dtype="float64") == 1
+    assert splits(912, 462, 3, 100, 1, capability=None) == 1
 
 
 def test_the_folder_refuses_its_bare_name():
