@@ -112,10 +112,10 @@ def convolution_config(
         height, width: of the image; output grouping needs both even.
         affine: an affine and an activation are applied on load.
         gradient: it is a data gradient, whose mask needs registers behind the product.
-        in_channels: channels read; 0 leaves K whole.
+        in_channels: channels read; 0 leaves K whole, and only half formats split it.
     """
     tile = _convolution_tile(capability, dtype, out_channels, kernel_size, pixels, height, width, affine, gradient)
-    if capability is None or dtype == "float64":
+    if capability is None or dtype not in HALF:
         return tile
     high, wide = tile.group
     columns = -(-out_channels // 8) * 8 * high * wide
@@ -128,8 +128,8 @@ def convolution_config(
 def _splits(multiprocessors: int, programs: int, chunks: int) -> int:
     """Into how many splits K goes: as many as run beside each other, where that shortens a program's way by enough.
 
-    An H100 took 0.6 us a chunk of bf16, of any tile, where multiprocessors were idle (docs/kernels.md). Joining is
-    predicted to take 2 to 3 us with its launch, as 4 or 5 chunks do: splits must save SAVED_CHUNKS.
+    An H100 took 0.4 to 0.7 us a chunk of bf16 where multiprocessors were idle (docs/kernels.md). Joining is predicted
+    to take 2 to 3 us with its launch, as some 5 chunks do: splits must save SAVED_CHUNKS.
     """
     splits = min(multiprocessors // programs, chunks // LEAST_CHUNKS, MOST_SPLITS)
     longest = -(-chunks // max(1, splits))

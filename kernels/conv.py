@@ -138,7 +138,7 @@ def convolution(
     source, out, raw point at the first channel of the base slot, the written slot and the raw slot of MASK; weight is
     packed [columns, K] with K contiguous (every dtype reaches the tensor cores with 16-byte copies). affine: fp32
     [2, K + TILE_K]. vector0..3: bias, or scale, shift, mean, rstd, each [out_channels]. partial: [tiles, 2, columns],
-    with PARTIAL [splits, tiles * TILE_ROWS, columns], which all else of an epilogue is left out for.
+    with PARTIAL [splits, tiles * TILE_ROWS, columns], and no slot is written.
     TAPS: the kernel is 3x3 and reads taps_inside. SLOT_ROWS: the slots differ in their rows, and entry_row8 holds them.
     VECTOR: elements of one asynchronous copy.
     """
@@ -247,8 +247,8 @@ def finish_splits(
 ):  # fmt: skip
     """One tile of the sum over splits, with the convolution's epilogue; grid (column tiles, row tiles).
 
-    products: `convolution`'s PARTIAL, [splits, split_rows, columns]; all of them, at most SPLITS, are in flight at
-    once. A tile has fewer elements than the convolution's, to have many programs. The other operands as there.
+    products: what PARTIAL left, [splits, split_rows, columns]; those of all splits, at most SPLITS, are in flight at
+    once. Tiles are smaller than the convolution's, so that there are many. The other operands as there.
     """
     tile = tl.program_id(1)
     all_columns = tl.num_programs(0) * TILE_COLUMNS
