@@ -98,6 +98,7 @@ int cuCtxGetCurrent(void **context) {
 int cuDevicePrimaryCtxRetain(void **context, int device) { return cuCtxGetCurrent(context); }
 int cuCtxGetDevice(int *device) { return *device = 0; }
 int cuCtxGetLimit(size_t *value, int limit) { return (int)(*value = 0); }
+int cuStreamIsCapturing(void *stream, int *status) { return *status = 0; }
 int cuInit(unsigned flags) { return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }

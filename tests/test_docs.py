@@ -35,7 +35,9 @@ def test_documentation_builds(tmp_path):
     kernels = (tmp_path / "kernels" / "index.html").read_text()
     assert "<code>gather_readers</code>" in kernels and "{{" not in kernels
     extending = re.sub("<[^>]*>", "", (tmp_path / "extending" / "index.html").read_text())
-    assert "\ndef _harmonic(i" in html.unescape(extending) and "device_norm.normalise, (cdiv(pixels, rows)" in html.unescape(extending)
+    assert "\ndef _harmonic(i" in html.unescape(
+        extending
+    ) and "device_norm.normalise, (cdiv(pixels, rows)" in html.unescape(extending)
 
 
 def _check_pictures(site):

@@ -25,7 +25,7 @@ from .recording import Recording, tensors_in
 
 CALLS = 3  # of a kind, of which the last one is a replay
 
-MOST = 256  # kinds kept, the last used ones: a recording of a large block takes some 300 kB of host memory
+MOST = 256  # kinds kept, the last used ones: those of DenseNet121's blocks take 0.4 MB of host memory each
 
 PLAIN = {Tensor, nn.Parameter}  # subclasses may mean something else by an operation
 

@@ -124,7 +124,7 @@ class Classifier(pl.LightningModule):
         self.lr = self.recipe.lr_at(self.global_step, self.steps_per_epoch)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr
-        torch.manual_seed(mix_seed(self.seed, self.global_step, self.global_rank))
+        _seed(mix_seed(self.seed, self.global_step, self.global_rank), self.device)
         if self.cuda_graph:  # Lightning clears them behind the forward pass, where a graph copies what it finds
             self.trainer.optimizers[0].zero_grad()
 
@@ -264,6 +264,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for a, b in zip(old, new, strict=True):
         if not a.is_floating_point():
             a.copy_(b)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """torch.manual_seed for what a step draws from: that one notes a stack for every kind of device not in use."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _zeros(device: torch.device | str) -> Tensor:
