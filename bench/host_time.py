@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("thresholdnet_v1", "hardnet68", "densenet121")
-ROUNDS = 15
+ROUNDS = 41
+WAYS = ("0", "1")  # THRESHOLDNET_REPLAY: every call runs; calls are replayed
 
 
 class Silent:
@@ -166,26 +167,26 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
     from thresholdnet import replay
 
     step = step_of(blocks_of(model), "relu6" if "hardnet" in model else "relu")
-    times: dict[str, float] = {}
-    launched: dict[str, list[list[str]]] = {}
-    for way, switch in (("run", "0"), ("replayed", "1")):
-        os.environ["THRESHOLDNET_REPLAY"] = switch
-        for _ in range(replay.CALLS):
-            step()
-        taken = []
-        for _ in range(ROUNDS):
+    taken: dict[str, list[float]] = {switch: [] for switch in WAYS}
+    launched = {}
+    for round_ in range(-replay.CALLS, ROUNDS):  # in pairs: a machine's pace changes over seconds
+        for switch in WAYS:
+            os.environ["THRESHOLDNET_REPLAY"] = switch
             began = time.perf_counter()
             step()
-            taken.append(1e3 * (time.perf_counter() - began))
-        times[way] = statistics.median(taken)
-        launched[way] = silent.launches_of(step, folder)
+            if round_ >= 0:
+                taken[switch].append(1e3 * (time.perf_counter() - began))
+            elif round_ == -1:
+                launched[switch] = silent.launches_of(step, folder)
+    run_ms, replayed_ms = (statistics.median(taken[switch]) for switch in WAYS)
+    ran, replayed = (launched[switch] for switch in WAYS)
     return {
         "model": model or "two small blocks",
-        "launches": len(launched["run"]),
-        "run_ms": times["run"],
-        "replayed_ms": times["replayed"],
-        "ratio": times["run"] / times["replayed"],
-        "differ": differing(launched["run"], launched["replayed"]),
+        "launches": len(ran),
+        "run_ms": run_ms,
+        "replayed_ms": replayed_ms,
+        "ratio": run_ms / replayed_ms,
+        "differ": differing(ran, replayed),
     }
 
 

@@ -489,7 +489,7 @@ def test_compiled_kernels_take_addresses():
     assert len(made) == 4 and len(kernel.launched) == 2
     for (grid, values, stream), rows in zip(kernel.launched, (1, 16), strict=True):
         weights_at = (others[0].data_ptr(), others[1].data_ptr(), x.data_ptr() + 8)
-        assert grid == (3, 1, 1) and stream is None
+        assert grid == (3, 1, 1) and stream == 0
         assert values == (out.data_ptr() + 4, x.data_ptr(), weights_at, rows, True, 16)
         assert [type(value) for value in values[3:]] == [int, bool, int]
     (recording,) = recordings()

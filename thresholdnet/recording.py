@@ -75,12 +75,12 @@ class Launch(NamedTuple):
     """A compiled Triton kernel on one grid.
 
     Attributes:
-        start: the kernel's runner, which takes all parameters in order, addresses in the place of tensors.
+        start: takes all parameters in order, addresses in the place of tensors, and the stream.
         values: picks them out of the call's words; of a tuple of tensors the first.
         groups: positions of tuples among them, and what picks those.
     """
 
-    start: Callable[..., None]
+    start: Callable[[Sequence[Any], int], None]
     values: Callable[[list[Any]], tuple[Any, ...]]
     groups: tuple[tuple[int, Callable[[list[Any]], tuple[Any, ...]]], ...]
     reads: tuple[int, ...]
@@ -94,7 +94,7 @@ class Launch(NamedTuple):
             values = list(values)
             for position, group in self.groups:
                 values[position] = group(call.words)
-        self.start(*values, stream=call.stream)
+        self.start(values, call.stream)
 
 
 class Interpreted(NamedTuple):
@@ -119,7 +119,7 @@ Step = Allocation | Operation | Launch | Interpreted
 class Call:
     """One replay: its memories, and the words of its launches."""
 
-    def __init__(self, recording: Recording, stream: int | None):
+    def __init__(self, recording: Recording, stream: int):
         self.memory: list[Any] = [None] * recording.size
         self.words = list(recording.words)
         self.stream = stream
@@ -186,11 +186,11 @@ class Recording(NamedTuple):
         hold(self.tables)
         device = tensors[0].device
         if device.type != "cuda":
-            return self._run(tensors, None)
+            return self._run(tensors, 0)
         with torch.cuda.device(device):
             return self._run(tensors, torch.cuda.current_stream().cuda_stream)
 
-    def _run(self, tensors: Sequence[Tensor], stream: int | None) -> Any:
+    def _run(self, tensors: Sequence[Tensor], stream: int) -> Any:
         call = Call(self, stream)
         for number, tensor in enumerate(tensors):
             call.put(number, tensor)
