@@ -219,7 +219,7 @@ def bn_backward(
     g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
     share: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """g = a * g + q * z + r - q * mean in place.
+    """g = a * g + q * (z - mean) + r in place.
 
     Args:
         g, z: slots [N, C, H, W].

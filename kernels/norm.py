@@ -2,7 +2,7 @@
 
     mean = sum_t s_t / n,   variance = sum_t (M2_t + n_t (s_t / n_t - mean)^2) / n        (Chan: no cancellation)
     y  = act(z scale + shift),   scale = gamma rstd,   shift = beta - mean scale,   rstd = 1 / sqrt(variance + eps)
-    dz = a g + q z + r - q mean,   a = gamma rstd,   q = -a rstd sum(g xhat) / n,   r = -a sum(g) / n
+    dz = a g + q (z - mean) + r,   a = gamma rstd,   q = -a rstd sum(g xhat) / n,   r = -a sum(g) / n
 
 Letters: t tile of pixels with sum s_t, squared deviations M2_t around its own mean and n_t pixels; n pixels in all
 (times the pixels of an output group); z raw convolution output; y activated value; g gradient behind the activation;
@@ -132,7 +132,7 @@ def bn_backward(
     g, z, a, q, r, mean, q_share, r_share, rows, g_row8, z_row8, channels,
     HAS_A: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHARE: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g = a g + q z + r - q mean in place, zeros in the padding; grid (row tiles, channel blocks).
+    """g = a g + q (z - mean) + r in place, zeros in the padding; grid (row tiles, channel blocks).
 
     All per channel. HAS_SHARE: q and r are sums, to be multiplied by q_share and r_share. Without HAS_A a is 1, without
     HAS_MEAN mean is 0.
@@ -152,7 +152,7 @@ def bn_backward(
     if HAS_SHARE:
         linear *= tl.load(q_share + channel, mask=real, other=0.0).to(ACC)
         constant *= tl.load(r_share + channel, mask=real, other=0.0).to(ACC)
-    if HAS_MEAN:
-        constant -= linear * tl.load(mean + channel, mask=real, other=0.0).to(ACC)
+    if HAS_MEAN:  # not out of the constant: where the mean is many deviations, z and q mean would cancel
+        z_value -= tl.load(mean + channel, mask=real, other=0.0).to(ACC)[None, :]
     value += z_value * linear[None, :] + constant[None, :]
     tl.store(g_at, tl.where(real[None, :], value, 0.0).to(g.dtype.element_ty), mask=mask)

@@ -1,6 +1,7 @@
 """Random blocks, convolutions, transitions (strategies.py) and operator calls (operator_calls.py) against plain torch.
 
-The suite runs a few of each, the same every time. New ones, for ten minutes of a core:
+Each call of a fused operator is held against its replay as well. The suite runs a few of each, the same every time. New
+ones, for ten minutes of a core:
 
     THRESHOLDNET_FUZZ_MINUTES=10 pytest tests/test_fuzz.py -k minutes
 
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_calls import Call, OperatorCase, WrongCase, operator_cases, spoil, wrong_cases
+from replayed import checked
 from strategies import (
     F64,
     LAST,
@@ -51,7 +53,7 @@ from strategies import (
 from tolerances import PASS_ABSOLUTE, RELATIVE, WINOGRAD_BLOCK
 from torch import Tensor, nn
 
-from thresholdnet import ThresholdBlock, chain, prepack
+from thresholdnet import ThresholdBlock, chain, prepack, replay
 from thresholdnet.backends import csrc, winograd
 from thresholdnet.functional import linked_conv2d
 
@@ -63,6 +65,13 @@ UNIT = {F64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.f
 LARGEST_RATIO = 8  # our error over plain torch's, or over what shaking moves, in one case
 MEAN_RATIO = 0.5  # the mean of its base-2 logarithm over many cases
 SHAKES = 40  # at most, to find what a case's rounding may move
+
+
+@pytest.fixture(autouse=True)
+def held_against_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a fused operator computes here, its replay computes too."""
+    monkeypatch.setattr(replay, "call", checked)
+
 
 Found = dict[str, Any]
 """Output, gradients and buffers by name; None for the gradient of what wants none."""

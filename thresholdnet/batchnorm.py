@@ -48,7 +48,7 @@ class Norm(NamedTuple):
 
 
 def linear_terms(q: Tensor, r: Tensor, mean: Tensor | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
-    """b and c of b z + c = q z + r - q mean; with `share` [2, C] r and q are sums still, multiplied by its rows."""
+    """b and c of b z + c = q (z - mean) + r; with `share` [2, C] r and q are sums still, multiplied by its rows."""
     if share is not None:
         r, q = share[0] * r, share[1] * q
     return q, r if mean is None else torch.addcmul(r, q, mean, value=-1)

@@ -55,6 +55,16 @@ def test_bn_backward(size, dtype, given):
     assert not padding(g).any() and other.isnan().all()
 
 
+def test_bn_backward_where_the_mean_is_many_deviations():
+    _, (z, g, _) = rows(4, 8, 8, (70, 70, 6), torch.float32)
+    fill(z), fill(g)
+    mean, q = torch.full((70,), 3e4), torch.full((70,), 100.0)
+    z.add_(3e4)
+    expected = g.double() + (z.double() - 3e4) * 100 + 1
+    launch.bn_backward(g, z, None, q, torch.ones(70), mean)
+    assert_near(g, expected, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("channels", (1, 20, 131))

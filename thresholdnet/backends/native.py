@@ -249,7 +249,7 @@ class Verbs:
         self, g: Tensor, z: Tensor, a: Tensor | None, q: Tensor, r: Tensor, mean: Tensor | None = None,
         share: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """a * g + q * z + r - q * mean per channel: the affine part of BatchNorm's backward; may reuse g.
+        """a * g + q * (z - mean) + r per channel: the affine part of BatchNorm's backward; may reuse g.
 
         a None stands for 1, mean None for 0; with `share` [2, C] r and q are sums still, multiplied by its rows.
         """
