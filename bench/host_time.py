@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fused_calls import fused_calls
+
 MODELS = ("thresholdnet_v1", "hardnet68", "densenet121")
 ROUNDS = 41
 WAYS = ("0", "1")  # THRESHOLDNET_REPLAY: every call runs; calls are replayed
@@ -108,30 +110,16 @@ def _sizes(types: Any) -> Iterator[int]:
 
 def blocks_of(model: str) -> list[tuple[Any, list[Any], str]]:
     """Input shape, parameter shapes and plan of each fused block of a network; "": of two small ones."""
-    import torch
     from torch import nn
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from thresholdnet import ThresholdBlock, create_model
 
-    calls: list[tuple[Any, list[Any], str]] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.thresholdnet.block.default:
-                calls.append((args[0].shape, [p.shape for p in args[1]], args[3]))
-            return func(*args, **(kwargs or {}))
-
     settings: dict[str, Any] = {"fused": True, "backend": "native", "device": "meta"}
     if model:
-        network, image = create_model(model, num_classes=10, **settings), (2, 3, 32, 32)
-    else:
-        first = ThresholdBlock(16, growth_rate=8, num_layers=3, threshold=2, **settings)
-        second = ThresholdBlock(first.out_channels, None, 8, unit="bottleneck", num_layers=3, threshold=2, **settings)
-        network, image = nn.Sequential(first, second), (2, 16, 8, 8)
-    with Record():
-        network.train()(torch.empty(image, device="meta"))
-    return calls
+        return fused_calls(create_model(model, num_classes=10, **settings), (2, 3, 32, 32))
+    first = ThresholdBlock(16, growth_rate=8, num_layers=3, threshold=2, **settings)
+    second = ThresholdBlock(first.out_channels, None, 8, unit="bottleneck", num_layers=3, threshold=2, **settings)
+    return fused_calls(nn.Sequential(first, second), (2, 16, 8, 8))
 
 
 def step_of(blocks: list[tuple[Any, list[Any], str]], activation: str) -> Callable[[], None]:

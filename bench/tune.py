@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fused_calls import fused_calls
+
 MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 SIZES = ((128, 224), (100, 32))  # batch, side
 MARGIN = 0.98  # of the rule's time that another choice must stay below
@@ -52,27 +54,13 @@ class Work:
 
 def works_of(model: str, batch: int, side: int, dtype: str) -> Iterator[Work]:
     """What a training step of a fused model convolves, recorded from its operators on the meta device."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from thresholdnet import create_model
+    from thresholdnet import create_model, engine
     from thresholdnet.plan import BlockPlan
 
-    calls: list[tuple[tuple[int, ...], BlockPlan, int]] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.thresholdnet.block.default:
-                plan = BlockPlan.from_text(args[3])
-                a_layer = 6 if plan.unit == "bottleneck" else 3
-                tail = args[1][-1].shape[0] if len(args[1]) > a_layer * plan.num_layers else 0
-                calls.append((tuple(args[0].shape), plan, tail))
-            return func(*args, **(kwargs or {}))
-
     network = create_model(model, num_classes=10, fused=True, backend="native", device="meta")
-    with Record():
-        network.train()(torch.empty(batch, 3, side, side, device="meta"))
-    for (images, _, height, width), plan, tail in calls:
+    for (images, _, height, width), parameters, text in fused_calls(network, (batch, 3, side, side)):
+        plan = BlockPlan.from_text(text)
+        tail = parameters[-1][0] if len(parameters) > engine.parameters_a_layer(plan) * plan.num_layers else 0
         for kind, size, affine, read, wrote, masked in _convolutions(plan, tail):
             shape = (kind, dtype, size, affine, sum(read), wrote, images, height, width)
             dense = plan.unit == "bottleneck" or all(w % 32 == 0 for w in (*read, wrote))

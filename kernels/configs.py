@@ -114,14 +114,15 @@ def convolution_config(
         gradient: it is a data gradient, whose mask needs registers behind the product.
         in_channels: channels read; 0 leaves K whole, and only half formats split it.
     """
-    tile = _convolution_tile(capability, dtype, out_channels, kernel_size, pixels, height, width, affine, gradient)
+    padded = -(-out_channels // 8) * 8
+    grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
+    tile = _convolution_tile(capability, dtype, padded, kernel_size, pixels, grouped, affine, gradient)
     if capability is None or dtype not in HALF:
         return tile
     if affine and capability[0] == 10:  # Triton 3.6 reloads a spilled register in the main loop of 64 + 32 columns
         return tile
     high, wide = tile.group
-    columns = -(-out_channels // 8) * 8 * high * wide
-    programs = -(-pixels // (high * wide * tile.rows)) * -(-columns // tile.all_columns)
+    programs = -(-pixels // (high * wide * tile.rows)) * -(-padded * high * wide // tile.all_columns)
     taps = 1 if kernel_size == 1 else (high + 2) * (wide + 2)
     chunks = -(-(-(-in_channels // 8) * 8 * taps) // tile.chunk)
     return replace(tile, splits=_splits(MULTIPROCESSORS.get(capability[0], 108), programs, chunks))
@@ -139,18 +140,9 @@ def _splits(multiprocessors: int, programs: int, chunks: int) -> int:
 
 
 def _convolution_tile(
-    capability: Capability,
-    dtype: str,
-    out_channels: int,
-    kernel_size: int,
-    pixels: int,
-    height: int,
-    width: int,
-    affine: bool,
+    capability: Capability, dtype: str, padded: int, kernel_size: int, pixels: int, grouped: bool, affine: bool,
     gradient: bool,
-) -> ConvolutionConfig:
-    padded = -(-out_channels // 8) * 8
-    grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
+) -> ConvolutionConfig:  # fmt: skip
     if capability is None:
         columns = 64 if grouped else 16 if padded <= 16 else 32
         return ConvolutionConfig(32, columns, 16 if padded == 48 else 0, 32, group=(2, 2) if grouped else (1, 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -50,11 +51,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if not self.refused and not self._launching:
-            try:
+        if not self._launching and not self.refused:
+            with self._noting():
                 self._note(function, args, kwargs or {}, list(tensors_in(result)))
-            except _UnknownError as error:
-                self.refused = str(error)
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -65,17 +64,13 @@ class Recorder(TorchDispatchMode):
         finally:
             self._launching = False
         if not self.refused:
-            try:
+            with self._noting():
                 self.steps.append(self._launch(kernel, grid, arguments, options, compiled))
-            except _UnknownError as error:
-                self.refused = str(error)
 
     def recording(self, result: Any) -> Recording | str:
         """The call that returned `result`, or why it can't be replayed."""
-        try:
+        with self._noting():
             returned = self._described(result)
-        except _UnknownError as error:
-            self.refused = self.refused or str(error)
         if self.refused:
             return self.refused
         steps = _lean(self.steps, {view.memory for view in views_in(returned)})
@@ -85,6 +80,14 @@ class Recorder(TorchDispatchMode):
         }
         pool, steps = _pooled(steps, addresses)
         return Recording(self.size, self._words.values, addresses, self.constants, self.tables, pool, steps, returned)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What is unknown ends the recording, not the call; the first of it is the reason."""
+        try:
+            yield
+        except _UnknownError as error:
+            self.refused = self.refused or str(error)
 
     def _number(self, tensor: Tensor) -> int:
         """The number of a memory that the call meets for the first time."""
@@ -145,9 +148,8 @@ class Recorder(TorchDispatchMode):
             return Interpreted(kernel, grid, described, options, reads)
         named = {**dict(zip(kernel.arg_names, described, strict=False)), **options}
         values = [named[name] for name in kernel.arg_names]
-        tuples = {position: value for position, value in enumerate(values) if any(True for _ in views_in([value]))}
-        groups = tuple((place, self._words.picked(value)) for place, value in tuples.items() if type(value) is tuple)
-        flat = [value[0] if type(value) is tuple and place in tuples else value for place, value in enumerate(values)]
+        groups = tuple((at, self._words.picked(value)) for at, value in enumerate(values) if type(value) is tuple)
+        flat = [None if type(value) is tuple else value for value in values]
         return Launch(_starter(compiled, (*grid, 1, 1)[:3]), self._words.picked(flat), groups, reads)
 
 
@@ -213,9 +215,9 @@ def _pooled(
     rooms: list[tuple[int, int, int]] = []  # (start, end, last step) of those that are there, by start
     starts: dict[int, int] = {}
     words, tensors, left, size = [], [], [], 0
-    for position, (step, _) in enumerate(steps):
+    for position, (step, ended) in enumerate(steps):
         if not isinstance(step, Allocation) or not 0 < step.size <= SMALL or step.makes[0] not in ends:
-            left.append(step)
+            left.append((step, ended))
             continue
         number = step.makes[0]
         rooms = [room for room in rooms if room[2] >= position]
@@ -229,10 +231,9 @@ def _pooled(
         starts[number], size = start, max(size, end)
         words += [(place, start + behind) for place, behind in addresses.pop(number, ())]
         tensors.append((number, start, step.shape, step.strides, step.dtype))
-    ended = dict(zip(map(id, (step for step, _ in steps)), (ended for _, ended in steps), strict=True))
-    read = {number for step in left if isinstance(step, Operation | Interpreted) for number in step.reads}
+    read = {number for step, _ in left if isinstance(step, Operation | Interpreted) for number in step.reads}
     pool = Pool(size, words, [tensor for tensor in tensors if tensor[0] in read])
-    return pool, [(step, tuple(n for n in ended[id(step)] if n not in starts)) for step in left]
+    return pool, [(step, tuple(number for number in ended if number not in starts)) for step, ended in left]
 
 
 def _lie(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -76,7 +76,7 @@ class Launch(NamedTuple):
 
     Attributes:
         start: takes all parameters in order, addresses in the place of tensors, and the stream.
-        values: picks them out of the call's words; of a tuple of tensors the first.
+        values: picks them out of the call's words, None in the place of a tuple.
         groups: positions of tuples among them, and what picks those.
     """
 
