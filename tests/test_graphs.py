@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +310,7 @@ def test_the_engine_does_nothing_on_the_host_after_its_first_call(unit: str, rec
 
 
 TINY: dict[str, Any] = {
-    "model": "thresholdnet_ab", "model_args": {"width_mult": 0.25}, "data": "digits", "limit": 92, "epochs": 1,
+    "model": "thresholdnet_ab", "model_args": {"width_mult": 0.25}, "data": "digits", "limit": 92, "epochs": 2,
     "batch_size": 20, "save_every": 2, "quiet": True, "accelerator": "cpu",
 }  # fmt: skip
 FIGURES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -319,21 +321,22 @@ class Cut(Exception):
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The imitation in the place of `graphed`; lists (images, what ran) of every step behind it, tests too."""
-    made: list[tuple[int, str]] = []
-    forward = graphs.Graphed.forward
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+    """Training on a CPU as with graphs, a capture imitated, which runs nothing; lists (step, images, what ran)."""
+    made: list[tuple[str, int, str]] = []
+    call = graphs.GraphedStep.__call__
 
-    def noted(self: graphs.Graphed, x: torch.Tensor) -> torch.Tensor:
-        if self.model.training:
-            assert all(parameter.grad is None for parameter in self.model.parameters())  # or each would be copied
-        y = forward(self, x)
-        made.append((len(x), self.ran if self.model.training else f"test {self.ran}"))
-        return y
+    def imitated_capture(step: Callable[[], None], warmup: int) -> tuple[Callable[[], None], None]:
+        assert warmup == 0
+        return step, None
 
-    monkeypatch.setattr(classifier, "graphed", imitation)
+    def noted(self: graphs.GraphedStep, *tensors: torch.Tensor) -> None:
+        call(self, *tensors)
+        made.append((self._step.__name__, len(tensors[0]), "step" if self._replay is None else "graph"))
+
+    monkeypatch.setattr(graphs, "capture", imitated_capture)
+    monkeypatch.setattr(graphs.GraphedStep, "__call__", noted)
     monkeypatch.setattr(run_module._Run, "_draw", lambda self, device, with_images: {})  # pictures take longest
-    monkeypatch.setattr(graphs.Graphed, "forward", noted)
     monkeypatch.setattr(run_module, "process_counts", lambda config: (1, 0, 0))
     return made
 
@@ -343,19 +346,21 @@ def history(result: dict[str, Any]) -> list[list[float]]:
 
 
 def test_train_captures_each_batch_size_and_resumes_exactly(
-    tmp_path: Path, ran: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ran: list[tuple[str, int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = train(TrainConfig(**TINY, ema=0.9, out_dir=tmp_path / "plain"))
     assert not ran and not plain["cuda_graph"]
     whole = train(TrainConfig(**TINY, ema=0.9, cuda_graph=True, out_dir=tmp_path / "whole"))
-    tested = [*[(19, "test graph")] * 2, *[(18, "test graph")] * 3]
-    assert ran == [*[(19, "graph")] * 2, *[(18, "graph")] * 3, *tested] and whole["cuda_graph"]
+    first = [("learn", count, "step") for count in (19, 19, 18, 18, 18)]  # three of a size run before a capture
+    second = [("learn", count, how) for count, how in zip((19, 19, 18, 18, 18), ("step", *["graph"] * 4), strict=True)]
+    judged = [[("judge", *batch) for _, *batch in epoch] for epoch in (first, second)]
+    assert ran == [*first, *judged[0], *second, *judged[1]] and whole["cuda_graph"]
     assert history(whole) == history(plain)
     original = classifier.Classifier.on_train_batch_start
 
     def cut(self: classifier.Classifier, batch: Any, batch_idx: int) -> None:
         original(self, batch, batch_idx)
-        if self.global_step == 3:
+        if self.global_step == 7:
             raise Cut
 
     with monkeypatch.context() as patch:
@@ -365,8 +370,8 @@ def test_train_captures_each_batch_size_and_resumes_exactly(
     ran.clear()
     saved = TrainConfig.saved_in(tmp_path / "cut")
     assert saved is not None and saved.cuda_graph
-    resumed = train(saved)  # from step 2, among the smaller batches, which are captured first then
-    assert ran == [*[(18, "graph")] * 3, *tested]
+    resumed = train(saved)  # from step 6, in the second epoch
+    assert ran == [*first[1:], *judged[0]]
     assert history(resumed) == history(whole)
     a, b = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -443,12 +448,38 @@ def test_captured_inference_and_autocast() -> None:
 
 
 @needs_gpu
-def test_graphed_training_on_a_gpu(tmp_path: Path) -> None:
-    settings = TINY | {"accelerator": "gpu", "fused": True, "precision": "bf16"}
+@pytest.mark.parametrize("recipe", ["released", "modern"])
+@pytest.mark.parametrize("precision", ["32", "bf16", "16"])
+def test_graphed_training_on_a_gpu(recipe: str, precision: str, tmp_path: Path) -> None:
+    settings = TINY | {"accelerator": "gpu", "recipe": recipe, "precision": precision, "ema": 0.9}
+    settings["fused"] = precision != "32"
     plain = train(TrainConfig(**settings, out_dir=tmp_path / "plain"))
     quick = train(TrainConfig(**settings, cuda_graph=True, out_dir=tmp_path / "quick"))
     for a, b in zip(plain["history"], quick["history"], strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.05)
+        assert (a["step"], a["lr"]) == (b["step"], b["lr"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01 if precision == "32" else 0.05)
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=0.1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_on_a_gpu_goes_on_with_graphs_and_without(first: bool, tmp_path: Path) -> None:
+    settings = TINY | {"accelerator": "gpu", "recipe": "released"}
+    whole = train(TrainConfig(**settings | {"epochs": 3}, out_dir=tmp_path / "whole"))
+    train(TrainConfig(**settings, cuda_graph=first, out_dir=tmp_path / "cut"))
+    saved = TrainConfig.saved_in(tmp_path / "cut")
+    assert saved is not None
+    went_on = train(replace(saved, epochs=3, cuda_graph=not first))
+    assert [row["step"] for row in went_on["history"]] == [row["step"] for row in whole["history"]]
+    for a, b in zip(whole["history"], went_on["history"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.02)
+
+
+@needs_gpu
+def test_graphed_training_stops_at_a_loss_that_is_none(tmp_path: Path) -> None:
+    settings = TINY | {"accelerator": "gpu", "recipe": "released", "lr": 1e30, "epochs": 5, "cuda_graph": True}
+    with pytest.raises(ValueError, match=r"the loss is no finite number at epoch 1, step [1-4] "):
+        train(TrainConfig(**settings, out_dir=tmp_path))
 
 
 @needs_gpu

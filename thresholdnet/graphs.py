@@ -127,6 +127,43 @@ def graphed(model: nn.Module, sample: Tensor) -> Graphed:
         return Graphed(model, sample, functools.partial(_made, make))
 
 
+class GraphedStep:
+    """A step that works in place, as one CUDA graph: say, forward, backward, optimizer and sums of one batch.
+
+    Every call does the step's work once. The first ones run it as it is, in which libraries choose their algorithms and
+    an optimizer makes its state; the next one captures it, which runs nothing, and replays that from then on.
+
+    Args:
+        step: takes tensors whose shapes, dtypes and devices are those of the first call. What else it reads or writes
+            stays in its memory, and it neither waits for the GPU nor reads from it.
+    """
+
+    def __init__(self, step: Callable[..., None]):
+        self._step = step
+        self._warm = 0
+        self._own: list[Tensor] = []
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run or replay the step; raises RuntimeError where it cannot be captured."""
+        if self._warm < WARMUP:
+            self._warm += 1
+            with _uncached_autocast(tensors[0].device):
+                self._step(*tensors)
+            return
+        if self._replay is None:
+            self._own = [tensor.detach().clone() for tensor in tensors]
+            self._replay = self._captured()
+        else:
+            for own, tensor in zip(self._own, tensors, strict=True):
+                own.copy_(tensor)
+        self._replay()
+
+    def _captured(self) -> Callable[[], None]:
+        with _uncached_autocast(self._own[0].device), _sentence("the step"):
+            return capture(lambda: self._step(*self._own), warmup=0)[0]
+
+
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for a model that cannot be captured, wherever it lies; see `graphed`."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -174,11 +211,18 @@ def _replay(graph: torch.cuda.CUDAGraph, constants: Any) -> None:
 
 
 def _made(make: Callable[[nn.Module, Tensor], Call], model: nn.Module, own: Tensor) -> Call:
-    try:
+    with _sentence(type(model).__name__):
         return make(model, own)
+
+
+@contextmanager
+def _sentence(what: str) -> Iterator[None]:
+    """One line of what a failed capture raises."""
+    try:
+        yield
     except RuntimeError as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RuntimeError(f"graphed could not capture {type(model).__name__}: {line}") from error
+        raise RuntimeError(f"graphed could not capture {what}: {line}") from error
 
 
 class _Body(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import INFO_KEY, save_atomic
-from ..graphs import Graphed, graphed
+from ..graphs import GraphedStep, check_model
 from ..loaders import IGNORE, mix_seed
 from .recipes import Recipe
 
@@ -44,8 +45,8 @@ class Classifier(pl.LightningModule):
         info: what checkpoints say about the run (model, classes, normalisation, ...); plain Python values.
         seed: of the random stream of each step (dropout).
         ema_decay: keep an exponential average of the weights and evaluate with it; None for none.
-        cuda_graph: train and evaluate behind CUDA graphs, captured at the first batch of each size: an epoch has one
-            size or two of either kind.
+        cuda_graph: a step of training, optimizer included, and one of evaluation as CUDA graphs, captured behind the
+            first batches of each size: an epoch has one size or two of either kind.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class Classifier(pl.LightningModule):
         self.ema = copy.deepcopy(model).requires_grad_(False).eval() if ema_decay is not None else None
         self.ema_decay = ema_decay
         self.cuda_graph = cuda_graph
-        # by mode and batch size, in a dict: attributes of their own would enter the state dict
-        self.graphs: dict[tuple[bool, int], Graphed] = {}
+        self.graphs: dict[tuple[Callable[..., None], int], GraphedStep] = {}  # by step and batch size
         self.recipe, self.steps_per_epoch, self.info, self.seed = recipe, steps_per_epoch, info, seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.lr = recipe.lr_at(0, steps_per_epoch)
-        self.train_sums, self.test_sums = _zeros("cpu"), _zeros("cpu")  # loss x images, correct, images
+        # written in place, as a graph does: loss x images, correct, images; the step, and the first without a loss
+        self.train_sums, self.test_sums = _zeros("cpu"), _zeros("cpu")
+        self.at, self.bad_step = torch.tensor(0), torch.tensor(-1)
         self.carried = 0.0  # seconds of this epoch before the run was resumed
         self.restored: dict[str, Any] | None = None
-        self.bad_step = torch.tensor(-1)
         self.epoch_started = self.test_started = time.perf_counter()
 
     @property
@@ -92,12 +93,14 @@ class Classifier(pl.LightningModule):
         ]
         groups = [group for group in groups if group["params"]]
         if self.recipe.optimizer == "adam":
-            return torch.optim.Adam(groups, lr=self.lr)
+            return torch.optim.Adam(groups, **self.optimizer_ways())
         momentum = self.recipe.momentum
-        return torch.optim.SGD(groups, lr=self.lr, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **self.optimizer_ways())
 
     def on_train_start(self) -> None:
         """Take up the figures of the epoch that the checkpoint was saved in."""
+        self.train_sums, self.test_sums = _zeros(self.device), _zeros(self.device)
+        self.at = torch.tensor(self.global_step, device=self.device)
         self.bad_step = torch.tensor(-1, device=self.device)
         self.start_epoch()
         if self.restored:
@@ -105,7 +108,22 @@ class Classifier(pl.LightningModule):
             # One row per process. With another number of processes the first one carries the total.
             row = sums[self.global_rank] if len(sums) == self.trainer.world_size else sums.sum(0)
             if len(sums) == self.trainer.world_size or self.global_rank == 0:
-                self.train_sums = row.to(self.train_sums)
+                self.train_sums.copy_(row)
+        if self.cuda_graph:
+            check_model(self.model)
+        optimizer, ways = self.trainer.optimizers[0], self.optimizer_ways()
+        for group in optimizer.param_groups:  # a checkpoint's have taken the place of ours
+            group.update(ways)
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].to(self.device if ways["fused"] else "cpu", torch.float32)
+
+    def optimizer_ways(self) -> dict[str, Any]:
+        """How the optimizer computes: in a CUDA graph its rate and its counters lie on the device."""
+        within = self.cuda_graph and self.device.type == "cuda"
+        rate = torch.tensor(self.lr, device=self.device) if within else self.lr
+        ways = {"lr": rate, "fused": within or None}
+        return ways | {"capturable": within} if self.recipe.optimizer == "adam" else ways
 
     def on_train_epoch_start(self) -> None:
         """A new epoch begins (not called when one is taken up in its middle)."""
@@ -116,40 +134,66 @@ class Classifier(pl.LightningModule):
 
     def start_epoch(self) -> None:
         """Set the epoch's sums to zero and its clock to now."""
-        self.train_sums = _zeros(self.device)
+        self.train_sums.zero_()
         self.epoch_started = time.perf_counter()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set learning rate and random stream: both pure functions of the step."""
         self.lr = self.recipe.lr_at(self.global_step, self.steps_per_epoch)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.lr
+        groups = self.trainer.optimizers[0].param_groups
+        if isinstance(groups[0]["lr"], Tensor):
+            groups[0]["lr"].fill_(self.lr)  # one for all of them
+        else:
+            for group in groups:
+                group["lr"] = self.lr
         _seed(mix_seed(self.seed, self.global_step, self.global_rank), self.device)
-        if self.cuda_graph:  # Lightning clears them behind the forward pass, where a graph copies what it finds
-            self.trainer.optimizers[0].zero_grad()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        images, labels = batch
-        logits = self.called(self.model, images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        with torch.no_grad():
-            self.train_sums += _sums(loss.detach() * len(labels), logits, labels, self.train_sums)
-            broken = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
-            self.bad_step = torch.where(broken, self.global_step, self.bad_step)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Loss of one batch; None where the optimizer has stepped already, with the graph."""
+        loss = None
+        if self.cuda_graph:
+            self.run_graph(self.learn, *batch)
+        else:
+            loss = self.loss_of(*batch)
         if self.device.type == "cpu" or self.global_step % FINITE_CHECK_STEPS == 0:
             self.check_finite()
         return loss
 
-    def called(self, net: nn.Module, images: Tensor) -> Tensor:
-        """The network's logits, behind a graph where one is wanted."""
-        if self.cuda_graph:
-            key = net.training, len(images)
-            if key not in self.graphs:
-                self.graphs[key] = graphed(net, images)
-            net = self.graphs[key]
-        logits: Tensor = net(images)
-        return logits
+    def run_graph(self, step: Callable[..., None], images: Tensor, labels: Tensor) -> None:
+        """A step in place on one batch, behind a graph for batches of its size."""
+        key = step, len(images)
+        if key not in self.graphs:
+            self.graphs[key] = GraphedStep(step)
+        self.graphs[key](images, labels)
+
+    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Loss of one batch, added to the epoch's sums."""
+        logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+        with torch.no_grad():
+            self.train_sums += _sums(loss.detach() * len(labels), logits, labels, self.train_sums)
+            broken = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
+            self.bad_step.copy_(torch.where(broken, self.at, self.bad_step))
+            self.at += 1
+        return loss
+
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        """The whole step of one batch, from the images to the new weights, without a wait: what a graph holds."""
+        optimizer, scaler = self.trainer.optimizers[0], getattr(self.trainer.precision_plugin, "scaler", None)
+        loss = self.loss_of(images, labels)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with torch.autocast(self.device.type, enabled=False):
+            if scaler is not None:
+                loss = scaler.scale(loss)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+        optimizer.zero_grad()
 
     def check_finite(self) -> None:
         """Raise ValueError once a loss was infinite or not a number; called before anything is saved, too."""
@@ -161,13 +205,27 @@ class Classifier(pl.LightningModule):
                 f"(learning rate {lr:.3g}); try a lower lr, or precision 32"
             )
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
         """Step, then move the averaged weights: before any callback can save a checkpoint."""
-        super().optimizer_step(*args, **kwargs)
+        if self.cuda_graph and optimizer_closure is not None:
+            optimizer_closure()  # Lightning's name for training_step, which has done it all
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None and self.ema_decay is not None:
             # A short memory at first: the random weights of the start must not linger for 1 / (1 - decay)
             # steps.
             update_average(self.ema, self.model, min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step)))
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """A graph's gradients live in the graph alone."""
+        if not self.cuda_graph:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the graphs, which hold this module, and of their memory."""
+        self.graphs.clear()
 
     # --- evaluation
 
@@ -175,15 +233,21 @@ class Classifier(pl.LightningModule):
         """Zero the sums; give every process the batch norm statistics of the first one."""
         self.check_finite()
         self.test_started = time.perf_counter()
-        self.test_sums = _zeros(self.device)
+        self.test_sums.zero_()
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one test batch to the sums; labels of IGNORE do not count."""
-        images, labels = batch
-        logits = self.called(self.net, images)
+        if self.cuda_graph:
+            self.run_graph(self.judge, *batch)
+        else:
+            self.judge(*batch)
+
+    def judge(self, images: Tensor, labels: Tensor) -> None:
+        """Add one test batch to the sums."""
+        logits = self.net(images)
         loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
         self.test_sums += _sums(loss, logits, labels, self.test_sums)
 

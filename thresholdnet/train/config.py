@@ -51,8 +51,8 @@ class TrainConfig:
         channels_last: memory format of weights and images.
         fused, backend, recompute: run the blocks in the engine (`ThresholdBlock`); a run may be resumed either way.
         sync_batchnorm: batch statistics over all GPUs.
-        cuda_graph: forward, backward and evaluation as CUDA graphs (`thresholdnet.graphed`), for small images on one
-            GPU; a run may be resumed either way.
+        cuda_graph: a whole step, optimizer and loss included, as one CUDA graph, and so a step of evaluation, for small
+            images on one GPU; a run may be resumed either way.
         accelerator: `"auto"`, `"cpu"`, `"gpu"` or `"mps"`.
         devices: processes on this machine; under torchrun its own numbers count.
         num_nodes: machines.
