@@ -140,7 +140,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
-        ("norm.normalise", {"ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}),
+        *(("norm.normalise", {"EPS": eps, "ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}) for eps in (None, 1e-5)),
         ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),
         ("conv.finish_splits", {"SPLITS": 2, "TILE_ROWS": 64, **end}),
         ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),

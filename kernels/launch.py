@@ -197,21 +197,31 @@ def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tenso
     return scale, shift
 
 
-def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:
-    """Write act(z * scale + shift) into a slot; z and out are slots [N, C, H, W], scale and shift [C]."""
+def normalise(
+    z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu",
+    statistics: tuple[Tensor, Tensor, float] | None = None,
+) -> None:  # fmt: skip
+    """Write act(z * scale + shift) into a slot; z and out are slots [N, C, H, W], scale and shift [C].
+
+    statistics: (mean, biased variance, eps) of a BatchNorm, whose gamma and beta then are in scale's and shift's place.
+    """
     check_device("z", z)
     (z_slot, out_slot), pixels = check_slots([("z", z), ("out", out)])
     check_same_images("z", z, out)
     channels = out.shape[1]
     scale, shift = per_channel("scale", scale, channels, out), per_channel("shift", shift, channels, out)
+    mean, variance, eps = scale, scale, None
+    if statistics is not None:
+        mean, variance = (per_channel(f"statistics[{i}]", v, channels, out) for i, v in enumerate(statistics[:2]))
+        eps = statistics[2]
     if pixels == 0:
         return
     rows, block = _elementwise_tile(channels)
     with on_device_of(out):
         start(
             device_norm.normalise, (cdiv(pixels, rows), cdiv(channels, block)),
-            z, scale, shift, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
-            ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
+            z, scale, shift, mean, variance, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
+            EPS=eps, ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ two runs are equal to the bit.
 import triton
 import triton.language as tl
 
+from .affine import affine_of
 from .conv import activate
 
 
@@ -110,10 +111,13 @@ def slot_statistics(source, partial, rows, row8, channels, TILE_ROWS: tl.constex
 
 @triton.jit(do_not_specialize=["rows", "z_row8", "out_row8", "channels"])
 def normalise(
-    z, scale, shift, out, rows, z_row8, out_row8, channels,
-    ACTIVATION: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    z, scale, shift, mean, variance, out, rows, z_row8, out_row8, channels,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = act(z scale + shift), zeros in the slot's padding; grid (row tiles, channel blocks)."""
+    """out = act(z scale + shift), zeros in the slot's padding; grid (row tiles, channel blocks).
+
+    With an EPS, scale and shift are gamma and beta (of any dtype), and mean and variance make the affine of them.
+    """
     ACC: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     pixel = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -121,6 +125,8 @@ def normalise(
     mask = (pixel < rows)[:, None] & (channel < (channels + 7) // 8 * 8)[None, :]
     a = tl.load(scale + channel, mask=real, other=0.0).to(ACC)
     b = tl.load(shift + channel, mask=real, other=0.0).to(ACC)
+    if EPS is not None:
+        a, b = affine_of(a, b, mean, variance, channel, real, EPS)
     value = tl.load(z + pixel[:, None] * (z_row8 * 8) + channel[None, :], mask=mask, other=0.0).to(ACC)
     value = tl.where(real[None, :], activate(value * a[None, :] + b[None, :], ACTIVATION), 0.0)
     to = out + pixel[:, None] * (out_row8 * 8) + channel[None, :]

@@ -248,13 +248,13 @@ class _Block:
 
     def affine(
         self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """BatchNorm's affine with these statistics; made once where they are given and `weight` is declared."""
+    ) -> Any:
+        """BatchNorm's affine with these statistics, for `conv` and `normalise`; made once where they are given and
+        `weight` is declared."""
 
-        def made() -> tuple[Tensor, Tensor]:
+        def made() -> Any:
             gamma, beta = (self.weight(layer, self.norms[which] + i) for i in (0, 1))
-            scale, shift = self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
-            return scale, shift
+            return self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
 
         forms = packing.forms_of(weight) if self.fixed(layer, which) else None
         if forms is None:

@@ -248,8 +248,8 @@ def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pi
             continue
         torch._foreach_add_([norm.num_batches_tracked for norm, _ in some], 1)
         means, variances = zip(*(used for _, used in some), strict=True)
-        _average([norm.running_mean for norm, _ in some], means, momentum, 1.0)
-        _average([norm.running_var for norm, _ in some], variances, momentum, unbiased)
+        found = [*means, *torch._foreach_mul(list(variances), unbiased)]
+        _average([norm.running_mean for norm, _ in some] + [norm.running_var for norm, _ in some], found, momentum)
 
 
 def _update_one(norm: Any, used: Tensor, unbiased: float | Tensor) -> None:
@@ -260,14 +260,13 @@ def _update_one(norm: Any, used: Tensor, unbiased: float | Tensor) -> None:
     norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
 
 
-def _average(buffers: list[Tensor], found: Sequence[Tensor], rate: float, factor: float) -> None:
-    """buffer = (1 - rate) buffer + rate factor found, all at once: on a GPU every small operation is a launch."""
+def _average(buffers: list[Tensor], found: list[Tensor], rate: float) -> None:
+    """buffer = (1 - rate) buffer + rate found, all at once: on a GPU every small operation is a launch."""
     half = buffers[0].dtype != found[0].dtype
     wide = [torch.empty_like(each) for each in found] if half else buffers
     if half:
         torch._foreach_copy_(wide, buffers)
-    torch._foreach_mul_(wide, 1 - rate)
-    torch._foreach_add_(wide, list(found), alpha=rate * factor)
+    torch._foreach_lerp_(wide, found, rate)
     if half:
         torch._foreach_copy_(buffers, wide)
 

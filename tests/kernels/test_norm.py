@@ -25,6 +25,22 @@ def test_normalise(size, dtype, activation):
     assert not padding(y).any() and other.isnan().all() and unlinked.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parameters", (torch.float32, torch.bfloat16), ids=str)
+def test_normalise_by_statistics(parameters, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    _, (z, other) = rows(3, 9, 7, (20, 14), dtype)
+    _, (unlinked, y) = rows(3, 9, 7, (9, 20), dtype)
+    fill(z)
+    gamma, beta = torch.randn(2, 20).to(parameters)
+    mean, variance = torch.randn(2, 40, dtype=wide)[:, ::2].abs()  # not dense
+    launch.normalise(z, gamma, beta, y, "relu", statistics=(mean, variance, 1e-3))
+    scale = gamma.double() / (variance.double() + 1e-3).sqrt()
+    shift = beta.double() - mean.double() * scale
+    assert_near(y, F.relu(z.double() * scale[:, None, None] + shift[:, None, None]), dtype)
+    assert not padding(y).any() and other.isnan().all() and unlinked.isnan().all()
+
+
 @pytest.mark.parametrize("wide", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", (1, 70, 256, 300))

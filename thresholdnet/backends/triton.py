@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
 from ..kernels import launch
 from . import slotted
+from .elementwise import Affine
+from .native import Moments, Place
 from .slotted import kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
+
+
+class BatchNorm(NamedTuple):
+    """What makes a BatchNorm's affine: `normalise` makes it on its way, which is one launch less."""
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    variance: Tensor
+    eps: float
 
 
 class Verbs(slotted.Verbs):
     """See `slotted.Verbs`."""
 
     launch = launch
+
+    def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Any:
+        return BatchNorm(gamma, beta, *moments, eps)
+
+    def conv(
+        self, sources: Sequence[Tensor], weight: Tensor, *, affine: Affine | BatchNorm | None = None, **others: Any
+    ) -> tuple[Tensor, Moments | None]:
+        made = launch.batch_norm_affine(*affine) if isinstance(affine, BatchNorm) else affine
+        return super().conv(sources, weight, affine=made, **others)
+
+    def normalise(self, z: Tensor, affine: Affine | BatchNorm, activation: str, *, into: Place) -> Tensor:
+        if not isinstance(affine, BatchNorm):
+            return super().normalise(z, affine, activation, into=into)
+        out = self._slot(into, z.shape[1])
+        launch.normalise(z, affine.gamma, affine.beta, out, activation, statistics=affine[2:])
+        return out
