@@ -321,7 +321,13 @@ class Cut(Exception):
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+def unpictured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training without its pictures, which take longest."""
+    monkeypatch.setattr(run_module._Run, "_draw", lambda self, device, with_images: {})
+
+
+@pytest.fixture
+def ran(unpictured: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     """Training on a CPU as with graphs, a capture imitated, which runs nothing; lists (step, images, what ran)."""
     made: list[tuple[str, int, str]] = []
     call = graphs.GraphedStep.__call__
@@ -336,7 +342,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
 
     monkeypatch.setattr(graphs, "capture", imitated_capture)
     monkeypatch.setattr(graphs.GraphedStep, "__call__", noted)
-    monkeypatch.setattr(run_module._Run, "_draw", lambda self, device, with_images: {})  # pictures take longest
     monkeypatch.setattr(run_module, "process_counts", lambda config: (1, 0, 0))
     return made
 
@@ -450,7 +455,7 @@ def test_captured_inference_and_autocast() -> None:
 @needs_gpu
 @pytest.mark.parametrize("recipe", ["released", "modern"])
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
-def test_graphed_training_on_a_gpu(recipe: str, precision: str, tmp_path: Path) -> None:
+def test_graphed_training_on_a_gpu(recipe: str, precision: str, unpictured: None, tmp_path: Path) -> None:
     settings = TINY | {"accelerator": "gpu", "recipe": recipe, "precision": precision, "ema": 0.9}
     settings["fused"] = precision != "32"
     plain = train(TrainConfig(**settings, out_dir=tmp_path / "plain"))
@@ -463,7 +468,7 @@ def test_graphed_training_on_a_gpu(recipe: str, precision: str, tmp_path: Path) 
 
 @needs_gpu
 @pytest.mark.parametrize("first", [True, False])
-def test_a_run_on_a_gpu_goes_on_with_graphs_and_without(first: bool, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_goes_on_with_graphs_and_without(first: bool, unpictured: None, tmp_path: Path) -> None:
     settings = TINY | {"accelerator": "gpu", "recipe": "released"}
     whole = train(TrainConfig(**settings | {"epochs": 3}, out_dir=tmp_path / "whole"))
     train(TrainConfig(**settings, cuda_graph=first, out_dir=tmp_path / "cut"))
