@@ -36,11 +36,13 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCMMA", "UTCQMMA")}
 STACK_LIMIT = 192  # bytes; outside of main loops, where an H100 showed no cost of 176
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two
+SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two but for MANY
+MANY = {"pack_weights": 64}  # as many as a launch reads
 SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
     "entries", "entry_row8", "taps_inside", "first_pixel", "index", "channel", "k_of_weight",
-    "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel",
+    "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel", "programs", "matrices", "k_weight",
+    "k_offset", "steps",
 }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),
         ("conv.finish_splits", {"SPLITS": 2, "TILE_ROWS": 64, **end}),
         ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),
-        ("conv.pack_weight", {"TAPS": 9, "TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
+        ("pack.pack_weights", {"TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
         ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
         ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),
         ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),
@@ -155,7 +157,6 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
             "merge_sums": 32,
             "merge_readers": 8,
             "reduce_splits": 8,
-            "pack_weight": 2,
         }.get(kernel.split(".")[1], 4)
         yield Form(kernel, architecture, dtype, tuple(constants.items()), warps, 3, tensor_core=False)
 
@@ -210,8 +211,10 @@ def compile_form(form: Form) -> Report:
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         elif name in SEVERAL:
-            signature[name] = ("*fp32", "*fp32")
-            aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(2)}
+            several = MANY.get(function, 2)
+            signature[name] = ("*fp32",) * several
+            if not parameter.do_not_specialize_on_alignment:
+                aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(several)}
         else:
             slot = name in SLOTS or name == "weight"
             slot = slot and function != "reduce_splits"

@@ -1,4 +1,4 @@
-"""The table-driven convolution: forward and data gradient, 1x1 and 3x3, any list of linked slots; and weight packing.
+"""The table-driven convolution: forward and data gradient, 1x1 and 3x3, any list of linked slots.
 
     acc[m, n] = sum over k of A[m, k] W[n, k]
     A[m, k]   = source[pixel_m * row_k + delta_k] where tap_k of pixel_m lies inside the image, else 0
@@ -265,44 +265,3 @@ def finish_splits(
         first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,
         TILE_ROWS, GROUP_H, GROUP_W, GROUP_CHANNELS, EPILOGUE, ACTIVATION, ADD,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["out_channels", "chunks", "column_channels8", "positions"])
-def pack_weight(
-    weights, layouts, index, packed, scale, shift, channel, affine, out_channels, chunks, column_channels8, positions,
-    TAPS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr, AFFINE: tl.constexpr,
-):  # fmt: skip
-    """packed[n, k] = weights[channel of n, index[pixel of n, k]], 0 for none; grid (column tiles, chunks).
-
-    weights: several that follow each other in a row, read where they lie; layouts [weights, 4]: channels of the row
-    that are its own, and its steps between two columns, two of those channels, two taps. index as KTable.weight_index:
-    channel * TAPS + tap in the row; a pixel of the group has column_channels8 * 8 columns, in whole tiles where there
-    are several pixels, so that a tile shares one row of it. AFFINE: affine [2, K + TILE_K] = scale, shift in the order
-    of `channel` (KTable.channel), 0 in padding; the grid has one more chunk.
-    """
-    k = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
-    if AFFINE:
-        c = tl.load(channel + k)
-        if tl.program_id(0) == 0:
-            a = tl.load(scale + c, mask=c >= 0, other=0.0)
-            b = tl.load(shift + c, mask=c >= 0, other=0.0)
-            tl.store(affine + k, a.to(affine.dtype.element_ty))
-            tl.store(affine + (chunks + 1) * TILE_K + k, b.to(affine.dtype.element_ty))
-    if tl.program_id(1) < chunks:
-        start = tl.program_id(0) * TILE_COLUMNS
-        position = start // (column_channels8 * 8)
-        n = (start % (column_channels8 * 8) + tl.arange(0, TILE_COLUMNS))[:, None]
-        at = tl.load(index + tl.minimum(position, positions - 1) * (chunks * TILE_K) + k)[None, :]
-        real = (n < out_channels) & (position < positions) & (at >= 0)
-        inner = at // TAPS
-        value = tl.zeros((TILE_COLUMNS, TILE_K), packed.dtype.element_ty)
-        first = 0
-        for i in tl.static_range(len(weights)):
-            end = first + tl.load(layouts + 4 * i)
-            mine = real & (inner >= first) & (inner < end)
-            row = n * tl.load(layouts + 4 * i + 1) + (inner - first) * tl.load(layouts + 4 * i + 2)
-            read = tl.load(weights[i] + (row + at % TAPS * tl.load(layouts + 4 * i + 3)), mask=mine, other=0.0)
-            value = tl.where(mine, read.to(packed.dtype.element_ty), value)
-            first = end
-        column = start + tl.arange(0, TILE_COLUMNS)
-        tl.store(packed + (column[:, None] * (chunks * TILE_K) + k[None, :]), value)

@@ -33,11 +33,11 @@ def device_table(
 ) -> DeviceTable:
     table = k_table(sources, width, kernel_size, chunk, group, transposed)
     return DeviceTable(
-        _upload(table.entries, device),
-        _upload(table.row8, device),
-        _upload(table.weight_index, device),
-        _upload(table.channel, device),
-        _upload(table.k_of_weight, device),
+        upload(table.entries, device),
+        upload(table.row8, device),
+        upload(table.weight_index, device),
+        upload(table.channel, device),
+        upload(table.k_of_weight, device),
         table.chunks,
     )
 
@@ -56,10 +56,10 @@ def device_halo_table(
     tap = np.arange(9)[::-1, None] if transposed else np.arange(9)[:, None]
     weight_index = np.where(channel >= 0, channel * 9 + tap, -1).astype(np.int32)
     return DeviceTable(
-        _upload(table.entries, device),
-        _upload(table.row8, device),
-        _upload(weight_index.reshape(1, -1), device),
-        _upload(table.channel, device),
+        upload(table.entries, device),
+        upload(table.row8, device),
+        upload(weight_index.reshape(1, -1), device),
+        upload(table.channel, device),
         torch.empty(0, dtype=torch.int32, device=device),
         table.chunks,
     )
@@ -68,7 +68,7 @@ def device_halo_table(
 @device_constant(maxsize=256)
 def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
     table = pixel_table(batch, height, width, group)
-    return _upload(table.taps_inside, device), _upload(table.first_pixel, device)
+    return upload(table.taps_inside, device), upload(table.first_pixel, device)
 
 
 @device_constant(maxsize=4096)
@@ -76,13 +76,14 @@ def device_columns(
     outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     out_at8, feature_at8, column_channel = column_table(outs, features, multiple)
-    return _upload(out_at8, device), _upload(feature_at8, device), _upload(column_channel, device)
+    return upload(out_at8, device), upload(feature_at8, device), upload(column_channel, device)
 
 
 @device_constant(maxsize=4096)
 def device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    return _upload(np.array(offsets, np.int32), device)
+    return upload(np.array(offsets, np.int32), device)
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device."""
     return torch.from_numpy(array.copy()).to(device)

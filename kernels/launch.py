@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from . import norm as device_norm
 from . import readers as device_readers
 from . import weight_gradient as device_weight_gradient
 from .configs import (
+    DTYPES,
     MOST_SPLITS,
     ConvolutionConfig,
     ReadersConfig,
@@ -56,11 +57,12 @@ from .operands import (
     per_channel,
     uses_tf32,
 )
+from .packed_weights import Affine, Matrix, PackedWeight
+from .packed_weights import pack as pack_matrices
 from .tables import LANES, Group
 from .tuned import Shape, choice
 
 PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
-MOST_WEIGHTS = 8  # that one launch packs: each is compiled into it
 
 
 class Mask(NamedTuple):
@@ -75,7 +77,7 @@ class Mask(NamedTuple):
 
 def conv(
     sources: Sequence[Tensor],
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     out: Tensor,
     *,
     affine: tuple[Tensor, Tensor] | None = None,
@@ -88,23 +90,31 @@ def conv(
 
     Args:
         sources: slots [N, C_i, H, W] in the order of the weight's input channels.
-        weight: [O, sum C_i, k, k], k 1 or 3, any floating dtype; it is rounded to the slots' dtype.
+        weight: [O, sum C_i, k, k], k 1 or 3, any floating dtype; it is rounded to the slots' dtype. Or what `pack` made
+            of it.
         out: slot [N, O, H, W], apart from the sources.
         affine: (scale, shift), each [sum C_i]: convolve act(source * scale + shift) instead. Meant for 1x1 kernels.
         activation: "relu", "relu6" or None; used after `affine` and after `bias`, wherever one is given.
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
-        config: tile sizes instead of the chosen ones.
+        config: tile sizes instead of the chosen ones; those of a packed weight are its own.
 
     Raises:
-        TypeError, ValueError, RuntimeError: see the module; `bias` together with `statistics`.
+        TypeError, ValueError, RuntimeError: see the module; `bias` together with `statistics`; a weight that is packed
+            for another convolution.
     """
     if bias is not None and statistics:
         raise ValueError("statistics must be False with a bias, got True: they are the raw convolution's")
+    if affine is not None and isinstance(weight, PackedWeight):
+        raise ValueError("weight must not be packed with an affine, which is packed beside it")
     check_device("out", out)
     layout = lay_out("sources", sources, out)
     channels = sum(source.width for source in layout.sources)
-    kernel_size = check_weight("weight", weight, out.shape[1], channels)
+    read: list[Tensor] | PackedWeight
+    if isinstance(weight, PackedWeight):
+        read, kernel_size = weight, weight.matrix.kernel_size
+    else:
+        read, kernel_size = [weight], check_weight("weight", weight, out.shape[1], channels)
     if not sources:
         raise ValueError("sources must hold at least one slot, got none")
     accumulator = accumulator_of(out)
@@ -115,7 +125,7 @@ def conv(
         scale_shift = tuple(per_channel(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
     vectors = () if bias is None else (per_channel("bias", bias, out.shape[1], out),)
     partial, tile_rows, group = _convolve(
-        layout, [weight], kernel_size, out,
+        layout, read, kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
         activation=activation_code(activation), affine=scale_shift, vectors=vectors, config=config,
     )  # fmt: skip
@@ -126,7 +136,7 @@ def conv(
 
 def gradient(
     dz: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | PackedWeight],
     out: Tensor,
     *,
     add: bool = False,
@@ -138,13 +148,14 @@ def gradient(
 
     Args:
         dz: slots [N, O_r, H, W], the gradients of the readers' raw outputs; none for a slot without readers.
-        weights: each reader's weight for this slot, [O_r, C, k, k]; a slice of its input channels.
+        weights: each reader's weight for this slot, [O_r, C, k, k]; a slice of its input channels. Or, alone, what
+            `pack` made of them all.
         out: slot [N, C, H, W], apart from dz.
         add: add to what `out` holds (the gradient that comes from the block's output).
         mask: of act(BatchNorm(z)) behind the slot: keep the gradient where the activation passes it, and return the
             sums that BatchNorm's backward needs. None leaves the plain gradient.
         activation: "relu" or "relu6", used with `mask`.
-        config: tile sizes instead of the chosen ones.
+        config: tile sizes instead of the chosen ones; those of packed weights are their own.
 
     Returns:
         None, or with `mask` (sum g, sum g xhat), each [C], fp32 (fp64 for fp64): BatchNorm's bias and weight gradients.
@@ -155,15 +166,14 @@ def gradient(
     others = [] if mask is None else [mask[0]]
     check_device("out", out)
     layout = lay_out("dz", dz, out, *others)
-    if len(weights) != len(dz):
-        raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
     channels, accumulator = out.shape[1], accumulator_of(out)
-    kernel_size = 1
-    for i, (d, weight) in enumerate(zip(dz, weights, strict=True)):
-        size = check_weight(f"weights[{i}]", weight, d.shape[1], channels)
-        if i and size != kernel_size:
-            raise ValueError(f"weights must have one kernel size, got {kernel_size} and {size}")
-        kernel_size = size
+    read: Any = weights[0] if len(weights) == 1 and isinstance(weights[0], PackedWeight) else weights
+    if isinstance(read, PackedWeight):
+        kernel_size = read.matrix.kernel_size
+    else:
+        if len(weights) != len(dz):
+            raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
+        kernel_size = _check_readers("weights", read, channels, [d.shape[1] for d in dz])
     vectors: tuple[Tensor, ...] = ()
     if mask is not None:
         if activation_code(activation) == 0:
@@ -173,7 +183,7 @@ def gradient(
     if layout.pixels == 0:
         return (torch.zeros(channels, dtype=accumulator, device=out.device),) * 2 if mask is not None else None
     partial, _, group = _convolve(
-        layout, weights, kernel_size, out,
+        layout, read, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
         activation=activation_code(activation) if mask is not None else 0,
         raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, config=config,
@@ -181,6 +191,57 @@ def gradient(
     if mask is None:
         return None
     return _merge_sums(partial, len(partial), group, channels)
+
+
+def pack(
+    weights: Sequence[Sequence[Tensor]],
+    like: Tensor,
+    *,
+    widths: Sequence[Sequence[int]] | None = None,
+) -> list[PackedWeight]:
+    """Pack the weights of several calls of `conv`, or of several of `gradient`, at once, as those would one by one.
+
+    Args:
+        weights: without `widths` each gradient's weights, as there; with them each convolution's, alone: [weight].
+        like: any tensor [N, C, H, W] with the pixels, dtype and device of the calls' slots.
+        widths: channels of each convolution's sources, in order. The convolutions take no affine.
+
+    Returns:
+        A packed weight for each call: it must not be used once a weight has changed.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see the module; `like` without pixels.
+    """
+    check_device("like", like)
+    if dtype_name(like) not in DTYPES:
+        raise TypeError(f"like must be float32, bfloat16, float16 or float64, got {like.dtype}")
+    if like.dim() != 4 or like.numel() == 0:
+        raise ValueError(f"like must have the shape [N, C, H, W] and pixels, got {tuple(like.shape)}")
+    if widths is not None and [len(own) for own in weights] != [1] * len(widths):
+        raise ValueError(f"weights must hold one weight for each of the {len(widths)} convolutions, alone")
+    images = (like.shape[0], like.shape[2], like.shape[3])
+    matrices = []
+    for i, own in enumerate(weights):
+        if widths is None:
+            read, channels = tuple(weight.shape[0] for weight in own), own[0].shape[1] if own else 1
+            kernel_size = _check_readers(f"weights[{i}]", own, channels, read)
+        else:
+            read, channels = tuple(widths[i]), own[0].shape[0]
+            kernel_size = check_weight(f"weights[{i}][0]", own[0], channels, sum(read))
+        config = _chosen_config(like, images, sum(read), channels, kernel_size, False, widths is None)
+        matrices.append(Matrix(read, channels, kernel_size, widths is None, config))
+    return pack_matrices(matrices, weights, like)
+
+
+def _check_readers(name: str, weights: Sequence[Tensor], channels: int, widths: Sequence[int]) -> int:
+    """The kernel size of readers' weights of the right shapes."""
+    kernel_size = 1
+    for i, (width, weight) in enumerate(zip(widths, weights, strict=True)):
+        size = check_weight(f"{name}[{i}]", weight, width, channels)
+        if i and size != kernel_size:
+            raise ValueError(f"{name} must have one kernel size, got {kernel_size} and {size}")
+        kernel_size = size
+    return kernel_size
 
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -460,7 +521,7 @@ def gradient_of_readers(
 
 def _convolve(
     layout: Layout,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | PackedWeight,
     kernel_size: int,
     out: Tensor,
     *,
@@ -473,15 +534,21 @@ def _convolve(
     transposed: bool = False,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, int, Group]:
-    """Pack the weights and launch; returns the partials [tiles, 2, columns], the rows of such a tile, and their group.
+    """Pack the weights, unless they are, and launch.
+
+    Returns the partials [tiles, 2, columns], the rows of such a tile, and their group.
 
     transposed: the weights are those of readers, whose output channels follow each other in K.
     """
     batch, height, width = layout.images
     channels, accumulator, device = out.shape[1], accumulator_of(out), out.device
+    widths = tuple(source.width for source in layout.sources)
     if config is None:
-        read = sum(source.width for source in layout.sources)
-        config = _chosen_config(layout, read, kernel_size, out, affine is not None, transposed)
+        if isinstance(weights, PackedWeight):
+            config = weights.matrix.config
+        else:
+            form = sum(widths), channels, kernel_size, affine is not None, transposed
+            config = _chosen_config(out, layout.images, *form)
     group = config.group
     positions = group[0] * group[1]
     if positions > 1 and (kernel_size != 3 or height % group[0] or width % group[1]):
@@ -489,22 +556,28 @@ def _convolve(
     if not 1 <= config.splits <= MOST_SPLITS:
         raise ValueError(f"config.splits must be 1 to {MOST_SPLITS}, got {config.splits}")
     padded = padded_width(channels)
-    column_tiles = cdiv(padded * positions, config.all_columns)
-    columns = column_tiles * config.all_columns
     rows = layout.pixels // positions
     tiles = cdiv(rows, config.rows)
     table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
-    all_k = table.chunks * config.chunk
-    packed = torch.empty(columns, all_k, dtype=out.dtype, device=device)
+    matrix = Matrix(widths, channels, kernel_size, transposed, config)
+    scale_shift, packed_affine = None, None
+    if affine is not None:
+        packed_affine = torch.empty(2, len(table.channel), dtype=accumulator, device=device)
+        scale_shift = Affine(affine[0], affine[1], table.channel, packed_affine)
+    if isinstance(weights, PackedWeight):
+        if weights.matrix != matrix or weights.values.dtype != out.dtype:
+            raise ValueError(f"weight must be packed for {matrix} in {out.dtype}, got {weights.matrix}")
+        packed = weights.values
+    else:
+        ((packed, _),) = pack_matrices([matrix], [weights], out, scale_shift)
+    columns = matrix.columns
+    column_tiles = columns // config.all_columns
     split_rows = tiles * config.rows
     splits = max(1, min(config.splits, table.chunks, (MAX_ELEMENTS - 1) // (split_rows * columns)))
     held, tile_rows, tile_columns = _finish_tile(splits, config.rows, columns)
     sums = epilogue in (STATISTICS, MASK)
     partial = torch.empty((cdiv(rows, tile_rows), 2, columns) if sums else 1, dtype=accumulator, device=device)
     products = partial.new_empty(splits, split_rows, columns) if splits > 1 else partial
-    packed_affine, scale, shift = partial, partial, partial
-    if affine is not None:
-        packed_affine, (scale, shift) = partial.new_empty(2, all_k + config.chunk), affine
     if kernel_size == 3:
         taps_inside, first_pixel = device_pixels(batch, height, width, group, device)
     else:
@@ -512,24 +585,10 @@ def _convolve(
     four = (*vectors, *(partial,) * 4)[:4]
     of_group = {"GROUP_H": group[0], "GROUP_W": group[1], "GROUP_CHANNELS": padded if positions > 1 else 0}
     with on_device_of(out):
-        if all_k:
-            weights, layouts = _readable(weights, transposed)
-            block, at_once = LANES, 1
-            if INTERPRETED:  # few programs, and large ones
-                block = math.gcd(padded if positions > 1 else columns, 64)
-                at_once = table.chunks & -table.chunks if affine is None else 1
-            chunks = table.chunks // at_once
-            start(
-                device_conv.pack_weight, (columns // block, chunks + (affine is not None)),
-                weights, device_offsets(layouts, device), table.weight_index, packed,
-                scale, shift, table.channel, packed_affine, channels, chunks, padded // LANES, positions,
-                TAPS=kernel_size**2, TILE_COLUMNS=block, TILE_K=config.chunk * at_once, AFFINE=affine is not None,
-                num_warps=4,
-            )  # fmt: skip
         start(
             device_conv.convolution, (column_tiles, tiles, splits),
-            layout.base, packed, out, out if raw is None else raw, table.entries, table.row8, packed_affine,
-            taps_inside, first_pixel, *four, products,
+            layout.base, packed, out, out if raw is None else raw, table.entries, table.row8,
+            partial if packed_affine is None else packed_affine, taps_inside, first_pixel, *four, products,
             rows, width, layout.row8, layout.out_row8, layout.raw_row8, table.chunks, channels,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, TILE_COLUMNS2=config.columns2, TILE_K=config.chunk,
             **of_group, TAPS=kernel_size == 3, SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
@@ -549,18 +608,22 @@ def _convolve(
 
 
 def _chosen_config(
-    layout: Layout, read: int, kernel_size: int, out: Tensor, affine: bool, transposed: bool
+    like: Tensor,
+    images: tuple[int, int, int],
+    read: int,
+    channels: int,
+    kernel_size: int,
+    affine: bool,
+    transposed: bool,
 ) -> ConvolutionConfig:
-    """The tile of this GPU's table, or the rule's."""
-    batch, height, width = layout.images
-    dtype, kind, channels = dtype_name(out), "gradient" if transposed else "forward", out.shape[1]
-    shape = Shape(kind, dtype, kernel_size, affine, read, channels, batch, height, width)
-    tuned = choice(out.device, shape).tile
+    """The tile of this GPU's table, or the rule's, for `images` in the dtype and on the device of `like`."""
+    dtype, kind = dtype_name(like), "gradient" if transposed else "forward"
+    tuned = choice(like.device, Shape(kind, dtype, kernel_size, affine, read, channels, *images)).tile
     if isinstance(tuned, ConvolutionConfig):
         return tuned
-    return convolution_config(
-        capability_of(out.device), dtype, channels, kernel_size, layout.pixels, height, width, affine, transposed, read
-    )
+    capability = capability_of(like.device)
+    form = affine, transposed, read
+    return convolution_config(capability, dtype, channels, kernel_size, math.prod(images), *images[1:], *form)
 
 
 def _merge_statistics(
@@ -647,20 +710,6 @@ def _elementwise_tile(channels: int) -> tuple[int, int]:
         return 64, 64
     block = min(64, power_of_2(max(8, channels)))
     return 4096 // block, block
-
-
-def _readable(weights: Sequence[Tensor], transposed: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Weights whose taps lie one step apart, and for each the four numbers of `pack_weight`'s layouts."""
-    if len(weights) > MOST_WEIGHTS:
-        weights = [torch.cat([weight.detach() for weight in weights])]
-    read, layouts = [], []
-    for weight in weights:
-        if weight.shape[2] > 1 and weight.stride(2) != weight.shape[2] * weight.stride(3):
-            weight = weight.detach().contiguous()
-        row, column, _, tap = weight.stride()
-        layouts += [weight.shape[0], column, row, tap] if transposed else [weight.shape[1], row, column, tap]
-        read.append(weight)
-    return tuple(read), tuple(layouts)
 
 
 def _nan(length: int, dtype: torch.dtype, like: Tensor) -> Tensor:

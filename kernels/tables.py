@@ -96,37 +96,17 @@ def k_table(
     """
     taps = kernel_size * kernel_size
     shifts = tap_shifts(kernel_size, group)
-    lanes = np.arange(LANES)
-    offset, row, channel = [], [], []  # one item a group of 8 channels
-    first = 0
-    for source in sources:
-        for start in range(0, source.width, LANES):
-            offset.append(source.offset + start)
-            row.append(source.row)
-            inside = start + lanes < source.width
-            channel.append(np.where(inside, first + start + lanes, -1))
-        first += source.width
-
+    widths = tuple(source.width for source in sources)
+    offset = [source.offset + start for source in sources for start in range(0, source.width, LANES)]
+    row = [source.row for source in sources for _ in range(0, source.width, LANES)]
     per_chunk = chunk // LANES
-    order = [  # chunk of channels outermost, then taps, then the groups of the chunk
-        (g, t)
-        for start in range(0, len(offset), per_chunk)
-        for t in range(len(shifts))
-        for g in range(start, min(start + per_chunk, len(offset)))
-    ]
+    order = _k_order(len(offset), len(shifts), per_chunk)
     chunks = -(-len(order) // per_chunk)
+    weight_index = weight_rows(widths, kernel_size, chunk, group, transposed)
     if not order:
         none = np.zeros(0, np.int32)
-        return _frozen(
-            KTable(
-                np.zeros(per_chunk, np.int32),
-                np.zeros(per_chunk, np.int32),
-                np.zeros((group[0] * group[1], 0), np.int32),
-                np.full(chunk, -1, np.int32),
-                none,
-                0,
-            )
-        )
+        empty = np.zeros(per_chunk, np.int32)
+        return _frozen(KTable(empty, empty.copy(), weight_index, np.full(chunk, -1, np.int32), none, 0))
     spare = (chunks + 1) * per_chunk - len(order)
     center = shifts.index((0, 0))
     g, t = np.array(order + [(0, center)] * spare).T
@@ -135,31 +115,61 @@ def k_table(
     if np.abs(delta).max() >= MAX_DELTA:
         raise ValueError(f"slots must lie within {MAX_DELTA} elements of each other, got {int(np.abs(delta).max())}")
     used = np.arange(len(g)) < len(order)
-    k_channel = np.where(used[:, None], np.array(channel)[g], -1).reshape(-1)
-    k_rows = chunks * chunk
-    weight_index = np.stack(
-        [
-            _weight_index(k_channel[:k_rows], dy[t].repeat(LANES)[:k_rows], dx[t].repeat(LANES)[:k_rows], taps, y, x)
-            for y in range(group[0])
-            for x in range(group[1])
-        ]
-    )
-    if transposed:
-        weight_index = np.where(weight_index >= 0, weight_index // taps * taps + taps - 1 - weight_index % taps, -1)
-    k_of_weight = np.full(first * taps if group == (1, 1) else 0, -1, np.int32)
+    k_channel = np.where(used[:, None], _group_channels(widths)[g], -1).reshape(-1)
+    k_of_weight = np.full(sum(widths) * taps if group == (1, 1) else 0, -1, np.int32)
     if group == (1, 1):
         real = np.flatnonzero(weight_index[0] >= 0)
         k_of_weight[weight_index[0][real]] = real
     table = KTable(
         (delta // LANES << TAP_BITS | t).astype(np.int32),
         (np.array(row)[g] // LANES).astype(np.int32),
-        weight_index.astype(np.int32),
+        weight_index,
         k_channel.astype(np.int32),
         k_of_weight,
         chunks,
     )
     check_k_table(table, sources, image_width, kernel_size, group)
     return _frozen(table)
+
+
+@lru_cache(maxsize=4096)
+def weight_rows(
+    widths: tuple[int, ...], kernel_size: int, chunk: int, group: Group = (1, 1), transposed: bool = False
+) -> Array:
+    """`KTable.weight_index` of sources of these widths: it does not depend on where they lie. Arguments as there."""
+    shifts, channel = tap_shifts(kernel_size, group), _group_channels(widths)
+    order = _k_order(len(channel), len(shifts), chunk // LANES)
+    rows = -(-len(order) // (chunk // LANES)) * chunk
+    g, t = np.array(order, np.int32).reshape(-1, 2).T
+    dy, dx = np.array(shifts)[t].repeat(LANES, 0).T
+    k_channel, taps = channel[g].reshape(-1), kernel_size * kernel_size
+    index = np.full((group[0] * group[1], rows), -1, np.int32)
+    for position, real in enumerate(index):
+        real[: len(k_channel)] = _weight_index(k_channel, dy, dx, taps, position // group[1], position % group[1])
+    if transposed:
+        index = np.where(index >= 0, index // taps * taps + taps - 1 - index % taps, -1).astype(np.int32)
+    index.setflags(write=False)
+    return index
+
+
+def _group_channels(widths: Sequence[int]) -> Array:
+    """Input channel of each lane of each 8-channel group, -1 in padding; [groups, 8]."""
+    channel, first = [np.zeros((0, LANES), np.int32)], 0
+    for width in widths:
+        lane = np.arange(-(-width // LANES) * LANES, dtype=np.int32)
+        channel.append(np.where(lane < width, first + lane, -1).reshape(-1, LANES))
+        first += width
+    return np.concatenate(channel)
+
+
+def _k_order(groups: int, taps: int, per_chunk: int) -> list[tuple[int, int]]:
+    """(group, tap) along K: chunk of channels outermost, then taps, then the groups of the chunk."""
+    return [
+        (g, t)
+        for start in range(0, groups, per_chunk)
+        for t in range(taps)
+        for g in range(start, min(start + per_chunk, groups))
+    ]
 
 
 def _weight_index(channel: Array, dy: Array, dx: Array, taps: int, y: int, x: int) -> Array:

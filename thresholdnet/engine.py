@@ -286,6 +286,14 @@ class _Block:
         first = next(i for i, needed in enumerate(needs[1:]) if needed) // self.per_layer + 1
         return min(first, self.plan.num_layers + 1)
 
+    def reached(self, lowest: int) -> list[int]:
+        """The nodes down to `lowest` that a gradient reaches, from the last one on: the others are dead ends."""
+        plan, found = self.plan, set(self.plan.outputs)
+        for node in range(plan.num_layers, lowest - 1, -1):
+            if not found.isdisjoint(plan.readers[node]):
+                found.add(node)
+        return sorted((node for node in found if node >= lowest), reverse=True)
+
     def output_gradients(self, grad: Tensor) -> dict[int, Tensor]:
         return dict(zip(self.plan.outputs, grad.split(self.plan.output_widths, dim=1), strict=True))
 
@@ -309,14 +317,15 @@ class _ConvBNReLU(_Block):
         plan, verbs = self.plan, self.verbs
         nodes: list[Tensor | None] = [verbs.enter(self.x)]
         raw: list[Tensor] = []
+        whole = self._whole_weights()
         for i, sources in enumerate(plan.links, start=1):
             read, weight, fixed = _live(nodes, sources), self.weight(i, 0), self.fixed(i, 0)
-            if fixed and not self.spec.save and self.folds(weight):  # inference: BatchNorm folded into the weight
+            if i not in whole:  # inference: BatchNorm folded into the weight
                 mean, variance = self.given(running, i, 0)
                 weight, bias = self.constant(weight, i, 0, running)
                 y, _ = verbs.conv(read, weight, into=("node", i), bias=bias, activation=self.act)
             else:
-                z, moments = verbs.conv(read, weight, into=("raw", i), statistics=not fixed)
+                z, moments = verbs.conv(read, whole[i], into=("raw", i), statistics=not fixed)
                 mean, variance = self.given(running, i, 0) if fixed else self.shared(moments)
                 y = verbs.normalise(z, self.affine(weight, i, 0, mean, variance, running), self.act, into=("node", i))
                 if self.spec.save:
@@ -326,9 +335,23 @@ class _ConvBNReLU(_Block):
             self.release(nodes, i)
         out = _live(nodes, plan.outputs)
         if self.tail is not None:
-            tail = self.tail if self.spec.save else self.constant(self.tail)[0]
+            tail = whole[0] if self.spec.save else self.constant(self.tail)[0]
             out = [verbs.conv(out, tail, into=("tail", self.tail.shape[0]))[0]]
         return verbs.leave(out), self.used, verbs.keep("raw", raw) if self.spec.save else []
+
+    def _whole_weights(self) -> dict[int, Any]:
+        """The weights of layers that no BatchNorm is folded into, as `verbs.conv` takes them; 0: behind the block.
+
+        Inference folds given statistics into the others: those weights are made one after the other.
+        """
+        plan, save = self.plan, self.spec.save
+        every = range(1, plan.num_layers + 1)
+        layers = [i for i in every if save or not self.fixed(i, 0) or not self.folds(self.weight(i, 0))]
+        weights = [self.weight(i, 0) for i in layers]
+        read = [[plan.node_widths[node] for node in plan.links[i - 1]] for i in layers]
+        if self.tail is not None and save:
+            layers, weights, read = [*layers, 0], [*weights, self.tail], [*read, [*plan.output_widths]]
+        return dict(zip(layers, self.verbs.prepared(weights, read), strict=True))
 
     @property
     def tail(self) -> Tensor | None:
@@ -352,32 +375,32 @@ class _ConvBNReLU(_Block):
             return _live(nodes, wanted)
 
         grads: list[Tensor | None] = [None] * len(needs)
+        reached = self.reached(self.lowest_needed(needs))
+        readers = [[i for i in plan.readers[node] if i in reached] for node in reached]
+        parts = [] if self.tail is None else self.tail.split(plan.output_widths, dim=1)
+        weights = [[self._slice(i, node) for i in those] for node, those in zip(reached, readers, strict=True)]
+        made = verbs.prepared([*weights, *([part] for part in parts)])
+        weights, parts = made[: len(reached)], made[len(reached) :]
         if self.tail is None:
             incoming = self.output_gradients(grad)
         else:
             grad = verbs.arrive(grad, ("tail", grad.shape[1]))
             incoming = {
-                node: verbs.gradient([grad], [part], None, into=("gradient", node))[0]
-                for node, part in zip(plan.outputs, self.tail.split(plan.output_widths, dim=1), strict=True)
+                node: verbs.gradient([grad], part, None, into=("gradient", node))[0]
+                for node, part in zip(plan.outputs, parts, strict=True)
             }
             if needs[-1]:
                 grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1, dtype=self.tail.dtype)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
-        for node in range(plan.num_layers, self.lowest_needed(needs) - 1, -1):
-            readers = [i for i in plan.readers[node] if dz[i] is not None]
-            if not readers and node not in incoming:
-                continue  # a dead end
-            weights = [self._slice(i, node) for i in readers]
+        for node, those, own in zip(reached, readers, weights, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                dx, _, _ = verbs.gradient(_live(dz, readers), weights, add, into=into)
+                dx, _, _ = verbs.gradient(_live(dz, those), own, add, into=into)
                 grads[0] = verbs.leave([dx])
                 break
             z, norm = raw[node - 1], norms[node - 1]
             masked = (z, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = verbs.gradient(
-                _live(dz, readers), weights, add, into=into, masked=masked, activation=self.act
-            )
+            g, sum_g, sum_gx = verbs.gradient(_live(dz, those), own, add, into=into, masked=masked, activation=self.act)
             terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
             dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
@@ -388,7 +411,7 @@ class _ConvBNReLU(_Block):
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back
                     nodes[source] = None
-            for reader in readers:
+            for reader in those:
                 if min(plan.links[reader - 1]) == node:
                     dz[reader] = None
         return grads
@@ -413,6 +436,9 @@ class _Bottleneck(_Block):
             statistics.set(0, *self.shared(verbs.moments(nodes[0])))
         features: list[Tensor] = []
         inners: list[Tensor] = []
+        second = [self.weight(i, 5) for i in range(1, plan.num_layers + 1)]
+        if save:
+            second = verbs.prepared(second, [[width] for width in plan.bottleneck_widths])
         for i, sources in enumerate(plan.links, start=1):
             read = _live(nodes, sources)
             mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else statistics.of(sources)
@@ -430,7 +456,7 @@ class _Bottleneck(_Block):
                 activated, _ = verbs.conv(read, weight, into=into, affine=affine, bias=bias, activation=self.act)
             self.note(mean, variance)
             wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
-            weight = self.weight(i, 5) if save else self.constant(self.weight(i, 5), i)[0]
+            weight = second[i - 1] if save else self.constant(second[i - 1], i)[0]
             feature, found = verbs.conv([activated], weight, into=("node", i), statistics=wanted and not drop)
             if drop:
                 self._drop(i, feature)
@@ -481,11 +507,13 @@ class _Bottleneck(_Block):
         grads: list[Tensor | None] = [None] * len(needs)
         lowest = max(self.lowest_needed(needs), 1)
         at_once = self._readers_at_once()
+        reached = self.reached(lowest)
+        second = dict(zip(reached, verbs.prepared([[self.weight(i, 5)] for i in reached]), strict=True))
         waiting: list[_Reader] = []  # layers of the current group whose gradient has not yet left for earlier nodes
         for i in range(plan.num_layers, lowest - 1, -1):
             self._send(waiting, (i,), nodes, arriving, shares)
             if i in arriving:  # else a dead end
-                waiting.append(self._layer_backward(i, nodes, inners, arriving, shares, norms, needs, grads))
+                waiting.append(self._layer_backward(i, second[i], nodes, inners, arriving, shares, norms, needs, grads))
             if (plan.num_layers - i + 1) % at_once == 0 or i == lowest:
                 self._send(waiting, tuple(range(i)), nodes, arriving, shares)
                 for reader in waiting:
@@ -499,6 +527,7 @@ class _Bottleneck(_Block):
     def _layer_backward(
         self,
         i: int,
+        second: Sequence[Any],
         nodes: Sequence[Tensor],
         inners: Sequence[Tensor],
         arriving: dict[int, Tensor],
@@ -507,7 +536,10 @@ class _Bottleneck(_Block):
         needs: Sequence[bool],
         grads: list[Tensor | None],
     ) -> _Reader:
-        """From the gradient of layer i's feature to that of its bottleneck output, with all weights on the way."""
+        """From the gradient of layer i's feature to that of its bottleneck output, with all weights on the way.
+
+        second: the 3x3 weight, as `verbs.gradient` takes it.
+        """
         verbs, sources = self.verbs, self.plan.links[i - 1]
         read = _live(nodes, sources)
         outer, norm = (norms[self.place(i, which)] for which in (0, 1))
@@ -521,9 +553,7 @@ class _Bottleneck(_Block):
             )
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self._readers_at_once())
-        g, sum_g, sum_gx = verbs.gradient(
-            [dfeature], [self.weight(i, 5)], None, into=into, masked=masked, activation=self.act
-        )
+        g, sum_g, sum_gx = verbs.gradient([dfeature], second, None, into=into, masked=masked, activation=self.act)
         terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
         dinner = verbs.linear(g, inner, *terms)
         grads[first + 3], grads[first + 4] = sum_gx, sum_g

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,13 @@ class Verbs:
             weight, [weight.shape[2] // 2] * 2, [1, 1], [1, 1], 1, [batch, weight.shape[1], height, width]
         )
         return Packed(made, weight.shape)
+
+    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+        """Weights as `conv` takes them, of layers that `read` these widths, or lists of them as `gradient` does.
+
+        A pass asks for all of its own at once, for backends that pack them; here they stay as they are.
+        """
+        return weights
 
     def _gathered(self, sources: Sequence[Tensor], affine: Affine | None, activation: str) -> Tensor:
         """The (activated) sources side by side, until the next call."""

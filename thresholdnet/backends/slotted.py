@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,9 @@ class Verbs:
 
     def packed(self, way: str, weight: Tensor) -> Tensor:
         return weight
+
+    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+        return weights
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
         return self.launch.batch_norm_affine(gamma, beta, *moments, eps)

@@ -46,3 +46,12 @@ class Verbs(slotted.Verbs):
         out = self._slot(into, z.shape[1])
         launch.normalise(z, affine.gamma, affine.beta, out, activation, statistics=affine[2:])
         return out
+
+    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+        """Packed in few launches: a packed weight each, or in each list, if it has any, one for all of them."""
+        if 0 in self.like.shape:
+            return weights
+        if read is not None:
+            return launch.pack([[self._met(weight)] for weight in weights], self.like, widths=read)
+        made = iter(launch.pack([[self._met(weight) for weight in own] for own in weights if own], self.like))
+        return [[next(made)] if own else [] for own in weights]
