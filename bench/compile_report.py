@@ -146,7 +146,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),
         ("conv.finish_splits", {"SPLITS": 2, "TILE_ROWS": 64, **end}),
         ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),
-        ("pack.pack_weights", {"TILE_COLUMNS": 8, "TILE_K": 64, "AFFINE": True}),
+        ("pack.pack_weights", {"TILE_COLUMNS": 8, "TILE_K": 256, "AFFINE": True}),
         ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
         ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),
         ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),

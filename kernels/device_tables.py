@@ -18,6 +18,7 @@ class DeviceTable(NamedTuple):
     weight_index: Tensor
     channel: Tensor
     k_of_weight: Tensor
+    k_of_tap: Tensor  # the same for weights in channels_last memory
     chunks: int
 
 
@@ -38,6 +39,7 @@ def device_table(
         upload(table.weight_index, device),
         upload(table.channel, device),
         upload(table.k_of_weight, device),
+        upload(table.k_of_weight.reshape(-1, kernel_size**2).T.reshape(-1), device),
         table.chunks,
     )
 
@@ -60,7 +62,8 @@ def device_halo_table(
         upload(table.row8, device),
         upload(weight_index.reshape(1, -1), device),
         upload(table.channel, device),
-        torch.empty(0, dtype=torch.int32, device=device),
+        nothing := torch.empty(0, dtype=torch.int32, device=device),
+        nothing,
         table.chunks,
     )
 

@@ -346,6 +346,7 @@ def weight_gradient(
     affine: tuple[Tensor, Tensor] | None = None,
     activation: str | None = "relu",
     dtype: torch.dtype | None = None,
+    channels_last: bool = False,
     config: WeightGradientConfig | None = None,
 ) -> Tensor:
     """The gradient of `conv` by its weight: [O, sum C_i, k, k], fp32 (fp64 for fp64 slots) or `dtype`.
@@ -356,6 +357,7 @@ def weight_gradient(
         kernel_size: k, 1 or 3.
         affine, activation: as in `conv`.
         dtype: of the result.
+        channels_last: its memory format; contiguous otherwise.
         config: tile sizes instead of the chosen ones.
 
     Raises:
@@ -369,7 +371,11 @@ def weight_gradient(
         raise ValueError("sources must hold at least one slot, got none")
     channels, out_channels, accumulator = sum(s.width for s in layout.sources), dz.shape[1], accumulator_of(dz)
     shape = (out_channels, channels, kernel_size, kernel_size)
-    result = torch.empty(shape, dtype=dtype or accumulator, device=dz.device)
+    channels_last = channels_last and kernel_size > 1  # of a 1x1 kernel both are one
+    result = torch.empty(
+        shape, dtype=dtype or accumulator, device=dz.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )  # fmt: skip
     if layout.pixels == 0:
         return result.zero_()
     if affine is not None:
@@ -401,10 +407,11 @@ def weight_gradient(
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
-        at_once, block, part, warps = _reduce_tile(result.numel(), columns)
+        at_once, block, part, warps = _reduce_tile(result.numel(), columns, splits)
+        k_of = table.k_of_tap if channels_last else table.k_of_weight
         start(
             device_weight_gradient.reduce_splits, (cdiv(weights, block), cdiv(out_channels, part)),
-            partial, table.k_of_weight, result, splits, all_k, columns // 16, weights, out_channels,
+            partial, k_of, result, splits, all_k, columns // 16, weights, out_channels,
             SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
         )  # fmt: skip
     return result
@@ -677,14 +684,17 @@ def _merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return (1024, 4, 8) if bands <= 1024 or dtype == torch.float64 else (4096, 4, 32)
 
 
-def _reduce_tile(elements: int, columns: int) -> tuple[int, int, int, int]:
+def _reduce_tile(elements: int, columns: int, splits: int) -> tuple[int, int, int, int]:
     """(splits, weights, columns) of a program of `reduce_splits`, and warps, for a gradient of so many elements.
 
     Small gradients have many splits (see `weight_gradient_splits`): their time is that of loads which wait for each
-    other. So a program has 8192 elements in flight, and takes few weights where there are few.
+    other. So a program has 8192 elements in flight, and takes few weights where there are few. Where splits are few,
+    too, a program has as few elements as there are.
     """
     if INTERPRETED:
         return 2, 64, 16, 4
+    if splits <= 4 and elements < 264 * 2048:
+        return power_of_2(splits), 16, 16, 4
     if elements < 96 * 256:
         return 256, 2, 16, 8
     if elements < 264 * 2048:

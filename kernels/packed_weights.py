@@ -174,7 +174,7 @@ def _pack(
             found.append(Part(number, offset, length, step, weight.stride(3)))
         parts.append(tuple(found))
     steps = tuple(weight.stride(1 if transposed else 0) for weight in read)
-    block, at_once = LANES, 64
+    block, at_once = LANES, 256
     if INTERPRETED:  # few programs, and large ones
         block = math.gcd(64, *(each.of_pixel if each.pixels > 1 else each.columns for each in matrices))
         at_once = 512

@@ -58,7 +58,7 @@ def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps:
     """A BatchNorm with these statistics, whose dtype counts; eps: a number, or one for each channel."""
     rstd = torch.rsqrt(variance + eps)
     scale = gamma * rstd
-    return Norm(gamma, beta, mean, rstd, scale, beta - mean * scale, fixed)
+    return Norm(gamma, beta, mean, rstd, scale, torch.addcmul(beta.to(mean.dtype), mean, scale, value=-1), fixed)
 
 
 def backward_norms(
@@ -76,8 +76,8 @@ def backward_norms(
     if not statistics:
         return []
     widths = [used.shape[1] for used in statistics]
-    mean, variance = torch.cat(list(statistics), 1)
-    gamma, beta = (torch.cat(each).to(mean.dtype) for each in zip(*parameters, strict=True))
+    mean, variance = _joined(statistics)
+    gamma, beta = (_joined(each).to(mean.dtype) for each in zip(*parameters, strict=True))
     same = len(set(eps)) == 1
     every = batch_norm(
         gamma, beta, mean, variance,
@@ -87,6 +87,11 @@ def backward_norms(
     share = torch.stack([constant, constant * every.rstd])
     split = zip(*(vector.split(widths, dim=-1) for vector in (*every[:6], share)), strict=True)
     return [Norm._make((*own[:6], given, None if given else own[6])) for own, given in zip(split, fixed, strict=True)]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Along the channels, the last dimension."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), -1)
 
 
 @device_constant(maxsize=1024)

@@ -138,27 +138,42 @@ def backward(
 def own_gradients(
     inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor]:
-    """Gradients as an operator may return them: none of them its input `grad` or a part of another tensor."""
+    """Gradients as an operator may return them, in the dtype of their inputs and, but for that of x, in their layout:
+    none of them its input `grad` or a part of another tensor."""
     made: list[Tensor] = []
-    copies: list[tuple[Tensor, Tensor]] = []
+    copies: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
     taken = {grad.untyped_storage()._cdata}
     for like, found, needed in zip(inputs, grads, needs, strict=True):
         if not needed:
             result = like.new_empty(0)
         elif found is None:  # nothing that leaves the block depends on it
-            result = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            result = torch.zeros_like(like)
             result = result.to(memory_format=torch.channels_last) if like is inputs[0] else result
         else:
             storage = found.untyped_storage()
             alone = storage._cdata not in taken and storage.nbytes() == found.nbytes
-            result = found if alone and found.dtype == like.dtype else torch.empty_like(found, dtype=like.dtype)
-            if result is not found:
-                copies.append((result, found))
+            if like is not inputs[0]:
+                found = _strided_as(found, like)
+            laid = like is inputs[0] or found.stride() == like.stride()
+            result = found
+            if not (alone and laid and found.dtype == like.dtype):
+                result = torch.empty_like(found, dtype=like.dtype) if laid else torch.empty_like(like)
+                copies.setdefault((found.dtype, laid), []).append((result, found))
         taken.add(result.untyped_storage()._cdata)
         made.append(result)
-    if copies:  # all at once, on a GPU in one launch
-        torch._foreach_copy_([to for to, _ in copies], [found for _, found in copies])
+    for (
+        some
+    ) in copies.values():  # all at once, on a GPU in one launch where sources have one dtype, and pairs one layout
+        torch._foreach_copy_([to for to, _ in some], [found for _, found in some])
     return made
+
+
+def _strided_as(found: Tensor, like: Tensor) -> Tensor:
+    """The same elements with the strides of `like`, where those differ along sides of 1 alone."""
+    if found.stride() == like.stride():
+        return found
+    sides = zip(found.shape, found.stride(), like.stride(), strict=True)
+    return found.as_strided(like.shape, like.stride()) if all(n == 1 or a == b for n, a, b in sides) else found
 
 
 def parameters_a_layer(plan: BlockPlan) -> int:
@@ -390,7 +405,7 @@ class _ConvBNReLU(_Block):
                 for node, part in zip(plan.outputs, parts, strict=True)
             }
             if needs[-1]:
-                grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1, dtype=self.tail.dtype)
+                grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1, like=self.tail)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         for node, those, own in zip(reached, readers, weights, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
@@ -405,8 +420,8 @@ class _ConvBNReLU(_Block):
             dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
-                kind = self.weight(node, 0).dtype
-                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3, dtype=kind)
+                own_weight = self.weight(node, 0)
+                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3, like=own_weight)
             grads[first + 1], grads[first + 2] = sum_gx, sum_g
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back
@@ -549,7 +564,7 @@ class _Bottleneck(_Block):
         first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
             grads[first + 5] = verbs.weight_gradient(
-                [inner], dfeature, 3, affine=norm.affine, activation=self.act, dtype=self.weight(i, 5).dtype
+                [inner], dfeature, 3, affine=norm.affine, activation=self.act, like=self.weight(i, 5)
             )
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self._readers_at_once())
@@ -559,7 +574,7 @@ class _Bottleneck(_Block):
         grads[first + 3], grads[first + 4] = sum_gx, sum_g
         if needs[first + 2]:
             grads[first + 2] = verbs.weight_gradient(
-                read, dinner, 1, affine=outer.affine, activation=self.act, dtype=self.weight(i, 2).dtype
+                read, dinner, 1, affine=outer.affine, activation=self.act, like=self.weight(i, 2)
             )
         return _Reader(i, dinner, self.weight(i, 2), outer, [])
 

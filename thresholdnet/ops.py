@@ -160,7 +160,7 @@ def _gradients_like(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
         elif position == 0:
             made.append(torch.empty_like(like, memory_format=torch.channels_last))
         else:
-            made.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+            made.append(torch.empty_like(like))
     return made
 
 

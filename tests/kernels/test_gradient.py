@@ -131,6 +131,8 @@ def test_weight_gradient(size, dtype, kernel_size):
     exact = torch.float64 if dtype == torch.float64 else torch.float32  # products of rounded operands are exact in it
     assert got.dtype == exact
     assert_near(got, torch.nn.grad.conv2d_weight(x, shape, dz.double(), padding=kernel_size // 2), exact)
+    laid = launch.weight_gradient([b, a], dz, kernel_size, channels_last=True)
+    assert got.is_contiguous() and laid.is_contiguous(memory_format=torch.channels_last) and torch.equal(laid, got)
     assert torch.equal(buffer.nan_to_num(nan=7.0), before)
 
 

@@ -212,8 +212,9 @@ def weight_gradient(
     affine: tuple[Tensor, Tensor] | None = None,
     activation: str | None = "relu",
     dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> Tensor:
-    """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots'."""
+    """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots', and is always contiguous."""
     layout = lay_out("sources", sources, dz, out_name="dz")
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")

@@ -271,11 +271,11 @@ class Verbs:
         *,
         affine: Affine | None = None,
         activation: str = "relu",
-        dtype: torch.dtype | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources.
 
-        dtype: what a caller would like best; a backend that takes weights of no other dtype than dz's ignores it.
+        like: the weight, whose dtype and layout a caller would like best; it copies where a backend made another.
         """
         if self.passes is csrc and csrc.correlates(dz, kernel_size):
             return csrc.weight_gradient(sources, dz, kernel_size, affine, activation)

@@ -146,7 +146,7 @@ class Verbs:
         *,
         affine: Affine | None = None,
         activation: str = "relu",
-        dtype: torch.dtype | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         if self.plan is None:
             sources = self._packed(sources)
@@ -155,8 +155,9 @@ class Verbs:
             sources, affine = [self.normalise(sources[0], affine, activation, into=into)], None
         point = kernel_size == 3 and self._single
         made: Tensor = self.launch.weight_gradient(
-            sources, dz, 1 if point else kernel_size, affine=affine, activation=activation, dtype=dtype or dz.dtype
-        )
+            sources, dz, 1 if point else kernel_size, affine=affine, activation=activation,
+            dtype=(dz if like is None else like).dtype, channels_last=like is not None and not like.is_contiguous(),
+        )  # fmt: skip
         return F.pad(made, (1, 1, 1, 1)) if point else made
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:

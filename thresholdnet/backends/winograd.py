@@ -129,7 +129,7 @@ class Verbs(native.Verbs):
         *,
         affine: Affine | None = None,
         activation: str = "relu",
-        dtype: torch.dtype | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         """See `native.Verbs.weight_gradient`."""
         shared = self.chosen.weight.get(self.layer) if kernel_size == 3 else None

@@ -187,7 +187,7 @@ class Classifier(pl.LightningModule):
                 loss = scaler.scale(loss)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.grad = grad
+                parameter.grad = _laid_as(parameter, grad)
             if scaler is None:
                 optimizer.step()
             else:
@@ -328,6 +328,13 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for a, b in zip(old, new, strict=True):
         if not a.is_floating_point():
             a.copy_(b)
+
+
+def _laid_as(parameter: Tensor, grad: Tensor | None) -> Tensor | None:
+    """A gradient in its parameter's layout, which fused optimizers ask for."""
+    if grad is None or grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
 
 
 def _seed(seed: int, device: torch.device) -> None:
