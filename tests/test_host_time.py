@@ -29,7 +29,7 @@ def test_replays_launch_what_calls_launch(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "times.json").read_text())
     (row,) = found["rows"]
-    assert row["differ"] == 0 and row["launches"] > 90
+    assert row["differ"] == 0 and row["launches"] > 60  # both directions of six layers
     assert row["ratio"] == pytest.approx(row["run_ms"] / row["replayed_ms"]) and row["replayed_ms"] > 0
     assert found["machine"]["triton"] and done.stdout.splitlines()[1].startswith("two small blocks")
 
