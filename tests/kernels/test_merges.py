@@ -67,13 +67,13 @@ def test_splits(splits, widths, dtype, monkeypatch):
     assert torch.equal(got, wanted.to(got.dtype))
 
 
-@pytest.mark.parametrize("elements", (100, 10**5, 10**6))
-def test_split_tiles(elements, monkeypatch):
-    """Each of the three tiles, whatever the size asks for."""
-    tile = launch._reduce_tile(elements, 48)
+@pytest.mark.parametrize(("elements", "splits"), ((100, 6), (10**5, 6), (10**6, 6), (100, 1), (100, 3), (10**6, 3)))
+def test_split_tiles(elements, splits, monkeypatch):
+    """Each of the tiles, whatever the size asks for."""
+    tile = launch._reduce_tile(elements, 48, splits)
     monkeypatch.setattr(launch, "_reduce_tile", lambda *_: tile)
     _, (a, dz) = rows(1, 12, 8, (19, 41), torch.float32)
     fill(a, integers=True), fill(dz, integers=True)
-    monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: 6)
+    monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: splits)
     got = launch.weight_gradient([a], dz, 3, config=WeightGradientConfig(16, 16, 16))
     assert torch.equal(got.double(), torch.nn.grad.conv2d_weight(a.double(), got.shape, dz.double(), padding=1))
