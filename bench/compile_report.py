@@ -36,11 +36,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCMMA", "UTCQMMA")}
 STACK_LIMIT = 192  # bytes; outside of main loops, where an H100 showed no cost of 176
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two but for MANY
-MANY = {"pack_weights": 64}  # as many as a launch reads
+SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two, to be packed as many as a launch reads
 SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
-    "entries", "entry_row8", "taps_inside", "first_pixel", "index", "channel", "k_of_weight",
+    "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight",
     "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel", "programs", "matrices", "k_weight",
     "k_offset", "steps",
 }  # fmt: skip
@@ -197,6 +196,7 @@ def compile_form(form: Form) -> Report:
     import importlib
 
     import triton
+    from thresholdnet.kernels.packed_weights import MOST_WEIGHTS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -211,7 +211,7 @@ def compile_form(form: Form) -> Report:
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         elif name in SEVERAL:
-            several = MANY.get(function, 2)
+            several = MOST_WEIGHTS if function == "pack_weights" else 2
             signature[name] = ("*fp32",) * several
             if not parameter.do_not_specialize_on_alignment:
                 aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(several)}

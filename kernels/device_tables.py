@@ -57,12 +57,13 @@ def device_halo_table(
     channel = table.channel[: table.chunks * chunk].reshape(-1, 1, chunk)
     tap = np.arange(9)[::-1, None] if transposed else np.arange(9)[:, None]
     weight_index = np.where(channel >= 0, channel * 9 + tap, -1).astype(np.int32)
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
     return DeviceTable(
         upload(table.entries, device),
         upload(table.row8, device),
         upload(weight_index.reshape(1, -1), device),
         upload(table.channel, device),
-        nothing := torch.empty(0, dtype=torch.int32, device=device),
+        nothing,
         nothing,
         table.chunks,
     )

@@ -60,6 +60,7 @@ from .operands import (
 from .packed_weights import Affine, Matrix, PackedWeight
 from .packed_weights import pack as pack_matrices
 from .tables import LANES, Group
+from .tiles import cdiv, elementwise_tile, finish_tile, merge_tile, power_of_2, reduce_tile
 from .tuned import Shape, choice
 
 PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
@@ -277,7 +278,7 @@ def normalise(
         eps = statistics[2]
     if pixels == 0:
         return
-    rows, block = _elementwise_tile(channels)
+    rows, block = elementwise_tile(channels)
     with on_device_of(out):
         start(
             device_norm.normalise, (cdiv(pixels, rows), cdiv(channels, block)),
@@ -309,7 +310,7 @@ def bn_backward(
     shares = (q, q) if share is None else [per_channel(f"share[{i}]", v, channels, g) for i, v in enumerate(share)]
     if pixels == 0:
         return
-    rows, block = _elementwise_tile(channels)
+    rows, block = elementwise_tile(channels)
     with on_device_of(g):
         start(
             device_norm.bn_backward, (cdiv(pixels, rows), cdiv(channels, block)),
@@ -327,7 +328,7 @@ def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     channels, accumulator = x.shape[1], accumulator_of(x)
     if pixels == 0:
         return (_nan(channels, accumulator, x),) * 2
-    rows, block = _elementwise_tile(channels)
+    rows, block = elementwise_tile(channels)
     tiles, blocks = cdiv(pixels, rows), cdiv(channels, block)
     partial = torch.empty(tiles, 2, blocks * block, dtype=accumulator, device=x.device)
     with on_device_of(x):
@@ -407,7 +408,7 @@ def weight_gradient(
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
-        at_once, block, part, warps = _reduce_tile(result.numel(), columns, splits)
+        at_once, block, part, warps = reduce_tile(result.numel(), columns, splits)
         k_of = table.k_of_tap if channels_last else table.k_of_weight
         start(
             device_weight_gradient.reduce_splits, (cdiv(weights, block), cdiv(out_channels, part)),
@@ -581,7 +582,7 @@ def _convolve(
     column_tiles = columns // config.all_columns
     split_rows = tiles * config.rows
     splits = max(1, min(config.splits, table.chunks, (MAX_ELEMENTS - 1) // (split_rows * columns)))
-    held, tile_rows, tile_columns = _finish_tile(splits, config.rows, columns)
+    held, tile_rows, tile_columns = finish_tile(splits, config.rows, columns)
     sums = epilogue in (STATISTICS, MASK)
     partial = torch.empty((cdiv(rows, tile_rows), 2, columns) if sums else 1, dtype=accumulator, device=device)
     products = partial.new_empty(splits, split_rows, columns) if splits > 1 else partial
@@ -638,7 +639,7 @@ def _merge_statistics(
 ) -> tuple[Tensor, Tensor]:
     mean, variance = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
     positions = group[0] * group[1]
-    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
+    bands, block, warps = merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         start(
             device_norm.merge_statistics, (cdiv(channels, block),),
@@ -652,7 +653,7 @@ def _merge_statistics(
 def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tuple[Tensor, Tensor]:
     first, second = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
     positions = group[0] * group[1]
-    bands, block, warps = _merge_tile(tiles * positions, partial.dtype)
+    bands, block, warps = merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):
         start(
             device_norm.merge_sums, (cdiv(channels, block),),
@@ -660,66 +661,6 @@ def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tup
             POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return first, second
-
-
-def cdiv(number: int, part: int) -> int:
-    """Parts that hold a number; triton.cdiv takes 5 microseconds, and a step asks a thousand times."""
-    return -(-number // part)
-
-
-def power_of_2(number: int) -> int:
-    """The next one, from `number` on."""
-    return 1 << (number - 1).bit_length()
-
-
-def _merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(bands, channels) that a merging program takes at a time, and warps.
-
-    A program's time is that of its loads one after the other: all of them at once, where the registers hold them.
-    """
-    if INTERPRETED:
-        return 16, 8, 4
-    if bands <= 256:
-        return 256, 4, 4
-    return (1024, 4, 8) if bands <= 1024 or dtype == torch.float64 else (4096, 4, 32)
-
-
-def _reduce_tile(elements: int, columns: int, splits: int) -> tuple[int, int, int, int]:
-    """(splits, weights, columns) of a program of `reduce_splits`, and warps, for a gradient of so many elements.
-
-    Small gradients have many splits (see `weight_gradient_splits`): their time is that of loads which wait for each
-    other. So a program has 8192 elements in flight, and takes few weights where there are few. Where splits are few,
-    too, a program has as few elements as there are.
-    """
-    if INTERPRETED:
-        return 2, 64, 16, 4
-    if splits <= 4 and elements < 264 * 2048:
-        return power_of_2(splits), 16, 16, 4
-    if elements < 96 * 256:
-        return 256, 2, 16, 8
-    if elements < 264 * 2048:
-        return 32, 16, 16, 8
-    return 4, 64, 32 if columns % 32 == 0 else 16, 8
-
-
-def _finish_tile(splits: int, rows: int, columns: int) -> tuple[int, int, int]:
-    """(splits, rows, columns) of a program that runs the epilogue: of `convolution`'s own, or of `finish_splits`.
-
-    The latter has 4096 products in flight, more only where 8 rows have more. Its tiles divide the former's rows and all
-    columns, so that no row or column of the products is masked.
-    """
-    if splits == 1:
-        return 1, rows, columns
-    held, block = power_of_2(splits), math.gcd(columns, 32)
-    return held, min(rows, max(8, 4096 // (held * block))), block
-
-
-def _elementwise_tile(channels: int) -> tuple[int, int]:
-    """(pixels, channels) of a program that runs over a slot."""
-    if INTERPRETED:
-        return 64, 64
-    block = min(64, power_of_2(max(8, channels)))
-    return 4096 // block, block
 
 
 def _nan(length: int, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..constants import device_constant  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
-from ..replay import start  # type: ignore[import-not-found]
+from ..replay import start  # type: ignore[import-not-found]  # likewise
 from . import pack as device_pack
 from .configs import ConvolutionConfig
 from .device import INTERPRETED, on_device_of
 from .device_tables import upload
 from .operands import MAX_ELEMENTS, padded_width
 from .tables import LANES, weight_rows
+from .tiles import cdiv, power_of_2
 
 MOST_WEIGHTS = 64  # that one launch reads: each is compiled into it, and a parameter
 
@@ -58,7 +59,7 @@ class Matrix(NamedTuple):
     @property
     def columns(self) -> int:
         """Columns in whole tiles."""
-        return -(-self.of_pixel * self.pixels // self.config.all_columns) * self.config.all_columns
+        return cdiv(self.of_pixel * self.pixels, self.config.all_columns) * self.config.all_columns
 
     @property
     def rows(self) -> np.ndarray:
@@ -179,7 +180,7 @@ def _pack(
         block = math.gcd(64, *(each.of_pixel if each.pixels > 1 else each.columns for each in matrices))
         at_once = 512
     else:  # few numbers of weights, for each of which the kernel is compiled
-        read += read[:1] * ((1 << (len(read) - 1).bit_length()) - len(read))
+        read += read[:1] * (power_of_2(len(read)) - len(read))
     sizes = [matrix.columns * matrix.rows.shape[1] for matrix in matrices]
     packed = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
     if packed.numel():
@@ -188,7 +189,7 @@ def _pack(
         scale, shift, channel, made = (packed, packed, tables.steps, packed) if affine is None else affine
         with on_device_of(like):
             start(
-                device_pack.pack_weights, (tiles + -(-length // at_once),),
+                device_pack.pack_weights, (tiles + cdiv(length, at_once),),
                 tuple(read), *tables, packed, scale, shift, channel, made, tiles, length,
                 TILE_COLUMNS=block, TILE_K=at_once, AFFINE=affine is not None, num_warps=4,
             )  # fmt: skip
@@ -224,7 +225,7 @@ def _tables(
             continue
         all_k, taps = index.shape[1], matrix.kernel_size**2
         rows.append((number, (first, all_k, begin, to // LANES, matrix.channels, matrix.of_pixel, matrix.pixels, 0)))
-        programs.append(np.full(matrix.columns // tile_columns * -(-all_k // tile_k), number, np.int32))
+        programs.append(np.full(matrix.columns // tile_columns * cdiv(all_k, tile_k), number, np.int32))
         of_part = np.array(own).T
         ends = np.cumsum(of_part[2])
         channel = index // taps

@@ -31,6 +31,7 @@ from .batchnorm import (
     paired,
     shared_statistics,
 )
+from .gradients import own_gradients
 from .plan import BlockPlan
 
 
@@ -133,47 +134,6 @@ def backward(
     block = _unit(spec)(spec, x, parameters, extras)
     grads = block.backward(grad.contiguous(memory_format=torch.channels_last), statistics, saved, needs)
     return own_gradients((x, *parameters), grads, needs, grad)
-
-
-def own_gradients(
-    inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
-) -> list[Tensor]:
-    """Gradients as an operator may return them, in the dtype of their inputs and, but for that of x, in their layout:
-    none of them its input `grad` or a part of another tensor."""
-    made: list[Tensor] = []
-    copies: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
-    taken = {grad.untyped_storage()._cdata}
-    for like, found, needed in zip(inputs, grads, needs, strict=True):
-        if not needed:
-            result = like.new_empty(0)
-        elif found is None:  # nothing that leaves the block depends on it
-            result = torch.zeros_like(like)
-            result = result.to(memory_format=torch.channels_last) if like is inputs[0] else result
-        else:
-            storage = found.untyped_storage()
-            alone = storage._cdata not in taken and storage.nbytes() == found.nbytes
-            if like is not inputs[0]:
-                found = _strided_as(found, like)
-            laid = like is inputs[0] or found.stride() == like.stride()
-            result = found
-            if not (alone and laid and found.dtype == like.dtype):
-                result = torch.empty_like(found, dtype=like.dtype) if laid else torch.empty_like(like)
-                copies.setdefault((found.dtype, laid), []).append((result, found))
-        taken.add(result.untyped_storage()._cdata)
-        made.append(result)
-    for (
-        some
-    ) in copies.values():  # all at once, on a GPU in one launch where sources have one dtype, and pairs one layout
-        torch._foreach_copy_([to for to, _ in some], [found for _, found in some])
-    return made
-
-
-def _strided_as(found: Tensor, like: Tensor) -> Tensor:
-    """The same elements with the strides of `like`, where those differ along sides of 1 alone."""
-    if found.stride() == like.stride():
-        return found
-    sides = zip(found.shape, found.stride(), like.stride(), strict=True)
-    return found.as_strided(like.shape, like.stride()) if all(n == 1 or a == b for n, a, b in sides) else found
 
 
 def parameters_a_layer(plan: BlockPlan) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import engine, packing, replay, transforms
 from . import transition as between
 from .backends import engine_for, load
+from .gradients import fake_gradients, own_gradients
 from .plan import BlockPlan
 
 
@@ -148,20 +149,7 @@ def _(
     group: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    return _gradients_like([x, *parameters], needs)
-
-
-def _gradients_like(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
-    """Fake gradients as `engine.own_gradients` makes them: pixels, the first of `inputs`, in channels_last order."""
-    made = []
-    for position, (like, needed) in enumerate(zip(inputs, needs, strict=True)):
-        if not needed:
-            made.append(like.new_empty(0))
-        elif position == 0:
-            made.append(torch.empty_like(like, memory_format=torch.channels_last))
-        else:
-            made.append(torch.empty_like(like))
-    return made
+    return fake_gradients([x, *parameters], needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -285,7 +273,7 @@ def _transition_gradients(
 ) -> list[Tensor]:  # fmt: skip
     grads = between.backward(spec, grad, z, gamma, beta, weight, statistics, counts, needs)
     inputs = [z, gamma, beta, z.new_empty(0) if weight is None else weight]
-    return engine.own_gradients(inputs, grads, needs, grad)
+    return own_gradients(inputs, grads, needs, grad)
 
 
 transition_backward = torch.library.custom_op(
@@ -311,7 +299,7 @@ def _(
     group: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    return _gradients_like([z, gamma, beta, z if weight is None else weight], needs)
+    return fake_gradients([z, gamma, beta, z if weight is None else weight], needs)
 
 
 def _setup_transition(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

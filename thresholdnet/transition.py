@@ -118,7 +118,6 @@ def backward(
         grad, dweight, _ = aten.convolution_backward(
             grad, read, weight, None, *_pairs(spec.conv), False, [0, 0], _groups(z, weight), [needs_z, needs[3], False]
         )
-        dweight = dweight if needs[3] else None
     if not needs_z:
         return [None, None, None, dweight]
     g, sum_g, sum_gx = _masked(spec, verbs, grad, z, norm)

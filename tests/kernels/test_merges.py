@@ -31,8 +31,8 @@ def test_statistics(size, channels, dtype):
 @pytest.mark.parametrize("bands", (1, 15, 16, 17, 64))
 def test_statistics_of_a_GPUs_many_bands(bands, monkeypatch):
     """The form that reads twice, with the tile's own number of bands."""
-    chosen = launch._merge_tile(10**6, torch.float32)
-    monkeypatch.setattr(launch, "_merge_tile", lambda *_: (16, *chosen[1:]))
+    chosen = launch.merge_tile(10**6, torch.float32)
+    monkeypatch.setattr(launch, "merge_tile", lambda *_: (16, *chosen[1:]))
     _, (x,) = rows(1, 1, 64 * bands - 5, (20,), torch.float64)
     fill(x)
     x.add_(1e6)  # a sum of squares would have lost the variance
@@ -70,8 +70,8 @@ def test_splits(splits, widths, dtype, monkeypatch):
 @pytest.mark.parametrize(("elements", "splits"), ((100, 6), (10**5, 6), (10**6, 6), (100, 1), (100, 3), (10**6, 3)))
 def test_split_tiles(elements, splits, monkeypatch):
     """Each of the tiles, whatever the size asks for."""
-    tile = launch._reduce_tile(elements, 48, splits)
-    monkeypatch.setattr(launch, "_reduce_tile", lambda *_: tile)
+    tile = launch.reduce_tile(elements, 48, splits)
+    monkeypatch.setattr(launch, "reduce_tile", lambda *_: tile)
     _, (a, dz) = rows(1, 12, 8, (19, 41), torch.float32)
     fill(a, integers=True), fill(dz, integers=True)
     monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: splits)
