@@ -39,7 +39,7 @@ TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two, to be packed as many as a launch reads
 SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
-    "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight",
+    "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight", "column",
     "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel", "programs", "matrices", "k_weight",
     "k_offset", "steps",
 }  # fmt: skip
@@ -140,6 +140,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.merge_statistics", {"TILE_ROWS": 128, **merge, "ONCE": True}),
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
+        ("affine.pack_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         *(("norm.normalise", {"EPS": eps, "ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}) for eps in (None, 1e-5)),
         ("norm.bn_backward", {"HAS_A": True, "HAS_MEAN": True, "HAS_SHARE": True, "TILE_ROWS": 64, "BLOCK": 64}),

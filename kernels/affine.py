@@ -1,6 +1,8 @@
 """BatchNorm as an affine of its channels, in one launch where torch's operations take five.
 
-scale = gamma / sqrt(variance + eps),   shift = beta - mean scale
+    scale = gamma / sqrt(variance + eps),   shift = beta - mean scale
+
+or, where a convolution over several nodes reads it, in the order of that convolution's K: see packed_affine.py.
 """
 
 # mypy: allow-untyped-defs
@@ -10,11 +12,10 @@ import triton.language as tl
 
 
 @triton.jit
-def affine_of(gamma, beta, mean, variance, channel, real, EPS: tl.constexpr):
-    """(scale, shift) of some channels, `real` where there are such; mean and variance are addresses."""
-    rstd = tl.rsqrt(tl.load(variance + channel, mask=real, other=1.0).to(gamma.dtype) + EPS)
-    scale = gamma * rstd
-    return scale, beta - tl.load(mean + channel, mask=real, other=0.0).to(gamma.dtype) * scale
+def affine_of(gamma, beta, mean, variance, EPS: tl.constexpr):
+    """(scale, shift) of some channels; all of one dtype."""
+    scale = gamma * tl.rsqrt(variance + EPS)
+    return scale, beta - mean * scale
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -25,6 +26,35 @@ def batch_norm_affine(gamma, beta, mean, variance, affine, channels, EPS: tl.con
     real = channel < channels
     scale = tl.load(gamma + channel, mask=real, other=0.0).to(ACC)
     shift = tl.load(beta + channel, mask=real, other=0.0).to(ACC)
-    scale, shift = affine_of(scale, shift, mean, variance, channel, real, EPS)
+    center = tl.load(mean + channel, mask=real, other=0.0)
+    spread = tl.load(variance + channel, mask=real, other=1.0)
+    scale, shift = affine_of(scale, shift, center, spread, EPS)
     tl.store(affine + channel, scale, mask=real)
     tl.store(affine + channels + channel, shift, mask=real)
+
+
+@triton.jit(do_not_specialize=["length", "channels", "columns"])
+def pack_affine(
+    gamma, beta, statistics, channel, column, affine, used, length, channels, columns,
+    EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gamma, beta [channels] (of any dtype), statistics [2, columns] -> affine [2, length], used [2, channels].
+
+    At position k of K stands channel[k], -1 for none, which has its mean and variance in column[k]; affine is (scale,
+    shift) there, 0 for none. used: mean and variance in the order of channels. Grid (blocks of positions,).
+    """
+    ACC: tl.constexpr = affine.dtype.element_ty
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < length
+    c = tl.load(channel + k, mask=inside, other=-1)
+    node_channel = tl.load(column + k, mask=inside, other=0)
+    real = c >= 0
+    scale = tl.load(gamma + c, mask=real, other=0.0).to(ACC)
+    shift = tl.load(beta + c, mask=real, other=0.0).to(ACC)
+    mean = tl.load(statistics + node_channel, mask=real, other=0.0)
+    variance = tl.load(statistics + columns + node_channel, mask=real, other=1.0)
+    scale, shift = affine_of(scale, shift, mean, variance, EPS)
+    tl.store(affine + k, scale, mask=inside)
+    tl.store(affine + length + k, shift, mask=inside)
+    tl.store(used + c, mean, mask=real)
+    tl.store(used + channels + c, variance, mask=real)

@@ -57,6 +57,7 @@ from .operands import (
     per_channel,
     uses_tf32,
 )
+from .packed_affine import PackedAffine
 from .packed_weights import Affine, Matrix, PackedWeight
 from .packed_weights import pack as pack_matrices
 from .tables import LANES, Group
@@ -81,7 +82,7 @@ def conv(
     weight: Tensor | PackedWeight,
     out: Tensor,
     *,
-    affine: tuple[Tensor, Tensor] | None = None,
+    affine: tuple[Tensor, Tensor] | PackedAffine | None = None,
     activation: str | None = "relu",
     bias: Tensor | None = None,
     statistics: bool = False,
@@ -95,6 +96,7 @@ def conv(
             of it.
         out: slot [N, O, H, W], apart from the sources.
         affine: (scale, shift), each [sum C_i]: convolve act(source * scale + shift) instead. Meant for 1x1 kernels.
+            With a packed weight, what `pack_affine` made for it.
         activation: "relu", "relu6" or None; used after `affine` and after `bias`, wherever one is given.
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
@@ -106,8 +108,8 @@ def conv(
     """
     if bias is not None and statistics:
         raise ValueError("statistics must be False with a bias, got True: they are the raw convolution's")
-    if affine is not None and isinstance(weight, PackedWeight):
-        raise ValueError("weight must not be packed with an affine, which is packed beside it")
+    if affine is not None and isinstance(affine, PackedAffine) != isinstance(weight, PackedWeight):
+        raise ValueError("affine must be packed where the weight is, and only there: what is not is packed beside it")
     check_device("out", out)
     layout = lay_out("sources", sources, out)
     channels = sum(source.width for source in layout.sources)
@@ -121,8 +123,8 @@ def conv(
     accumulator = accumulator_of(out)
     if layout.pixels == 0:
         return (_nan(out.shape[1], accumulator, out),) * 2 if statistics else None
-    scale_shift = None
-    if affine is not None:
+    scale_shift: tuple[Tensor, ...] | PackedAffine | None = affine
+    if affine is not None and not isinstance(affine, PackedAffine):
         scale_shift = tuple(per_channel(f"affine[{i}]", v, channels, out) for i, v in enumerate(affine))
     vectors = () if bias is None else (per_channel("bias", bias, out.shape[1], out),)
     partial, tile_rows, group = _convolve(
@@ -199,13 +201,15 @@ def pack(
     like: Tensor,
     *,
     widths: Sequence[Sequence[int]] | None = None,
+    affine: Sequence[bool] | None = None,
 ) -> list[PackedWeight]:
     """Pack the weights of several calls of `conv`, or of several of `gradient`, at once, as those would one by one.
 
     Args:
         weights: without `widths` each gradient's weights, as there; with them each convolution's, alone: [weight].
         like: any tensor [N, C, H, W] with the pixels, dtype and device of the calls' slots.
-        widths: channels of each convolution's sources, in order. The convolutions take no affine.
+        widths: channels of each convolution's sources, in order.
+        affine: for each convolution whether it takes one, which `pack_affine` packs; None where none does.
 
     Returns:
         A packed weight for each call: it must not be used once a weight has changed.
@@ -221,15 +225,15 @@ def pack(
     if widths is not None and [len(own) for own in weights] != [1] * len(widths):
         raise ValueError(f"weights must hold one weight for each of the {len(widths)} convolutions, alone")
     images = (like.shape[0], like.shape[2], like.shape[3])
-    matrices = []
-    for i, own in enumerate(weights):
+    matrices, normalised = [], affine or [False] * len(weights)
+    for i, (own, normal) in enumerate(zip(weights, normalised, strict=True)):
         if widths is None:
             read, channels = tuple(weight.shape[0] for weight in own), own[0].shape[1] if own else 1
             kernel_size = _check_readers(f"weights[{i}]", own, channels, read)
         else:
             read, channels = tuple(widths[i]), own[0].shape[0]
             kernel_size = check_weight(f"weights[{i}][0]", own[0], channels, sum(read))
-        config = _chosen_config(like, images, sum(read), channels, kernel_size, False, widths is None)
+        config = _chosen_config(like, images, sum(read), channels, kernel_size, normal, widths is None)
         matrices.append(Matrix(read, channels, kernel_size, widths is None, config))
     return pack_matrices(matrices, weights, like)
 
@@ -535,7 +539,7 @@ def _convolve(
     *,
     epilogue: int,
     activation: int = 0,
-    affine: tuple[Tensor, ...] | None = None,
+    affine: tuple[Tensor, ...] | PackedAffine | None = None,
     raw: Tensor | None = None,
     vectors: tuple[Tensor, ...] = (),
     add: bool = False,
@@ -569,7 +573,11 @@ def _convolve(
     table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
     matrix = Matrix(widths, channels, kernel_size, transposed, config)
     scale_shift, packed_affine = None, None
-    if affine is not None:
+    if isinstance(affine, PackedAffine):
+        if affine.matrix != matrix or affine.values.dtype != accumulator:
+            raise ValueError(f"affine must be packed for {matrix} in {accumulator}, got {affine.matrix}")
+        packed_affine = affine.values
+    elif affine is not None:
         packed_affine = torch.empty(2, len(table.channel), dtype=accumulator, device=device)
         scale_shift = Affine(affine[0], affine[1], table.channel, packed_affine)
     if isinstance(weights, PackedWeight):

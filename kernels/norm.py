@@ -126,7 +126,9 @@ def normalise(
     a = tl.load(scale + channel, mask=real, other=0.0).to(ACC)
     b = tl.load(shift + channel, mask=real, other=0.0).to(ACC)
     if EPS is not None:
-        a, b = affine_of(a, b, mean, variance, channel, real, EPS)
+        center = tl.load(mean + channel, mask=real, other=0.0).to(a.dtype)
+        spread = tl.load(variance + channel, mask=real, other=1.0).to(a.dtype)
+        a, b = affine_of(a, b, center, spread, EPS)
     value = tl.load(z + pixel[:, None] * (z_row8 * 8) + channel[None, :], mask=mask, other=0.0).to(ACC)
     value = tl.where(real[None, :], activate(value * a[None, :] + b[None, :], ACTIVATION), 0.0)
     to = out + pixel[:, None] * (out_row8 * 8) + channel[None, :]

@@ -217,10 +217,13 @@ class NodeStatistics:
         start = sum(self.plan.node_widths[:node])
         self.values[:, start : start + len(mean)] = paired(mean, variance)
 
-    def of(self, nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of the concatenated nodes."""
-        mean, variance = self.values.index_select(1, _channels(self.plan, nodes, self.device))
-        return mean, variance
+    def of(self, nodes: tuple[int, ...]) -> Tensor:
+        """Of the concatenated nodes, [2, C]: a tensor of its own."""
+        return self.values.index_select(1, _channels(self.plan, nodes, self.device))
+
+    def starts(self, nodes: tuple[int, ...]) -> tuple[int, ...]:
+        """Where each node's channels begin in `values`."""
+        return tuple(sum(self.plan.node_widths[:node]) for node in nodes)
 
 
 class SharedTerms:

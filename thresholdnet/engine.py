@@ -411,23 +411,19 @@ class _Bottleneck(_Block):
             statistics.set(0, *self.shared(verbs.moments(nodes[0])))
         features: list[Tensor] = []
         inners: list[Tensor] = []
-        second = [self.weight(i, 5) for i in range(1, plan.num_layers + 1)]
-        if save:
-            second = verbs.prepared(second, [[width] for width in plan.bottleneck_widths])
+        first, second = self._weights()
         for i, sources in enumerate(plan.links, start=1):
             read = _live(nodes, sources)
-            mean, variance = self.given(running, i, 0) if self.fixed(i, 0) else statistics.of(sources)
-            self.note(mean, variance)
-            affine, batch = self.affine(self.weight(i, 2), i, 0, mean, variance, running), not self.fixed(i, 1)
+            affine, batch = self._outer(i, first[i - 1], statistics, running), not self.fixed(i, 1)
             into = ("scratch", self.plan.bottleneck_widths[i - 1])
             if batch or save or not self.folds(self.weight(i, 2)):
-                inner, found = self._inner(i, read, affine, statistics=batch)
+                inner, found = self._inner(i, read, first[i - 1], affine, statistics=batch)
                 mean, variance = self.shared(found) if batch else self.given(running, i, 1)
                 normed = self.affine(self.weight(i, 2), i, 1, mean, variance, running)
                 activated = verbs.normalise(inner, normed, self.act, into=into)
             else:  # inference: the second BatchNorm folded into the first weight
                 inner, (mean, variance) = None, self.given(running, i, 1)
-                weight, bias = self.constant(self.weight(i, 2), i, 1, running)
+                weight, bias = self.constant(first[i - 1], i, 1, running)
                 activated, _ = verbs.conv(read, weight, into=into, affine=affine, bias=bias, activation=self.act)
             self.note(mean, variance)
             wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
@@ -447,13 +443,41 @@ class _Bottleneck(_Block):
         saved = [t for kind in self.spec.kinds_kept for t in verbs.keep(kind, made[kind])] if save else []
         return verbs.leave(_live(nodes, plan.outputs)), self.used, saved
 
-    def _inner(self, layer: int, read: list[Tensor], affine: tuple[Tensor, Tensor], statistics: bool = False) -> Any:
+    def _weights(self) -> tuple[list[Any], list[Any]]:
+        """Each layer's two weights: for a pass that backward follows as `verbs.conv` takes them, else as they are.
+
+        In front of the first stands a BatchNorm: only one over the batch's statistics comes from `affine_of_nodes`.
+        """
+        plan = self.plan
+        first, second = ([self.weight(i, position) for i in range(1, plan.num_layers + 1)] for position in (2, 5))
+        if not self.spec.save:
+            return first, second
+        batch = [i for i in range(plan.num_layers) if not self.fixed(i + 1, 0)]
+        read = [[plan.node_widths[node] for node in plan.links[i]] for i in batch]
+        made = self.verbs.prepared(
+            [*(first[i] for i in batch), *second], [*read, *([width] for width in plan.bottleneck_widths)],
+            [True] * len(batch) + [False] * len(second),
+        )  # fmt: skip
+        for i, weight in zip(batch, made, strict=False):
+            first[i] = weight
+        return first, list(made[len(batch) :])
+
+    def _outer(self, layer: int, weight: Any, statistics: NodeStatistics, running: Sequence[Tensor]) -> Any:
+        """The affine of a layer's first BatchNorm, in front of the convolution with `weight`; notes its statistics."""
+        if self.fixed(layer, 0):
+            mean, variance = self.given(running, layer, 0)
+            self.note(mean, variance)
+            return self.affine(weight, layer, 0, mean, variance, running)
+        gamma, beta, eps = self.weight(layer, 0), self.weight(layer, 1), self.spec.eps[self.place(layer, 0)]
+        affine, used = self.verbs.affine_of_nodes(weight, gamma, beta, statistics, self.plan.links[layer - 1], eps)
+        self.used.append(used)
+        return affine
+
+    def _inner(self, layer: int, read: list[Tensor], weight: Any, affine: Any, statistics: bool = False) -> Any:
         """The bottleneck output of a layer, and its moments."""
         kept = self.spec.save and not self.spec.recompute
         into = ("inner", layer) if kept else ("scratch inner", self.plan.bottleneck_widths[layer - 1])
-        return self.verbs.conv(
-            read, self.weight(layer, 2), into=into, affine=affine, activation=self.act, statistics=statistics
-        )
+        return self.verbs.conv(read, weight, into=into, affine=affine, activation=self.act, statistics=statistics)
 
     def _drop(self, layer: int, pixels: Tensor) -> None:
         """Dropout of a feature, or of its gradient, in place."""
@@ -520,7 +544,7 @@ class _Bottleneck(_Block):
         outer, norm = (norms[self.place(i, which)] for which in (0, 1))
         dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i])
         self._drop(i, dfeature)
-        inner = self._inner(i, read, outer.affine)[0] if self.spec.recompute else inners[i - 1]
+        inner = self._inner(i, read, self.weight(i, 2), outer.affine)[0] if self.spec.recompute else inners[i - 1]
         first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
             grads[first + 5] = verbs.weight_gradient(

@@ -116,7 +116,7 @@ def test_a_weight_packed_for_another_convolution():
         launch.gradient([a, b], [turned], out)
     with pytest.raises(ValueError, match="packed for"):
         launch.conv([a, b], packed._replace(values=packed.values.half()), out)
-    with pytest.raises(ValueError, match="with an affine"):
+    with pytest.raises(ValueError, match="affine must be packed where the weight is"):
         launch.conv([a, b], packed, out, affine=(torch.ones(24), torch.zeros(24)))
 
 
@@ -136,11 +136,19 @@ def test_what_cannot_be_packed():
 
 @pytest.mark.parametrize("unit", ("conv_bn_relu", "bottleneck"))
 def test_a_block_packs_once_a_pass(unit, launches):
-    """In front of a bottleneck's 1x1 kernels the affine has a launch anyway: it packs their weights with it."""
     block = ThresholdBlock(7, None, 5, unit=unit, num_layers=4, threshold=2, fused=True, backend="triton")
     x = torch.randn(1, 7, 4, 4, requires_grad=True)
     y = block(x)
-    assert launches == ([4] if unit == "conv_bn_relu" else [4, 1, 1, 1, 1])
+    assert launches == ([4] if unit == "conv_bn_relu" else [8])
     launches.clear()
     y.sum().backward()
     assert launches == [4]
+
+
+def test_an_affine_of_given_statistics_is_packed_beside_its_weight(launches):
+    block = ThresholdBlock(7, None, 5, unit="bottleneck", num_layers=4, threshold=2, fused=True, backend="triton")
+    block(torch.randn(1, 7, 4, 4))
+    block.eval()
+    launches.clear()
+    block(torch.randn(1, 7, 4, 4, requires_grad=True))
+    assert launches == [4, 1, 1, 1, 1]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import batch_norm, linear_terms
+from ..batchnorm import NodeStatistics, batch_norm, linear_terms
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -127,9 +127,12 @@ class Verbs:
         )
         return Packed(made, weight.shape)
 
-    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+    def prepared(
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
+    ) -> Sequence[Any]:
         """Weights as `conv` takes them, of layers that `read` these widths, or lists of them as `gradient` does.
 
+        affine: whether each `conv` takes one, made by `affine_of_nodes`; None where none does.
         A pass asks for all of its own at once, for backends that pack them; here they stay as they are.
         """
         return weights
@@ -146,6 +149,16 @@ class Verbs:
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
         """scale and shift [C] of a BatchNorm with these statistics, in their dtype."""
         return batch_norm(gamma, beta, *moments, eps, False).affine
+
+    def affine_of_nodes(
+        self, weight: Any, gamma: Tensor, beta: Tensor, statistics: NodeStatistics, nodes: tuple[int, ...], eps: float
+    ) -> tuple[Any, Tensor]:
+        """`affine` of a BatchNorm over these nodes, in front of `conv` with this weight as `prepared` gave it.
+
+        Also returns the statistics that it has, [2, C], a tensor of its own.
+        """
+        mean, variance = used = statistics.of(nodes)
+        return self.affine(gamma, beta, (mean, variance), eps), used
 
     def moments(self, z: Tensor) -> Moments:
         """Mean and biased variance over all pixels."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batchnorm import NodeStatistics
 from ..kernels import slots
 from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
@@ -64,11 +65,19 @@ class Verbs:
     def packed(self, way: str, weight: Tensor) -> Tensor:
         return weight
 
-    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+    def prepared(
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
+    ) -> Sequence[Any]:
         return weights
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
         return self.launch.batch_norm_affine(gamma, beta, *moments, eps)
+
+    def affine_of_nodes(
+        self, weight: Any, gamma: Tensor, beta: Tensor, statistics: NodeStatistics, nodes: tuple[int, ...], eps: float
+    ) -> tuple[Any, Tensor]:
+        mean, variance = used = statistics.of(nodes)
+        return self.affine(gamma, beta, (mean, variance), eps), used
 
     def moments(self, z: Tensor) -> Moments:
         return self.launch.slot_statistics(z)

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..batchnorm import NodeStatistics
 from ..kernels import launch
+from ..kernels.packed_affine import PackedAffine, pack_affine
+from ..kernels.packed_weights import PackedWeight
 from . import slotted
 from .elementwise import Affine
 from .native import Moments, Place
@@ -34,9 +37,18 @@ class Verbs(slotted.Verbs):
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Any:
         return BatchNorm(gamma, beta, *moments, eps)
 
+    def affine_of_nodes(
+        self, weight: Any, gamma: Tensor, beta: Tensor, statistics: NodeStatistics, nodes: tuple[int, ...], eps: float
+    ) -> tuple[Any, Tensor]:
+        """In one launch, where the weight is packed."""
+        if isinstance(weight, PackedWeight):
+            return pack_affine(weight, gamma, beta, statistics.values, statistics.starts(nodes), eps)
+        return super().affine_of_nodes(weight, gamma, beta, statistics, nodes, eps)
+
     def conv(
-        self, sources: Sequence[Tensor], weight: Tensor, *, affine: Affine | BatchNorm | None = None, **others: Any
-    ) -> tuple[Tensor, Moments | None]:
+        self, sources: Sequence[Tensor], weight: Any, *, affine: Affine | BatchNorm | PackedAffine | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Moments | None]:  # fmt: skip
         made = launch.batch_norm_affine(*affine) if isinstance(affine, BatchNorm) else affine
         return super().conv(sources, weight, affine=made, **others)
 
@@ -47,11 +59,13 @@ class Verbs(slotted.Verbs):
         launch.normalise(z, affine.gamma, affine.beta, out, activation, statistics=affine[2:])
         return out
 
-    def prepared(self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None) -> Sequence[Any]:
+    def prepared(
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
+    ) -> Sequence[Any]:
         """Packed in few launches: a packed weight each, or in each list, if it has any, one for all of them."""
         if 0 in self.like.shape:
             return weights
         if read is not None:
-            return launch.pack([[self._met(weight)] for weight in weights], self.like, widths=read)
+            return launch.pack([[self._met(weight)] for weight in weights], self.like, widths=read, affine=affine)
         made = iter(launch.pack([[self._met(weight) for weight in own] for own in weights if own], self.like))
         return [[next(made)] if own else [] for own in weights]
