@@ -36,10 +36,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCMMA", "UTCQMMA")}
 STACK_LIMIT = 192  # bytes; outside of main loops, where an H100 showed no cost of 176
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-SEVERAL = {"weights", "gammas", "betas"}  # tuples of pointers, here two, to be packed as many as a launch reads
+SEVERAL = {"weights", "gammas", "betas", "shares_g", "shares_gx", "partials", "tables", "results"}  # tuples of pointers
 SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
-    "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight", "column",
+    "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight", "column", "tables", "gradients",
     "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel", "programs", "matrices", "k_weight",
     "k_offset", "steps",
 }  # fmt: skip
@@ -148,7 +148,8 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),
         ("pack.pack_weights", {"TILE_COLUMNS": 8, "TILE_K": 256, "AFFINE": True}),
         ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
-        ("readers.merge_readers", {"TILES": 1024, "BLOCK": 8}),
+        ("readers.merge_readers", {"READERS": 2, "TERMS": True, "TILES": 1024, "BLOCK": 8}),
+        ("weight_gradient.reduce_splits", {"SPLITS": 32, "WEIGHTS": 16, "COLUMNS": 16}),
         ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),
     ]
     for kernel, constants in small[:3] if quick else small:
@@ -198,6 +199,7 @@ def compile_form(form: Form) -> Report:
 
     import triton
     from thresholdnet.kernels.packed_weights import MOST_WEIGHTS
+    from thresholdnet.kernels.weight_splits import MOST_GRADIENTS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -212,13 +214,12 @@ def compile_form(form: Form) -> Report:
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         elif name in SEVERAL:
-            several = MOST_WEIGHTS if function == "pack_weights" else 2
-            signature[name] = ("*fp32",) * several
+            several = {"pack_weights": MOST_WEIGHTS, "reduce_splits": MOST_GRADIENTS}.get(function, 2)
+            signature[name] = ("*i32" if name in TABLES else "*fp32",) * several
             if not parameter.do_not_specialize_on_alignment:
                 aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(several)}
         else:
             slot = name in SLOTS or name == "weight"
-            slot = slot and function != "reduce_splits"
             signature[name] = "*i32" if name in TABLES else f"*{TYPES[form.dtype]}" if slot else "*fp32"
             aligned[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(

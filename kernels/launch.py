@@ -40,13 +40,14 @@ from .configs import (
     weight_gradient_config,
     weight_gradient_splits,
 )
-from .device import INTERPRETED, capability_of, check_device, on_device_of
+from .device import capability_of, check_device, on_device_of
 from .device_tables import device_columns, device_offsets, device_pixels, device_table
 from .operands import (
     MAX_ELEMENTS,
     Layout,
     accumulator_of,
     activation_code,
+    check_rows,
     check_same_images,
     check_slots,
     check_weight,
@@ -61,8 +62,9 @@ from .packed_affine import PackedAffine
 from .packed_weights import Affine, Matrix, PackedWeight
 from .packed_weights import pack as pack_matrices
 from .tables import LANES, Group
-from .tiles import cdiv, elementwise_tile, finish_tile, merge_tile, power_of_2, reduce_tile
+from .tiles import cdiv, elementwise_tile, finish_tile, merge_tile, power_of_2, readers_tile
 from .tuned import Shape, choice
+from .weight_splits import Splits, reduce_splits
 
 PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
 
@@ -86,6 +88,7 @@ def conv(
     activation: str | None = "relu",
     bias: Tensor | None = None,
     statistics: bool = False,
+    moments: Tensor | None = None,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Convolve the sources, concatenated, into a slot: out = conv2d(cat(sources), weight, padding=kernel // 2).
@@ -100,6 +103,7 @@ def conv(
         activation: "relu", "relu6" or None; used after `affine` and after `bias`, wherever one is given.
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
+        moments: [2, O], with dense rows of that dtype: where those are written; elsewhere without.
         config: tile sizes instead of the chosen ones; those of a packed weight are its own.
 
     Raises:
@@ -121,6 +125,8 @@ def conv(
     if not sources:
         raise ValueError("sources must hold at least one slot, got none")
     accumulator = accumulator_of(out)
+    if moments is not None:
+        check_rows("moments", moments, out.shape[1], out)
     if layout.pixels == 0:
         return (_nan(out.shape[1], accumulator, out),) * 2 if statistics else None
     scale_shift: tuple[Tensor, ...] | PackedAffine | None = affine
@@ -134,7 +140,7 @@ def conv(
     )  # fmt: skip
     if not statistics:
         return None
-    return _merge_statistics(partial, len(partial), tile_rows, group, layout, out.shape[1])
+    return _merge_statistics(partial, len(partial), tile_rows, group, layout, out.shape[1], moments)
 
 
 def gradient(
@@ -275,7 +281,7 @@ def normalise(
     (z_slot, out_slot), pixels = check_slots([("z", z), ("out", out)])
     check_same_images("z", z, out)
     channels = out.shape[1]
-    scale, shift = per_channel("scale", scale, channels, out), per_channel("shift", shift, channels, out)
+    scale, shift = (per_channel(name, v, channels, out, False) for name, v in (("scale", scale), ("shift", shift)))
     mean, variance, eps = scale, scale, None
     if statistics is not None:
         mean, variance = (per_channel(f"statistics[{i}]", v, channels, out) for i, v in enumerate(statistics[:2]))
@@ -352,6 +358,7 @@ def weight_gradient(
     activation: str | None = "relu",
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    later: list[Splits] | None = None,
     config: WeightGradientConfig | None = None,
 ) -> Tensor:
     """The gradient of `conv` by its weight: [O, sum C_i, k, k], fp32 (fp64 for fp64 slots) or `dtype`.
@@ -363,6 +370,7 @@ def weight_gradient(
         affine, activation: as in `conv`.
         dtype: of the result.
         channels_last: its memory format; contiguous otherwise.
+        later: the result is filled when `reduce_splits` is given this list, to which it is added.
         config: tile sizes instead of the chosen ones.
 
     Raises:
@@ -412,13 +420,11 @@ def weight_gradient(
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip
-        at_once, block, part, warps = reduce_tile(result.numel(), columns, splits)
-        k_of = table.k_of_tap if channels_last else table.k_of_weight
-        start(
-            device_weight_gradient.reduce_splits, (cdiv(weights, block), cdiv(out_channels, part)),
-            partial, k_of, result, splits, all_k, columns // 16, weights, out_channels,
-            SPLITS=at_once, WEIGHTS=block, COLUMNS=part, num_warps=warps,
-        )  # fmt: skip
+    unsummed = Splits(partial, table.k_of_tap if channels_last else table.k_of_weight, result)
+    if later is None:
+        reduce_splits([unsummed])
+    else:
+        later.append(unsummed)
     return result
 
 
@@ -434,6 +440,7 @@ def gradient_of_readers(
     *,
     add: bool,
     activation: str | None = "relu",
+    terms: tuple[Tensor, Sequence[Tensor]] | None = None,
     config: ReadersConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gather the gradients of R readers, each act(BatchNorm(features)) and a 1x1 convolution, into the features' slots.
@@ -450,6 +457,7 @@ def gradient_of_readers(
         mean, rstd: [C], the features' statistics.
         add: add to what `outs` hold instead of writing them for the first time.
         activation: "relu" or "relu6".
+        terms: [2, C], and R shares [2, C], with dense rows: adds every reader's share times its two sums to the former.
         config: tile sizes instead of the chosen ones.
 
     Returns:
@@ -487,6 +495,13 @@ def gradient_of_readers(
     scales = tuple(per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas))
     shifts = tuple(per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas))
     mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
+    room, shares = (None, ()) if terms is None else terms
+    if room is not None:
+        check_rows("terms[0]", room, channels, first)
+        if len(shares) != readers:
+            raise ValueError(f"terms must hold a share for each of the {readers} readers, got {len(shares)}")
+        for i, share in enumerate(shares):
+            check_rows(f"terms[1][{i}]", share, channels, first)
     if read.pixels == 0:
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
     if config is None:
@@ -522,11 +537,14 @@ def gradient_of_readers(
             STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
             maxnreg=config.registers or None,
         )  # fmt: skip
-        at_once, warps = (256, 4) if tiles <= 256 else (1024, 8)
+        at_once, warps = readers_tile(tiles)
         start(
-            device_readers.merge_readers, (columns // LANES, readers, 2),
-            partial, column_channel, sums, tiles, channels, columns // LANES,
-            TILES=16 if INTERPRETED else at_once, BLOCK=LANES, num_warps=warps,
+            device_readers.merge_readers, (columns // LANES, 2),
+            partial, column_channel, sums, sums if room is None else room,
+            *(tuple(share[i] for share in shares) or (sums,) * readers for i in (0, 1)),
+            tiles, channels, columns // LANES, 0 if room is None else room.stride(0),
+            READERS=readers, TERMS=room is not None,
+            TILES=at_once, BLOCK=LANES, num_warps=warps,
         )  # fmt: skip
     return sums[:, 0], sums[:, 1]
 
@@ -643,9 +661,12 @@ def _chosen_config(
 
 
 def _merge_statistics(
-    partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: Layout, channels: int
-) -> tuple[Tensor, Tensor]:
-    mean, variance = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
+    partial: Tensor, tiles: int, tile_rows: int, group: Group, layout: Layout, channels: int,
+    made: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if made is None:
+        made = torch.empty(2, channels, dtype=partial.dtype, device=partial.device)
+    mean, variance = made
     positions = group[0] * group[1]
     bands, block, warps = merge_tile(tiles * positions, partial.dtype)
     with on_device_of(partial):

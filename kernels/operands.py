@@ -167,8 +167,8 @@ def check_same_images(name: str, tensor: Tensor, out: Tensor) -> None:
         raise ValueError(f"{name} must have the shape {tuple(out.shape)}, got {tuple(tensor.shape)}")
 
 
-def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
-    """A per-channel vector in the accumulator's dtype."""
+def per_channel(name: str, vector: Tensor, length: int, like: Tensor, cast: bool = True) -> Tensor:
+    """A dense per-channel vector, in the accumulator's dtype unless its kernel casts what it loads."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(vector).__name__}")
     if vector.shape != (length,):
@@ -178,9 +178,20 @@ def per_channel(name: str, vector: Tensor, length: int, like: Tensor) -> Tensor:
     wide = accumulator_of(like)
     if vector.requires_grad:  # not always: it costs as much as all else here
         vector = vector.detach()
-    if vector.dtype == wide and vector.stride(0) == 1:  # mostly
+    if (vector.dtype == wide or not cast) and vector.stride(0) == 1:  # mostly
         return vector
-    return vector.to(wide).contiguous()
+    return (vector.to(wide) if cast else vector).contiguous()
+
+
+def check_rows(name: str, rows: Tensor, length: int, like: Tensor) -> None:
+    """Two vectors of channels that a kernel takes or fills as they are."""
+    wide = accumulator_of(like)
+    if rows.shape != (2, length) or rows.stride(1) != 1:
+        raise ValueError(f"{name} must have the shape (2, {length}) and dense rows, got {tuple(rows.shape)}")
+    if rows.dtype != wide:
+        raise TypeError(f"{name} must be {wide}, got {rows.dtype}")
+    if rows.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {rows.device}")
 
 
 def activation_code(name: str | None) -> int:

@@ -50,22 +50,34 @@ def pack_readers(
                 tl.store(affine + (reader * 2 + 1) * all_columns + columns, beta.to(affine.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tiles", "channels", "columns8"])
+@triton.jit(do_not_specialize=["tiles", "channels", "columns8", "terms_row"])
 def merge_readers(
-    partial, column_channel, sums, tiles, channels, columns8, TILES: tl.constexpr, BLOCK: tl.constexpr
+    partial, column_channel, sums, terms, shares_g, shares_gx, tiles, channels, columns8, terms_row,
+    READERS: tl.constexpr, TERMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial [tiles, readers, 2, columns8 * 8] -> sums [readers, 2, channels]; grid (column blocks, readers, 2)."""
-    readers = tl.num_programs(1)
-    which = tl.program_id(1) * 2 + tl.program_id(2)
+    """partial [tiles, readers, 2, columns8 * 8] -> sums [readers, 2, channels]; grid (column blocks, 2).
+
+    TERMS: terms [2, channels], rows terms_row apart, get the sum over readers of share_r sum_r added; shares_g and
+    shares_gx hold each reader's shares [channels], of sum g and of sum g xhat.
+    """
+    which = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((TILES, BLOCK), partial.dtype.element_ty)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        at = (tile * (2 * readers) + which) * (columns8 * 8)
-        acc += tl.load(partial + (at[:, None] + columns[None, :]), mask=(tile < tiles)[:, None], other=0.0)
     channel = tl.load(column_channel + columns)
-    to = sums + which * channels + channel
-    tl.store(to, tl.sum(acc, 0), mask=channel >= 0)
+    term = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    for reader in tl.static_range(READERS):
+        acc = tl.zeros((TILES, BLOCK), partial.dtype.element_ty)
+        for start in range(0, tiles, TILES):
+            tile = start + tl.arange(0, TILES)
+            at = (tile * (2 * READERS) + 2 * reader + which) * (columns8 * 8)
+            acc += tl.load(partial + (at[:, None] + columns[None, :]), mask=(tile < tiles)[:, None], other=0.0)
+        found = tl.sum(acc, 0)
+        tl.store(sums + (2 * reader + which) * channels + channel, found, mask=channel >= 0)
+        if TERMS:
+            share = tl.where(which == 0, shares_g[reader], shares_gx[reader])
+            term += tl.load(share + channel, mask=channel >= 0, other=0.0) * found
+    if TERMS:
+        to = terms + which * terms_row + channel
+        tl.store(to, tl.load(to, mask=channel >= 0, other=0.0) + term, mask=channel >= 0)
 
 
 @triton.jit(

@@ -34,6 +34,13 @@ def merge_tile(bands: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return (1024, 4, 8) if bands <= 1024 or dtype == torch.float64 else (4096, 4, 32)
 
 
+def readers_tile(tiles: int) -> tuple[int, int]:
+    """Tiles that a program of `merge_readers` takes at a time, and warps; see `merge_tile`."""
+    if INTERPRETED:
+        return 16, 4
+    return (256, 4) if tiles <= 256 else (1024, 8)
+
+
 def reduce_tile(elements: int, columns: int, splits: int) -> tuple[int, int, int, int]:
     """(splits, weights, columns) of a program of `reduce_splits`, and warps, for a gradient of so many elements.
 

@@ -84,26 +84,40 @@ def weight_gradient(
         tl.store(to + k[:, None] * all_columns + columns[None, :], acc)
 
 
-@triton.jit(do_not_specialize=["splits", "all_k", "columns16", "weights", "out_channels"])
+@triton.jit
 def reduce_splits(
-    partial, k_of_weight, out, splits, all_k, columns16, weights, out_channels,
+    partials, tables, results, programs, gradients,
     SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW [out_channels, weights]; grid (blocks of weights, blocks of output channels).
+    """One tile of one of several dW [out_channels, weights], the first three being a pointer for each; grid (tiles,).
 
-    SPLITS splits are in flight at once, for WEIGHTS x COLUMNS elements. o runs fastest, as it does in `partial`
-    [splits, K, columns16 * 16]: a K row of COLUMNS is one piece of memory, wherever k_of_weight puts it.
+    programs [tiles]: each one's gradient. gradients [.., 8]: its first program, splits, K, columns / 16, weights,
+    output channels, and tiles along its weights. tables: k of each weight, in the order of dW.
+
+    SPLITS splits are in flight at once, for WEIGHTS x COLUMNS elements. o runs fastest, as it does in `partials`
+    [splits, K, columns]: a K row of COLUMNS is one piece of memory, wherever the table puts it.
     """
-    w = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
-    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    which = tl.load(programs + program)
+    partial, k_of_weight, result = partials[0], tables[0], results[0]
+    for i in tl.static_range(1, len(partials)):
+        partial = tl.where(which == i, partials[i], partial)
+        k_of_weight = tl.where(which == i, tables[i], k_of_weight)
+        result = tl.where(which == i, results[i], result)
+    gradient = gradients + which * 8
+    tile = program - tl.load(gradient)
+    splits, all_k, all_columns = tl.load(gradient + 1), tl.load(gradient + 2), tl.load(gradient + 3) * 16
+    weights, out_channels, across = tl.load(gradient + 4), tl.load(gradient + 5), tl.load(gradient + 6)
+    w = tile % across * WEIGHTS + tl.arange(0, WEIGHTS)
+    o = tile // across * COLUMNS + tl.arange(0, COLUMNS)
     real = (w < weights)[:, None] & (o < out_channels)[None, :]
     k = tl.load(k_of_weight + w, mask=w < weights, other=0)
-    at = k[:, None] * (columns16 * 16) + o[None, :]
+    at = k[:, None] * all_columns + o[None, :]
     split = tl.arange(0, SPLITS)
     acc = tl.zeros((SPLITS, WEIGHTS, COLUMNS), partial.dtype.element_ty)
     for start in range(0, splits, SPLITS):
-        to = (start + split) * all_k * (columns16 * 16)
+        to = (start + split) * all_k * all_columns
         inside = (start + split < splits)[:, None, None]  # of the tile whole rows: a mask an element would split copies
         acc += tl.load(partial + (to[:, None, None] + at[None, :, :]), mask=inside, other=0.0)
-    result = tl.sum(acc, 0).to(out.dtype.element_ty)
-    tl.store(out + o[None, :] * weights + w[:, None], result, mask=real)
+    summed = tl.sum(acc, 0).to(result.dtype.element_ty)
+    tl.store(result + o[None, :] * weights + w[:, None], summed, mask=real)

@@ -212,10 +212,15 @@ class NodeStatistics:
         self.plan, self.device = plan, device
         self.values = torch.zeros(2, sum(plan.node_widths), dtype=dtype, device=device)
 
+    def room(self, node: int) -> Tensor:
+        """Where one node's mean and variance lie, [2, C]."""
+        return self.values.narrow(1, sum(self.plan.node_widths[:node]), self.plan.node_widths[node])
+
     def set(self, node: int, mean: Tensor, variance: Tensor) -> None:
-        """Note what one node's channels have."""
-        start = sum(self.plan.node_widths[:node])
-        self.values[:, start : start + len(mean)] = paired(mean, variance)
+        """Note what one node's channels have, unless it was written there."""
+        room = self.room(node)
+        if room.data_ptr() != mean.data_ptr():
+            room.copy_(paired(mean, variance))
 
     def of(self, nodes: tuple[int, ...]) -> Tensor:
         """Of the concatenated nodes, [2, C]: a tensor of its own."""
@@ -244,16 +249,23 @@ class SharedTerms:
             widths = [plan.node_widths[node] for node in plan.links[layer - 1]]
             self.means |= zip(plan.links[layer - 1], norm.mean.split(widths), strict=True)
 
+    def terms(self, nodes: tuple[int, ...], norms: Sequence[Norm]) -> tuple[Tensor, Sequence[Tensor]] | None:
+        """What `verbs.send` takes to add readers' shares by itself; None where the nodes' channels lie apart.
+
+        norms: of the readers, over the concatenated channels of `nodes`.
+        """
+        first, last, widths = nodes[0], nodes[-1], self.plan.node_widths
+        each = [norm.share for norm in norms if norm.share is not None]
+        if len(each) < len(norms) or nodes != tuple(range(first, last + 1)):
+            return None
+        self.nodes.update(nodes)
+        return self.values.narrow(1, sum(widths[:first]), sum(widths[first : last + 1])), each
+
     def add(self, nodes: tuple[int, ...], norm: Norm, sums: Tensor) -> None:
         """Add one reader's share; all arguments over the concatenated channels of `nodes`."""
         assert norm.share is not None
         self.nodes.update(nodes)
-        first, last = nodes[0], nodes[-1]
-        if nodes == tuple(range(first, last + 1)):
-            start = sum(self.plan.node_widths[:first])
-            self.values[:, start : start + sums.shape[1]].addcmul_(norm.share, sums)
-        else:
-            self.values.index_add_(1, _channels(self.plan, nodes, self.device), norm.share * sums)
+        self.values.index_add_(1, _channels(self.plan, nodes, self.device), norm.share * sums)
 
     def applied(self, verbs: Any, node: int, arriving: Tensor, feature: Tensor) -> Tensor:
         """The whole gradient of a node."""

@@ -133,6 +133,7 @@ def backward(
     """
     block = _unit(spec)(spec, x, parameters, extras)
     grads = block.backward(grad.contiguous(memory_format=torch.channels_last), statistics, saved, needs)
+    block.verbs.settle()
     return own_gradients((x, *parameters), grads, needs, grad)
 
 
@@ -428,7 +429,9 @@ class _Bottleneck(_Block):
             self.note(mean, variance)
             wanted, drop = self._read_by_batch_norm(i), bool(self.extras.masks)
             weight = second[i - 1] if save else self.constant(second[i - 1], i)[0]
-            feature, found = verbs.conv([activated], weight, into=("node", i), statistics=wanted and not drop)
+            feature, found = verbs.conv(
+                [activated], weight, into=("node", i), statistics=wanted and not drop, moments=statistics.room(i)
+            )
             if drop:
                 self._drop(i, feature)
                 found = verbs.moments(feature) if wanted else None
@@ -587,15 +590,18 @@ class _Bottleneck(_Block):
         to = tuple(node for node in order if node in reached)
         over = [Columns(plan, r.layer, to, self.x.device) for r in readers]
         norms = [columns.norm(r.norm) for r, columns in zip(readers, over, strict=True)]
+        # the sums of other ranks come in between, and readers with given statistics go alone
+        terms = None if self.spec.group else shares.terms(to, norms)
         sent, sum_g, sum_gx = self.verbs.send(
             [r.dz for r in readers], [c.weight(r.weight) for r, c in zip(readers, over, strict=True)],
             to, _live(nodes, to), norms, shared_statistics(over, norms), [arriving.get(node) for node in to], self.act,
+            terms,
         )  # fmt: skip
         arriving.update(zip(to, sent, strict=True))
         for r, columns, norm, *found in zip(readers, over, norms, sum_g, sum_gx, strict=True):
             sums = paired(*found)
             r.sums.append((columns, sums))
-            if not norm.fixed:
+            if not norm.fixed and terms is None:
                 shares.add(to, norm, self.summed(norm, sums))
 
 

@@ -361,6 +361,7 @@ def _linked_gradients(
             made.append(source.new_empty(0))
         start += source.shape[1]
     made.append(verbs.weight_gradient(sources, dz, weight.shape[2]) if needs[-1] else weight.new_empty(0))
+    verbs.settle()
     return made
 
 

@@ -45,6 +45,20 @@ def test_sizes_and_dtypes(size, dtype, kernel_size):
     assert unlinked.isnan().all() and not padding(out).any()
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_statistics_are_written_where_asked(dtype):
+    _, (a, out) = rows(2, 5, 3, (10, 20), dtype)
+    fill(a)
+    weight, exact = random_weight(20, 10, 3), torch.float64 if dtype == torch.float64 else torch.float32
+    around = torch.full((2, 22), float("nan"), dtype=exact)
+    made = launch.conv([a], weight, out, statistics=True, moments=around[:, 1:-1])
+    assert [each.data_ptr() for each in made] == [row.data_ptr() for row in around[:, 1:]]
+    assert all(map(torch.equal, launch.conv([a], weight, out, statistics=True), made))
+    assert around[:, 0].isnan().all() and around[:, -1].isnan().all()
+    with pytest.raises(ValueError, match=r"moments must have the shape \(2, 20\) and dense rows"):
+        launch.conv([a], weight, out, statistics=True, moments=around)
+
+
 @pytest.mark.parametrize("out_channels", (1, 8, 13, 16, 22, 32, 40, 46, 70, 134))
 @pytest.mark.parametrize("size", ((2, 5, 3), (1, 4, 6)), ids=str)
 def test_widths(out_channels, size):

@@ -4,7 +4,8 @@ import poisoned as layouts
 import pytest
 import torch
 from poisoned import fill, rows
-from thresholdnet.kernels import launch
+from thresholdnet.kernels import launch, weight_splits
+from thresholdnet.kernels import tiles as tiles_of_small_kernels
 from thresholdnet.kernels.configs import ConvolutionConfig, WeightGradientConfig
 from tolerances import assert_near
 
@@ -13,8 +14,8 @@ EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloa
 
 @pytest.fixture(params=(True, False), ids=("interpreter's", "GPU's"), autouse=True)
 def tiles(request, monkeypatch):
-    """The launchers choose the tiles of what merges by this name."""
-    monkeypatch.setattr(launch, "INTERPRETED", request.param)
+    """The choices of tiles for what merges."""
+    monkeypatch.setattr(tiles_of_small_kernels, "INTERPRETED", request.param)
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
@@ -70,10 +71,31 @@ def test_splits(splits, widths, dtype, monkeypatch):
 @pytest.mark.parametrize(("elements", "splits"), ((100, 6), (10**5, 6), (10**6, 6), (100, 1), (100, 3), (10**6, 3)))
 def test_split_tiles(elements, splits, monkeypatch):
     """Each of the tiles, whatever the size asks for."""
-    tile = launch.reduce_tile(elements, 48, splits)
-    monkeypatch.setattr(launch, "reduce_tile", lambda *_: tile)
+    tile = weight_splits.reduce_tile(elements, 48, splits)
+    monkeypatch.setattr(weight_splits, "reduce_tile", lambda *_: tile)
     _, (a, dz) = rows(1, 12, 8, (19, 41), torch.float32)
     fill(a, integers=True), fill(dz, integers=True)
     monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: splits)
     got = launch.weight_gradient([a], dz, 3, config=WeightGradientConfig(16, 16, 16))
     assert torch.equal(got.double(), torch.nn.grad.conv2d_weight(a.double(), got.shape, dz.double(), padding=1))
+
+
+@pytest.mark.parametrize("count", (2, 5, weight_splits.MOST_GRADIENTS + 3))
+def test_several_gradients_are_what_each_is_alone(count, monkeypatch):
+    """Of several shapes, splits, dtypes and formats; a launch for each dtype in a row, of MOST_GRADIENTS at most."""
+    later, alone, together, launches = [], [], [], []
+    for i in range(count):
+        _, (a, dz) = rows(1, 5 + i, 8, (8 * i + 3, 21), torch.float32)
+        fill(a), fill(dz)
+        kernel_size, dtype = (3, 1)[i % 2], torch.bfloat16 if i >= count // 2 else None
+        options = {"channels_last": i % 3 == 0, "dtype": dtype, "config": WeightGradientConfig(16, 16, 16)}
+        monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_, splits=1 + i % 4: splits)
+        alone.append(launch.weight_gradient([a], dz, kernel_size, **options))
+        together.append(launch.weight_gradient([a], dz, kernel_size, later=later, **options))
+    monkeypatch.setattr(
+        weight_splits, "start", lambda kernel, grid, *a, **o: launches.append(grid) or kernel[grid](*a, **o)
+    )
+    launch.reduce_splits(later)
+    assert [each.result for each in later] == together and len(launches) == 2
+    for one, other in zip(alone, together, strict=True):
+        assert one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)

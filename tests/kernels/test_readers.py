@@ -26,7 +26,7 @@ def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     return total * rstd, torch.stack(sums), torch.stack(sums_xhat)
 
 
-def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None):
+def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None, terms=False):
     _, (*outs, unlinked) = rows(*size, (*widths, 8), dtype)
     _, features = rows(*size, widths, dtype)
     _, dz = layouts.arena(*size, (depth,) * readers, dtype)
@@ -39,11 +39,18 @@ def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), c
     gammas[0][:3] = betas[0][:3] = 0  # channels that reader 0 lacks
     weights[0][:, :3] = 0
     mean, rstd = torch.randn(channels), torch.rand(channels) + 0.5
-    sums = launch.gradient_of_readers(
-        dz, weights, outs, features, gammas, betas, mean, rstd, add=add, activation=activation, config=config
-    )
-    g, *expected = formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
+    around = torch.full((2, 2 + channels), float("nan"), dtype=exact)
+    room, shares = around[:, 1:-1], [torch.randn(4, channels, dtype=exact)[::2] for _ in weights]
+    room.copy_(given := torch.randn(2, channels))
+    sums = launch.gradient_of_readers(
+        dz, weights, outs, features, gammas, betas, mean, rstd, add=add, activation=activation, config=config,
+        terms=(room, shares) if terms else None,
+    )  # fmt: skip
+    g, *expected = formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
+    added = sum(share * torch.stack(both) for share, *both in zip(shares, *expected, strict=True)) if terms else 0
+    assert_near(room, given.double() + added, exact)
+    assert around[:, 0].isnan().all() and around[:, -1].isnan().all()
     for out, before, part in zip(outs, start, g.split(list(widths), 1), strict=True):
         assert_near(out, part + before.double() if add else part, dtype)
         assert not padding(out).any()
@@ -57,6 +64,28 @@ def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), c
 @pytest.mark.parametrize("readers", (1, 2, 4))
 def test_dtypes_and_readers(dtype, add, readers):
     run(dtype, 24, readers, (10, 14, 20), add)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("readers", (1, 2, 4))
+def test_terms(dtype, readers):
+    run(dtype, 24, readers, (10, 14, 20), True, terms=True)
+
+
+def test_terms_that_do_not_fit():
+    _, (out,), _, (feature,) = *rows(1, 2, 2, (8,), torch.float32), *rows(1, 2, 2, (8,), torch.float32)
+    _, (dz,) = layouts.arena(1, 2, 2, (8,), torch.float32)
+    ones, both = torch.ones(8), torch.ones(2, 8)
+    for terms, error, message in (
+        ((both, []), ValueError, "a share for each of the 1 readers, got 0"),
+        ((both[:, :7], [both]), ValueError, r"terms\[0\] must have the shape \(2, 8\) and dense rows, got \(2, 7\)"),
+        ((both, [both.T.contiguous().T]), ValueError, r"terms\[1\]\[0\] must have the shape"),
+        ((both.double(), [both]), TypeError, r"terms\[0\] must be torch.float32, got torch.float64"),
+    ):
+        with pytest.raises(error, match=message):
+            launch.gradient_of_readers(
+                [dz], [torch.ones(8, 8, 1, 1)], [out], [feature], [ones], [ones], ones, ones, add=False, terms=terms
+            )
 
 
 @pytest.mark.parametrize("depth", (3, 16, 128, 300))

@@ -97,8 +97,12 @@ def conv(
     activation: str | None = "relu",
     bias: Tensor | None = None,
     statistics: bool = False,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """See `kernels.launch.conv`; an affine in front of a 3x3 kernel always takes the library's convolution."""
+    """See `kernels.launch.conv`; an affine in front of a 3x3 kernel always takes the library's convolution.
+
+    The statistics are not written into `moments`, but returned.
+    """
     if bias is not None and statistics:
         raise ValueError("statistics must be False with a bias, got True: they are the raw convolution's")
     layout = lay_out("sources", sources, out)
@@ -213,8 +217,12 @@ def weight_gradient(
     activation: str | None = "relu",
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    later: list[Any] | None = None,
 ) -> Tensor:
-    """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots', and is always contiguous."""
+    """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots', and is always contiguous.
+
+    Nothing is left for `later`.
+    """
     layout = lay_out("sources", sources, dz, out_name="dz")
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")
@@ -242,6 +250,7 @@ def gradient_of_readers(
     *,
     add: bool,
     activation: str | None = "relu",
+    terms: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.launch.gradient_of_readers`; one reader after the other, each over all features."""
     widths = tuple(out.shape[1] for out in outs)
@@ -265,6 +274,9 @@ def gradient_of_readers(
         found = operators().send(g, raw, *vectors, before, code, to)
         sums.append(found if places is None else found.index_select(1, places.of_channel))
     both = torch.stack(sums)
+    if terms is not None:
+        for share, found in zip(terms[1], both, strict=True):
+            terms[0].addcmul_(share, found)
     return both[:, 0], both[:, 1]
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import NodeStatistics, batch_norm, linear_terms
+from ..batchnorm import NodeStatistics, batch_norm, linear_terms, paired
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -87,8 +87,11 @@ class Verbs:
         bias: Tensor | None = None,
         activation: str = "relu",
         statistics: bool = False,
+        moments: Tensor | None = None,
     ) -> tuple[Tensor, Moments | None]:
         """conv2d over the concatenated sources, padding kernel // 2; with `statistics` also the moments of the result.
+
+        moments: [2, C], where a backend may write those that it returns.
 
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`.
@@ -242,6 +245,7 @@ class Verbs:
         statistics: tuple[Tensor, Tensor],
         arriving: Sequence[Tensor | None],
         activation: str,
+        terms: tuple[Tensor, Sequence[Tensor]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """What pre-activation readers (BN - act - 1x1 convolution) send to raw features, added to what arrived.
 
@@ -252,17 +256,20 @@ class Verbs:
             norms: per reader, its BatchNorm over the same channels, with the same zeros.
             statistics: mean and rstd of the features, which the readers share.
             arriving: per feature, what other readers and the output sent so far, or None.
+            terms: [2, C], and each reader's share [2, C]: that times its two sums is added to the former.
 
         Returns:
             Per feature the new sum of scale * g, the part that does not pass through the batch statistics; per reader
             sum(g) and sum(g * xhat) over the concatenated channels.
         """
         sums, sent = [], list(arriving)
-        for d, weight, norm in zip(dz, weights, norms, strict=True):
+        for reader, (d, weight, norm) in enumerate(zip(dz, weights, norms, strict=True)):
             g = _data_gradient(d, weight)
             affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
             sent, *found = self.passes.send(g, features, affine, *statistics, sent, owned, activation)
             sums.append(found)
+            if terms is not None:
+                terms[0].addcmul_(terms[1][reader], paired(*found))
         return [s for s in sent if s is not None], [g for g, _ in sums], [gx for _, gx in sums]
 
     def linear(
@@ -297,6 +304,9 @@ class Verbs:
             return taps.weight_gradient(read, dz)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
         return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
+
+    def settle(self) -> None:
+        """Finish the weight gradients that were returned, which a backend may leave for later until then."""
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         """Nodes side by side, in channels_last memory of their own."""

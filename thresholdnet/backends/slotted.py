@@ -24,6 +24,9 @@ from ..plan import BlockPlan
 from .elementwise import Affine
 from .native import Moments, Place, ReaderNorm
 
+UNSUMMED = 16 << 20
+"""Bytes of weight gradients' splits that wait to be summed in one launch, in a GPU's L2 cache: an A100's has 40 MB."""
+
 
 class Verbs:
     """See `native.Verbs`; results lie in the slots that `into` names."""
@@ -36,6 +39,7 @@ class Verbs:
         self._single = tuple(x.shape[2:]) == (1, 1)
         self.arenas: dict[str, list[Tensor]] = {}
         self.memory: dict[str, Tensor] = {}  # the allocation behind each kind's slots
+        self.unsummed: list[Any] = []  # weight gradients that the launcher has yet to reduce
 
     def enter(self, x: Tensor) -> Tensor:
         slot = self._slot(("node", 0), x.shape[1])
@@ -51,12 +55,20 @@ class Verbs:
         bias: Tensor | None = None,
         activation: str = "relu",
         statistics: bool = False,
+        moments: Tensor | None = None,
     ) -> tuple[Tensor, Moments | None]:
         if self.plan is None:  # sources from anywhere: bring them into one allocation first
             sources = self._packed(sources)
         out = self._slot(into, weight.shape[0])
         return out, self.launch.conv(
-            sources, self._met(weight), out, affine=affine, activation=activation, bias=bias, statistics=statistics
+            sources,
+            self._met(weight),
+            out,
+            affine=affine,
+            activation=activation,
+            bias=bias,
+            statistics=statistics,
+            moments=moments,
         )
 
     def way(self, layer: int, weight: Tensor) -> str:
@@ -128,6 +140,7 @@ class Verbs:
         statistics: tuple[Tensor, Tensor],
         arriving: Sequence[Tensor | None],
         activation: str,
+        terms: tuple[Tensor, Sequence[Tensor]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outs = [self._slot(("gradient", node), f.shape[1]) for node, f in zip(nodes, features, strict=True)]
         add = any(before is not None for before in arriving)
@@ -136,7 +149,7 @@ class Verbs:
                 slots.whole(out).zero_()
         sum_g, sum_gx = self.launch.gradient_of_readers(
             dz, weights, outs, features, [norm.gamma for norm in norms], [norm.beta for norm in norms],
-            *statistics, add=add, activation=activation,
+            *statistics, add=add, activation=activation, terms=terms,
         )  # fmt: skip
         return outs, list(sum_g), list(sum_gx)
 
@@ -166,8 +179,16 @@ class Verbs:
         made: Tensor = self.launch.weight_gradient(
             sources, dz, 1 if point else kernel_size, affine=affine, activation=activation,
             dtype=(dz if like is None else like).dtype, channels_last=like is not None and not like.is_contiguous(),
+            later=self.unsummed,
         )  # fmt: skip
+        if point or sum(each.partial.nbytes for each in self.unsummed) > UNSUMMED:
+            self.settle()
         return F.pad(made, (1, 1, 1, 1)) if point else made
+
+    def settle(self) -> None:
+        if self.unsummed:
+            self.launch.reduce_splits(self.unsummed)
+            self.unsummed.clear()
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         if self.plan is not None and len(nodes) == len(self.plan.node_widths) and output_holds_features(self.plan):

@@ -88,6 +88,7 @@ class Verbs(native.Verbs):
         bias: Tensor | None = None,
         activation: str = "relu",
         statistics: bool = False,
+        moments: Tensor | None = None,
     ) -> tuple[Tensor, Moments | None]:
         """See `native.Verbs.conv`."""
         kind, layer = into
@@ -95,8 +96,9 @@ class Verbs(native.Verbs):
         readers = self._readers(shared, weight.shape[1], weight.shape[0], weight.shape[2])
         if readers is None:
             return super().conv(
-                sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics
-            )
+                sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics,
+                moments=moments,
+            )  # fmt: skip
         z = self._convolve(sources, readers, [weight], bias=bias, activation="none" if bias is None else activation)
         return z, self.moments(z) if statistics else None
 

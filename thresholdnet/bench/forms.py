@@ -219,8 +219,13 @@ def ours(backend: str, op: Operation, o: Operands) -> Form:
         return lambda: [verbs.gradient(read, o.weights, None, into=arriving)[0]]
     dz = verbs.arrive(o.gradient, arriving)
     if op.operation == "weight_gradient":
-        options = {"affine": affine_read, "activation": activation}
-        return lambda: [verbs.weight_gradient(read, dz, op.kernel, **options)]
+
+        def weight_gradient() -> list[Tensor]:
+            made = verbs.weight_gradient(read, dz, op.kernel, affine=affine_read, activation=activation)
+            verbs.settle()
+            return [made]
+
+        return weight_gradient
     if norm is None:
         return lambda: [verbs.gradient([dz], [weight], None, into=("waiting", 0))[0]]
     arrived: list[Tensor | None] = [None] * len(read)
