@@ -255,7 +255,8 @@ struct Operators {
     return sums;
   }
 
-  static void linear(Tensor g, Tensor z, std::optional<Tensor> a, Tensor b, Tensor c, Tensor out) {
+  static void linear(
+      Tensor g, Tensor z, std::optional<Tensor> a, Tensor b, Tensor c, std::optional<Tensor> mean, Tensor out) {
     const char* op = "linear";
     const Pixels p = pixels_of(op, "g", g);
     const int64_t channels = g.size(1);
@@ -268,7 +269,8 @@ struct Operators {
       channels_must(op, "out", out, channels);
       const A* first = a ? vector<A>(op, "a", *a, channels, g) : nullptr;
       const A *second = vector<A>(op, "b", b, channels, g), *constant = vector<A>(op, "c", c, channels, g);
-      Device(op, g).linear(from, raw, channels, first, second, constant, to, p.rows());
+      const A* center = mean ? vector<A>(op, "mean", *mean, channels, g) : nullptr;
+      Device(op, g).linear(from, raw, channels, first, second, constant, center, to, p.rows());
     });
   }
 

@@ -28,8 +28,9 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
       "send(Tensor g, Tensor[] sources, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor[] before, "
       "int activation, Tensor(a!)[] out) -> Tensor");
 
-  // out = a * g + b * z + c per channel (a = 1 where none). out may be g.
-  m.def("linear(Tensor g, Tensor z, Tensor? a, Tensor b, Tensor c, Tensor(a!) out) -> ()");
+  // out = a * g + b * (z - mean) + c per channel (a = 1, mean = 0 where none). out may be g. The mean is no part of c:
+  // where it is many deviations, b z and b mean would cancel.
+  m.def("linear(Tensor g, Tensor z, Tensor? a, Tensor b, Tensor c, Tensor? mean, Tensor(a!) out) -> ()");
 
   // Max-pooling as torch.nn.functional.max_pool2d, NaN and ties included; backward finds the maxima again in x.
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");

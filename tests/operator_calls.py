@@ -191,11 +191,11 @@ class Call:
 
     def linear(self) -> Any:
         g, z = self.pixels(self.total, ALL), self.pixels(self.total, ALL)
-        a, b, c = self.vectors(3)
-        a = a if self.case.optional else None
+        a, b, c, mean = self.vectors(4)
+        a, mean = (a, mean) if self.case.optional else (None, None)
         out = g if self.case.into == 1 else self.pixels(self.total)
-        expected = elementwise.linear(*double([g, z]), None if a is None else a.double(), *double([b, c]), False)
-        return [g, z, a, b, c, out], [out], [expected], None
+        wide = [None if v is None else v.double() for v in (g, z, a, b, c, mean)]
+        return [g, z, a, b, c, mean, out], [out], [elementwise.linear(*wide, False)], None
 
     def max_pool2d(self) -> Any:
         x = self.values(self.total or 1, ALL)  # torch refuses images of no channels

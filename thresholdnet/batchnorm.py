@@ -47,11 +47,9 @@ class Norm(NamedTuple):
         return self.scale, linear, constant, self.mean, self.share
 
 
-def linear_terms(q: Tensor, r: Tensor, mean: Tensor | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
-    """b and c of b z + c = q (z - mean) + r; with `share` [2, C] r and q are sums still, multiplied by its rows."""
-    if share is not None:
-        r, q = share[0] * r, share[1] * q
-    return q, r if mean is None else torch.addcmul(r, q, mean, value=-1)
+def linear_terms(q: Tensor, r: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and r; with `share` [2, C] r and q are sums still, multiplied by its rows."""
+    return (q, r) if share is None else (share[1] * q, share[0] * r)
 
 
 def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, fixed: bool) -> Norm:

@@ -128,10 +128,10 @@ struct Cpu {
 
   template <class E, class A>
   void linear(
-      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, Rows<E> out,
-      int64_t rows) const {
+      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, const A* mean,
+      Rows<E> out, int64_t rows) const {
     for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t last) {
-      kernels<E>().linear(g, z, channels, a, b, c, out, first, last);
+      kernels<E>().linear(g, z, channels, a, b, c, mean, out, first, last);
     });
   }
 

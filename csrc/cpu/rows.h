@@ -22,8 +22,8 @@ struct Kernels {
       Rows<const E> g, const Part<E>* parts, int64_t count, Norm<A> norm, Range<A> act, A* sums, int64_t total,
       int64_t first, int64_t last);
   void (*linear)(
-      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, Rows<E> out,
-      int64_t first, int64_t last);
+      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, const A* mean,
+      Rows<E> out, int64_t first, int64_t last);
   // rows [first, last) of one image's output
   void (*max_pool)(const E* x, E* out, Pool pool, int64_t first, int64_t last);
   // rows [first, last) of one image's gradient with respect to the input

@@ -207,12 +207,14 @@ void send(
 template <class E>
 void linear(
     Rows<const E> g, Rows<const E> z, int64_t channels, const typename Wide<E>::type* a,
-    const typename Wide<E>::type* b, const typename Wide<E>::type* c, Rows<E> out, int64_t first, int64_t last) {
+    const typename Wide<E>::type* b, const typename Wide<E>::type* c, const typename Wide<E>::type* mean, Rows<E> out,
+    int64_t first, int64_t last) {
   using A = typename Wide<E>::type;
   for (int64_t r = first; r < last; ++r) {
     lanes<A>(channels, [&](int64_t k, auto width) {
       constexpr int W = decltype(width)::value;
-      const auto rest = load<W>(z.data + r * z.stride + k) * load<W>(b + k) + load<W>(c + k);
+      const auto raw = load<W>(z.data + r * z.stride + k);
+      const auto rest = (mean ? raw - load<W>(mean + k) : raw) * load<W>(b + k) + load<W>(c + k);
       const auto v = load<W>(g.data + r * g.stride + k);
       store<W>(out.data + r * out.stride + k, a ? v * load<W>(a + k) + rest : v + rest);
     });

@@ -46,10 +46,10 @@ class Launched {
 
   template <class E, class A>
   void linear(
-      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, Rows<E> out,
-      int64_t rows) const {
+      Rows<const E> g, Rows<const E> z, int64_t channels, const A* a, const A* b, const A* c, const A* mean,
+      Rows<E> out, int64_t rows) const {
     fits(channels);
-    check(pixels::linear(g, z, channels, a, b, c, out, rows, place_.stream()));
+    check(pixels::linear(g, z, channels, a, b, c, mean, out, rows, place_.stream()));
   }
 
   template <class E>

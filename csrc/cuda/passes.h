@@ -46,11 +46,11 @@ const char* send(
     Rows<const E> g, const Part<E>* parts, int64_t count, Vectors<E> norm, Activation<E> act, int64_t total,
     int64_t rows, Sums<E> partial, Sums<E> sums, void* stream);
 
-// a may be null: 1.
+// a may be null: 1; mean, too: 0.
 template <class E>
 const char* linear(
-    Rows<const E> g, Rows<const E> z, int64_t channels, Vector<E> a, Vector<E> b, Vector<E> c, Rows<E> out,
-    int64_t rows, void* stream);
+    Rows<const E> g, Rows<const E> z, int64_t channels, Vector<E> a, Vector<E> b, Vector<E> c, Vector<E> mean,
+    Rows<E> out, int64_t rows, void* stream);
 
 template <class E>
 const char* max_pool(const E* x, E* out, const Pool& pool, int64_t images, void* stream);

@@ -1,7 +1,7 @@
 // Passes that write one value per value read, without sums:
 //
 //   gather   out = act(x * scale + shift), or x, tensors side by side
-//   linear   out = a * g + b * x + c
+//   linear   out = a * g + b * (x - mean) + c
 //
 // A thread loads several rows before it stores the first, so that enough bytes are on their way. out may be g.
 #include "passes_pieces.cuh"
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(THREADS, 1) affine_kernel(
 
 template <class E>
 __global__ void __launch_bounds__(THREADS, 1) linear_kernel(
-    const Pieces<E> pieces, Vector<E> __restrict__ a, Vector<E> __restrict__ b, Vector<E> __restrict__ c) {
+    const Pieces<E> pieces, Vector<E> __restrict__ a, Vector<E> __restrict__ b, Vector<E> __restrict__ c,
+    Vector<E> __restrict__ mean) {
   using A = typename Wide<E>::type;
   constexpr int ROWS = 2;
   const Piece<E>& piece = pieces.at[blockIdx.x % pieces.count];
@@ -78,9 +79,12 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(
     constexpr int W = decltype(width)::value;
     const E *raw = piece.x.data + share.column * W, *gradient = piece.g.data + share.column * W;
     E* to = piece.out.data + share.column * W;
-    A first[W], second[W], constant[W];
+    A first[W], second[W], constant[W], center[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i) first[i] = a ? a[piece.channel + share.column * W + i] : A(1);
+    for (int i = 0; i < W; ++i) {
+      first[i] = a ? a[piece.channel + share.column * W + i] : A(1);
+      center[i] = mean ? mean[piece.channel + share.column * W + i] : A(0);
+    }
     load_vector(second, b, piece.channel + share.column * W);
     load_vector(constant, c, piece.channel + share.column * W);
     for (int64_t r = share.first; r < share.last; r += ROWS * share.lanes) {
@@ -97,8 +101,10 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(
         const int64_t row = r + u * share.lanes;
         if (row >= share.last) break;
 #pragma unroll
-        for (int i = 0; i < W; ++i)
-          g[u].at[i] = narrow<E>(widen(g[u].at[i]) * first[i] + (widen(x[u].at[i]) * second[i] + constant[i]));
+        for (int i = 0; i < W; ++i) {
+          const A rest = (widen(x[u].at[i]) - center[i]) * second[i] + constant[i];
+          g[u].at[i] = narrow<E>(widen(g[u].at[i]) * first[i] + rest);
+        }
         store_pack(to + row * piece.out.stride, g[u]);
       }
     }
@@ -127,22 +133,22 @@ const char* gather(
 
 template <class E>
 const char* linear(
-    Rows<const E> g, Rows<const E> z, int64_t channels, Vector<E> a, Vector<E> b, Vector<E> c, Rows<E> out,
-    int64_t rows, void* stream) {
+    Rows<const E> g, Rows<const E> z, int64_t channels, Vector<E> a, Vector<E> b, Vector<E> c, Vector<E> mean,
+    Rows<E> out, int64_t rows, void* stream) {
   std::vector<Piece<E>> list;
   Piece<E> piece{};
   piece.x = z;
   piece.g = g;
   piece.out = out;
   append(list, piece, channels);
-  return launch_pieces(linear_kernel<E>, list, rows, stream, a, b, c);
+  return launch_pieces(linear_kernel<E>, list, rows, stream, a, b, c, mean);
 }
 
 #define INSTANTIATE(E)                                                                                                \
   template const char* gather<E>(                                                                                     \
       const Part<E>*, int64_t, Vector<E>, Vector<E>, Activation<E>, Rows<E>, int64_t, void*);                         \
   template const char* linear<E>(                                                                                     \
-      Rows<const E>, Rows<const E>, int64_t, Vector<E>, Vector<E>, Vector<E>, Rows<E>, int64_t, void*)
+      Rows<const E>, Rows<const E>, int64_t, Vector<E>, Vector<E>, Vector<E>, Vector<E>, Rows<E>, int64_t, void*)
 INSTANTIATE(float);
 INSTANTIATE(double);
 INSTANTIATE(bfloat16);

@@ -192,13 +192,12 @@ def test_send(widths, dtype, activation):
 @pytest.mark.parametrize("owned", [False, True])
 def test_linear(channels, dtype, owned):
     held, z = Slice(pixels((2, 7, 5), channels, dtype)), pixels((2, 7, 5), channels, dtype)
-    a, b, c = vectors(3, channels, dtype)
-    for factor in (a, None):
+    a, b, c, mean = vectors(4, channels, dtype)
+    for some in ((a, b, c, mean), (None, b, c, mean), (a, b, c, None)):
         g = Slice(held.slice)
-        made = csrc.linear(g.slice, z, factor, b, c, owned)
-        expected = elementwise.linear(
-            *double(held.slice, z), None if factor is None else factor.double(), *double(b, c), False
-        )
+        made = csrc.linear(g.slice, z, *some, owned)
+        wide = [None if each is None else each.double() for each in some]
+        expected = elementwise.linear(*double(held.slice, z), *wide, False)
         assert_one_pass(made, expected, dtype)
         assert (made.data_ptr() == g.slice.data_ptr()) == owned
         g.assert_untouched()
@@ -313,7 +312,7 @@ def test_no_images(emulated, dtype):
     empty, norm = pixels((0, 4, 4), 5, dtype), vectors(4, 5, dtype)
     out = torch.empty_like(empty)
     emulated.gather([empty], norm[0], norm[1], 1, out)
-    emulated.linear(empty, empty, None, norm[0], norm[1], out)
+    emulated.linear(empty, empty, None, norm[0], norm[1], None, out)
     assert torch.equal(emulated.mask_sums(empty, None, empty, *norm, 1, out), torch.zeros(2, 5, dtype=wide(dtype)))
     sums = emulated.send(empty, [empty], *norm, [empty.new_empty(0)], 1, [out])
     assert torch.equal(sums, torch.zeros(2, 5, dtype=wide(dtype)))

@@ -128,11 +128,11 @@ def send(
     return out, *sums
 
 
-def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: bool) -> Tensor:
+def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, mean: Tensor | None, owned: bool) -> Tensor:
     """See `elementwise.linear`."""
     g = _rows(g)
     out = g if owned else _pixels(g.shape, g)
-    _operators().linear(g, _rows(z), a, b, c, out)
+    _operators().linear(g, _rows(z), a, b, c, mean, out)
     return out
 
 

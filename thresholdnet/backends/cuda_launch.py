@@ -196,9 +196,11 @@ def bn_backward(
     check_slots([("g", g), ("z", z)])
     check_same_images("z", z, g)
     channels = g.shape[1]
-    given = [(name, v) for name, v in zip("bca", (*linear_terms(q, r, mean, share), a), strict=True) if v is not None]
-    b, c, *factor = _fitted([per_channel(name, v, channels, g) for name, v in given], channels)
-    operators().linear(whole(g), whole(z), factor[0] if factor else None, b, c, whole(g))
+    b, c = linear_terms(q, r, share)
+    given = {name: v for name, v in (("b", b), ("c", c), ("a", a), ("mean", mean)) if v is not None}
+    fitted = _fitted([per_channel(name, v, channels, g) for name, v in given.items()], channels)
+    found = dict(zip(given, fitted, strict=True))
+    operators().linear(whole(g), whole(z), found.get("a"), found["b"], found["c"], found.get("mean"), whole(g))
 
 
 def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,10 +82,11 @@ def send(
     return sent, sum_g, sum_gx
 
 
-def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, owned: bool) -> Tensor:
-    """a * g + b * z + c per channel (a = 1 where None); `owned`: g may be written into."""
+def linear(g: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: Tensor, mean: Tensor | None, owned: bool) -> Tensor:
+    """a * g + b * (z - mean) + c per channel (a = 1, mean = 0 where None); `owned`: g may be written into."""
     first = _wide(g) if a is None else _wide(g) * _per_channel(a)
-    return torch.addcmul(first, _wide(z), _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
+    raw = _wide(z) if mean is None else _wide(z) - _per_channel(mean)
+    return torch.addcmul(first, raw, _per_channel(b)).add_(_per_channel(c)).to(g.dtype)
 
 
 def max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool) -> Tensor:

@@ -280,7 +280,7 @@ class Verbs:
 
         a None stands for 1, mean None for 0; with `share` [2, C] r and q are sums still, multiplied by its rows.
         """
-        made: Tensor = self.passes.linear(g, z, a, *linear_terms(q, r, mean, share), self._owns(g))
+        made: Tensor = self.passes.linear(g, z, a, *linear_terms(q, r, share), mean, self._owns(g))
         return made
 
     def weight_gradient(
