@@ -12,6 +12,7 @@ hold. OUT gets a few plain files, as a machine that is lent for minutes returns 
                     begun, -9: killed at its budget; log: its name in logs.tar.gz; tail: the end of it
     logs.tar.gz     everything that the steps printed
     bench.json, bench-compile.json   `thresholdnet bench`, read by `thresholdnet bench --report`
+    bench-together.json   the same with replays whose launches are submitted as graphs
     questions.json  the answers of bench/questions.py
     tuned-<gpu>-sm<NN>.json   the launch table of bench/tune.py; goes to kernels/tuned/ once somebody has looked at it
 
@@ -122,6 +123,13 @@ def gpu_steps(out: Path) -> list[Step]:
         warm(rf"{MODELS[0]} 100x32.* train", "fused_triton", 2),
         Step("bench train 224 v1", measured(r"v1 128x224.* train", ("eager_channels_last", *ours), *GRAPH), 60, 20),
         Step("bench train 32 v1", measured(r"v1 100x32.* train", ("eager_channels_last", *ours[:2]), *GRAPH), 50, 20),
+        Step(
+            "bench together",
+            measured(
+                r"v1 (128x224|100x32).* train", ("eager_channels_last", "fused_triton"), *GRAPH, file="bench-together.json"
+            ),
+            60, 20, {"THRESHOLDNET_REPLAY": "graph"},
+        ),
         Step(
             "bench train 224",
             measured(r"(v2|hardnet68|densenet121) 128x224.* train", ("eager_channels_last", *ours), *GRAPH), 120, 20,

@@ -8,16 +8,18 @@ The kernels are compiled for an H100 and launched by Triton's own launcher into 
 (bench/silent_driver.c), so the time is the processor's alone; tensors lie on the CPU, small ones, since their size
 changes no launch's time. Torch's operations run on the CPU here: on a GPU they would be launched instead.
 
-Both ways must launch the same kernels with the same numbers: "differ" counts those that do not, apart from addresses.
-A GPU step waits for Python where this time is longer than the kernels'. The file:
+Both ways, and replays that are submitted as CUDA graphs (THRESHOLDNET_REPLAY=graph), must launch the same kernels with
+the same numbers: "differ" counts those that do not, apart from addresses; "graphs" how many hold the launches. A GPU
+step waits for Python where this time is longer than the kernels'. The file:
 
-    {"machine", "rows": [{"model", "launches", "run_ms", "replayed_ms" (medians), "ratio", "differ"}]}
+    {"machine", "rows": [{"model", "launches", "graphs", "run_ms", "replayed_ms" (medians), "ratio", "differ"}]}
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import shlex
@@ -47,7 +49,7 @@ class Silent:
         subprocess.run([*command, "-o", str(library), str(source)], check=True)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on
-        self.library.silent_launches.restype = ctypes.c_long
+        self.library.silent_launches.restype = self.library.silent_graphs.restype = ctypes.c_long
 
     def install(self) -> None:
         """Let Triton compile for an H100 and launch here, whatever the machine has."""
@@ -57,6 +59,8 @@ class Silent:
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime.driver import driver
+
+        from thresholdnet import replay
 
         class Driver:
             launcher_cls = CudaLauncher
@@ -75,6 +79,9 @@ class Silent:
                 return torch.cuda
 
         driver.set_active(Driver())
+        way = functools.partial(os.environ.get, "THRESHOLDNET_REPLAY")
+        replay._wanted = lambda arguments: way() != "0"
+        replay.wanted = lambda device: way() == "graph"
         launch.check_device = lambda name, tensor: None
         launch.capability_of = lambda device: (9, 0)
         load = CompiledKernel._init_handles
@@ -168,13 +175,18 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
                 launched[switch] = silent.launches_of(step, folder)
     run_ms, replayed_ms = (statistics.median(taken[switch]) for switch in WAYS)
     ran, replayed = (launched[switch] for switch in WAYS)
+    os.environ["THRESHOLDNET_REPLAY"] = "graph"  # not timed: what the capture of launches takes, the driver decides
+    step()
+    before = silent.library.silent_graphs()
+    together = silent.launches_of(step, folder)
     return {
         "model": model or "two small blocks",
         "launches": len(ran),
+        "graphs": silent.library.silent_graphs() - before,
         "run_ms": run_ms,
         "replayed_ms": replayed_ms,
         "ratio": run_ms / replayed_ms,
-        "differ": differing(ran, replayed),
+        "differ": differing(ran, replayed) + differing(ran, together),
     }
 
 
@@ -193,11 +205,11 @@ def differing(run: list[list[str]], replayed: list[list[str]]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What there is to read."""
-    yield f"{'':20} {'launches':>8} {'run':>9} {'replayed':>9} {'ratio':>6} {'differ':>6}"
+    yield f"{'':20} {'launches':>8} {'graphs':>6} {'run':>9} {'replayed':>9} {'ratio':>6} {'differ':>6}"
     for row in rows:
         yield (
-            f"{row['model']:20} {row['launches']:8} {row['run_ms']:6.1f} ms {row['replayed_ms']:6.1f} ms "
-            f"{row['ratio']:6.2f} {row['differ']:6}"
+            f"{row['model']:20} {row['launches']:8} {row['graphs']:6} {row['run_ms']:6.1f} ms "
+            f"{row['replayed_ms']:6.1f} ms {row['ratio']:6.2f} {row['differ']:6}"
         )
 
 

@@ -1,13 +1,17 @@
 /* A CUDA driver that launches nothing, for bench/host_time.py: what Triton's launcher calls, answered as an H100 would.
  *
  * silent_log(PATH) notes every launch from then on, one line each: function, grid, threads, shared memory, and the
- * parameters in hexadecimal, whose sizes silent_sizes(FUNCTION, COUNT, SIZES) told; silent_log(NULL) ends that. */
+ * parameters in hexadecimal, whose sizes silent_sizes(FUNCTION, COUNT, SIZES) told; silent_log(NULL) ends that. A graph's
+ * kernels are noted when it is launched. */
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define FUNCTIONS 4096
 #define PARAMETERS 128
+#define NODES 512
+#define STREAM ((void *)0x5f0)
 
 typedef struct {
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
@@ -15,7 +19,19 @@ typedef struct {
   unsigned count;
 } Launch;
 
-static long functions = 0, launches = 0;
+typedef struct {
+  Launch launch;
+  long function;
+  uint64_t values[PARAMETERS];
+} Node;
+
+typedef struct {
+  int count;
+  Node nodes[NODES];
+} Graph;
+
+static Graph *capture = NULL; /* what is launched on STREAM goes there meanwhile */
+static long functions = 0, launches = 0, graphs = 0;
 static struct { int count, sizes[PARAMETERS]; } parameters[FUNCTIONS];
 static FILE *file = NULL;
 
@@ -32,21 +48,70 @@ int silent_sizes(long function, int count, const int *sizes) {
 }
 
 long silent_launches(void) { return launches; }
+long silent_graphs(void) { return graphs; }
 
-int cuLaunchKernelEx(const Launch *launch, void *function, void **values, void **extra) {
-  long number = (long)(intptr_t)function;
+static void run(const Node *node) {
   ++launches;
-  if (!file) return 0;
-  fprintf(file, "%ld %u %u %u %u %u", number, launch->grid_x, launch->grid_y, launch->grid_z, launch->block_x,
-          launch->shared);
-  for (int i = 0; i < parameters[number].count; ++i) {
-    uint64_t value = 0;
-    memcpy(&value, values[i], parameters[number].sizes[i]);
-    fprintf(file, " %llx", (unsigned long long)value);
-  }
+  if (!file) return;
+  fprintf(file, "%ld %u %u %u %u %u", node->function, node->launch.grid_x, node->launch.grid_y, node->launch.grid_z,
+          node->launch.block_x, node->launch.shared);
+  for (int i = 0; i < parameters[node->function].count; ++i) fprintf(file, " %llx", (unsigned long long)node->values[i]);
   fputc('\n', file);
+}
+
+/* A kernel's values are read when it is launched, as a driver reads them; in a capture they go to the graph. */
+int cuLaunchKernelEx(const Launch *launch, void *function, void **values, void **extra) {
+  Node node = {.launch = *launch, .function = (long)(intptr_t)function};
+  for (int i = 0; i < parameters[node.function].count; ++i)
+    memcpy(&node.values[i], values[i], parameters[node.function].sizes[i]);
+  if (capture && launch->stream == STREAM) {
+    if (capture->count == NODES) return 2;
+    capture->nodes[capture->count++] = node;
+  } else {
+    run(&node);
+  }
   return 0;
 }
+
+int cuStreamCreate(void **stream, unsigned flags) {
+  *stream = STREAM;
+  return 0;
+}
+int cuStreamBeginCapture_v2(void *stream, int mode) {
+  if (capture || stream != STREAM) return 900;
+  capture = calloc(1, sizeof *capture);
+  return capture ? 0 : 2;
+}
+int cuStreamEndCapture(void *stream, void **graph) {
+  *graph = capture;
+  capture = NULL;
+  return *graph ? 0 : 901;
+}
+int cuGraphInstantiateWithFlags(void **executable, const Graph *graph, unsigned long long flags) {
+  Graph *made = malloc(sizeof *made);
+  if (!made) return 2;
+  *made = *graph;
+  *executable = made;
+  return 0;
+}
+int cuGraphExecUpdate_v2(Graph *executable, const Graph *graph, void *found) {
+  if (executable->count != graph->count) return 910;
+  for (int i = 0; i < graph->count; ++i)
+    if (executable->nodes[i].function != graph->nodes[i].function) return 910;
+  *executable = *graph;
+  return 0;
+}
+int cuGraphLaunch(const Graph *executable, void *stream) {
+  if (stream == STREAM) return 1;
+  ++graphs;
+  for (int i = 0; i < executable->count; ++i) run(&executable->nodes[i]);
+  return 0;
+}
+int cuGraphDestroy(Graph *graph) {
+  free(graph);
+  return 0;
+}
+int cuGraphExecDestroy(Graph *executable) { return cuGraphDestroy(executable); }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   switch (attribute) {

@@ -116,6 +116,7 @@ def host_time() -> str:
         [
             f"`{row['model']}`",
             f"{row['launches']}",
+            f"{row['graphs']}",
             f"{row['run_ms']:.1f}",
             f"{row['replayed_ms']:.1f}",
             f"{row['ratio']:.2f}",
@@ -125,7 +126,9 @@ def host_time() -> str:
     where = (
         f"*`{file.relative_to(RESULTS.parents[1])}`: {found['machine']['cpu']}, Triton {found['machine']['triton']}.*"
     )
-    return "\n".join([*_table(("blocks of", "launches a step", "run, ms", "replayed, ms", "ratio"), lines), "", where])
+    return "\n".join(
+        [*_table(("blocks of", "launches a step", "in graphs", "run, ms", "replayed, ms", "ratio"), lines), "", where]
+    )
 
 
 def trained() -> str:

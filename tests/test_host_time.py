@@ -30,6 +30,7 @@ def test_replays_launch_what_calls_launch(tmp_path):
     found = json.loads((tmp_path / "times.json").read_text())
     (row,) = found["rows"]
     assert row["differ"] == 0 and row["launches"] > 60  # both directions of six layers
+    assert 2 <= row["graphs"] <= 4  # of two blocks, each direction in one but where few launches are apart
     assert row["ratio"] == pytest.approx(row["run_ms"] / row["replayed_ms"]) and row["replayed_ms"] > 0
     assert found["machine"]["triton"] and done.stdout.splitlines()[1].startswith("two small blocks")
 

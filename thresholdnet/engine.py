@@ -511,6 +511,7 @@ class _Bottleneck(_Block):
         at_once = self._readers_at_once()
         reached = self.reached(lowest)
         second = dict(zip(reached, verbs.prepared([[self.weight(i, 5)] for i in reached]), strict=True))
+        sums: list[tuple[int, list[tuple[Columns, Tensor]]]] = []  # of layers
         waiting: list[_Reader] = []  # layers of the current group whose gradient has not yet left for earlier nodes
         for i in range(plan.num_layers, lowest - 1, -1):
             self._send(waiting, (i,), nodes, arriving, shares)
@@ -518,10 +519,11 @@ class _Bottleneck(_Block):
                 waiting.append(self._layer_backward(i, second[i], nodes, inners, arriving, shares, norms, needs, grads))
             if (plan.num_layers - i + 1) % at_once == 0 or i == lowest:
                 self._send(waiting, tuple(range(i)), nodes, arriving, shares)
-                for reader in waiting:
-                    first = 1 + (reader.layer - 1) * self.per_layer
-                    grads[first + 1], grads[first] = collected(plan, reader.layer, reader.sums)
+                sums += [(reader.layer, reader.sums) for reader in waiting]
                 waiting = []
+        for layer, parts in sums:  # small operations, apart from the launches before
+            first = 1 + (layer - 1) * self.per_layer
+            grads[first + 1], grads[first] = collected(plan, layer, parts)
         if needs[0] and 0 in arriving:
             grads[0] = verbs.leave([shares.applied(verbs, 0, arriving[0], nodes[0])])
         return grads

@@ -27,7 +27,10 @@ ENVIRONMENT = {
     "THRESHOLDNET_TRACEBACK": "1: the command shows the traceback behind an error",
     "THRESHOLDNET_CONV": "own or library: every convolution of the CUDA engine by our kernels, or by torch's library",
     "THRESHOLDNET_TUNED": "0: no measured launch tables; else the folder that holds them, instead of the package's own",
-    "THRESHOLDNET_REPLAY": "0: every call of a fused operator runs, none is replayed; 1: replayed on a CPU too",
+    "THRESHOLDNET_REPLAY": (
+        "0: every call of a fused operator runs, none is replayed; 1: replayed on a CPU too; "
+        "graph: its launches submitted at once"
+    ),
     "TRITON_INTERPRET": "1: the Triton backend runs in the interpreter, on the CPU, slowly",
     "OMP_NUM_THREADS": "threads on a CPU",
     "CUDA_VISIBLE_DEVICES": "GPUs that torch sees",

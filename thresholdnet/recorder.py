@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .recording import Allocation, Interpreted, Launch, Operation, Pool, Recording, Step, View, tensors_in, views_in
+from .together import together
 
 SMALL = 1 << 20  # bytes of a memory that may lie in a pool; larger ones are better left to torch's allocator
 
@@ -79,7 +80,9 @@ class Recorder(TorchDispatchMode):
             for number, found in self._words.addresses.items()
         }
         pool, steps = _pooled(steps, addresses)
-        return Recording(self.size, self._words.values, addresses, self.constants, self.tables, pool, steps, returned)
+        return Recording(
+            self.size, self._words.values, addresses, self.constants, self.tables, pool, together(steps), returned
+        )
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

@@ -117,12 +117,13 @@ Step = Allocation | Operation | Launch | Interpreted
 
 
 class Call:
-    """One replay: its memories, and the words of its launches."""
+    """One replay: its memories, the words of its launches, and whether those are submitted together."""
 
-    def __init__(self, recording: Recording, stream: int):
+    def __init__(self, recording: Recording, device: torch.device, stream: int, together: bool):
         self.memory: list[Any] = [None] * recording.size
         self.words = list(recording.words)
-        self.stream = stream
+        self.device, self.stream = device, stream
+        self.together = together
         self._addresses = recording.addresses
 
     def put(self, number: int, tensor: Tensor) -> None:
@@ -132,6 +133,15 @@ class Call:
             start = tensor.data_ptr()
             for place, behind in self._addresses[number]:
                 self.words[place] = start + behind
+
+
+def run_steps(steps: Sequence[tuple[Any, tuple[int, ...]]], call: Call) -> None:
+    """Run steps in order, each with the memories that nothing behind it needs."""
+    memory = call.memory
+    for step, ended in steps:
+        step.run(call)
+        for number in ended:
+            memory[number] = None
 
 
 class Pool(NamedTuple):
@@ -147,9 +157,9 @@ class Pool(NamedTuple):
     words: list[tuple[int, int]]
     tensors: list[tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]]
 
-    def allocate(self, call: Call, device: torch.device) -> Tensor:
+    def allocate(self, call: Call) -> Tensor:
         """The allocation for one call, which keeps it to its end."""
-        pool = torch.empty(self.size, dtype=torch.uint8, device=device)
+        pool = torch.empty(self.size, dtype=torch.uint8, device=call.device)
         base = pool.data_ptr()
         for place, behind in self.words:
             call.words[place] = base + behind
@@ -168,7 +178,7 @@ class Recording(NamedTuple):
         constants: tables of `device_constant`, by number.
         tables: what holds them, as `holding` yields it.
         pool: the small memories that end within the call.
-        steps: each with the memories that nothing behind it needs.
+        steps: each with the memories that nothing behind it needs; see `together`.
         result: what the call returns, views in the place of tensors.
     """
 
@@ -178,32 +188,27 @@ class Recording(NamedTuple):
     constants: dict[int, Tensor]
     tables: dict[int, Any]
     pool: Pool
-    steps: list[tuple[Step, tuple[int, ...]]]
+    steps: Sequence[tuple[Any, tuple[int, ...]]]
     result: Any
 
-    def replay(self, tensors: Sequence[Tensor]) -> Any:
-        """The call on other tensors of the same kind."""
+    def replay(self, tensors: Sequence[Tensor], together: bool = False) -> Any:
+        """The call on other tensors of the same kind; `together`: its launches submitted as graphs."""
         hold(self.tables)
         device = tensors[0].device
         if device.type != "cuda":
-            return self._run(tensors, 0)
+            return self._run(tensors, Call(self, device, 0, together))
         with torch.cuda.device(device):
-            return self._run(tensors, torch.cuda.current_stream().cuda_stream)
+            return self._run(tensors, Call(self, device, torch.cuda.current_stream().cuda_stream, together))
 
-    def _run(self, tensors: Sequence[Tensor], stream: int) -> Any:
-        call = Call(self, stream)
+    def _run(self, tensors: Sequence[Tensor], call: Call) -> Any:
         for number, tensor in enumerate(tensors):
             call.put(number, tensor)
         for number, tensor in self.constants.items():
             call.put(number, tensor)
-        pool = self.pool.allocate(call, tensors[0].device)
-        memory = call.memory
-        for step, ended in self.steps:
-            step.run(call)
-            for number in ended:
-                memory[number] = None
+        pool = self.pool.allocate(call)
+        run_steps(self.steps, call)
         del pool  # whose memory is taken again behind the last kernel of this stream
-        return filled(self.result, memory)
+        return filled(self.result, call.memory)
 
 
 def filled(value: Any, memory: Sequence[Any]) -> Any:

@@ -5,7 +5,8 @@ it, no value does. The first call of a kind runs as it is written (tables are ma
 recorded while it runs, the rest replay: the same operations on the same shapes in the same order, so the same bits.
 Unlike a CUDA graph's, a replay's memory comes from torch's allocator at every call, and inputs may lie anywhere.
 
-On GPUs, where a step would wait for Python; THRESHOLDNET_REPLAY=0 turns it off, 1 turns it on for CPU tensors too.
+On GPUs, where a step would wait for Python; THRESHOLDNET_REPLAY=0 turns it off, 1 turns it on for CPU tensors too, and
+graph submits the launches of a replay together (`together.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .constants import holding
 from .recorder import Recorder
 from .recording import Recording, tensors_in
+from .together import wanted
 
 CALLS = 3  # of a kind, of which the last one is a replay
 
@@ -53,7 +55,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     key = (function, kind, _surroundings(tensors[0].device))
     found = _look_up(key)
     if isinstance(found, Recording):
-        return found.replay(tensors)
+        return found.replay(tensors, wanted(tensors[0].device))
     if found is SEEN:
         made, recording = _recorded(function, arguments, tensors)
         _keep(key, recording)

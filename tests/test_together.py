@@ -1,0 +1,289 @@
+"""Replays whose launches are submitted together: against a driver in Python, and on a GPU against calls that ran.
+
+`bench/host_time.py` holds them against a driver in C through Triton's own launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from on_gpu import needs_gpu
+from test_blocks import UNITS
+from test_replay import block_of, recordings, trained
+from torch import Tensor
+
+from thresholdnet import replay, together
+from thresholdnet.recording import Operation
+
+OWN = 77  # the stream that is captured
+
+
+class Driver:
+    """What `together` calls of CUDA's driver; kernels that ran are in `ran`."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.ran: list[Any] = []
+        self.graphs: dict[int, list[Any]] = {}
+        self.capture: list[Any] | None = None
+        self.refuses: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            return self.refuses.get(name, 0) or getattr(self, f"_{name}")(*arguments) or 0
+
+        return call
+
+    def launch(self, kernel: Any, stream: int) -> None:
+        if stream == OWN:
+            assert self.capture is not None
+            self.capture.append(kernel)
+        else:
+            self.ran.append(kernel)
+
+    def _cuStreamCreate(self, made: Any, flags: int) -> None:
+        assert flags == 1
+        made._obj.value = OWN
+
+    def _cuStreamBeginCapture_v2(self, stream: int, mode: int) -> None:
+        assert (stream, mode, self.capture) == (OWN, 2, None)
+        self.capture = []
+
+    def _cuStreamEndCapture(self, stream: int, graph: Any) -> None:
+        assert stream == OWN and self.capture is not None
+        graph._obj.value, self.capture = self._new(self.capture), None
+
+    def _cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: int) -> None:
+        executable._obj.value = self._new(self.graphs[graph.value])
+
+    def _cuGraphExecUpdate_v2(self, executable: Any, graph: Any, found: Any) -> None:
+        self.graphs[executable.value] = self.graphs[graph.value]
+
+    def _cuGraphLaunch(self, executable: Any, stream: int) -> None:
+        assert stream != OWN
+        self.ran += self.graphs[executable.value]
+
+    def _cuGraphDestroy(self, graph: Any) -> None:
+        del self.graphs[graph.value]
+
+    _cuGraphExecDestroy = _cuGraphDestroy
+
+    def _new(self, kernels: list[Any]) -> int:
+        number = 1000 + len(self.calls)
+        self.graphs[number] = kernels
+        return number
+
+
+class Kernel:
+    """A Triton kernel that a driver runs."""
+
+    arg_names = ("x", "number")
+
+    def __init__(self, driver: Driver):
+        self.driver = driver
+        self.fails = False
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *arguments: Compiled(self)
+
+
+class Compiled:
+    """What a launch returns, and what starts it again."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._start
+
+    def _start(self, *values: Any, stream: int) -> None:
+        if self.kernel.fails:
+            raise RuntimeError("out of registers")
+        self.kernel.driver.launch(values, stream)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    made = Driver()
+    monkeypatch.setattr(together, "_driver", lambda: made)
+    monkeypatch.setattr(together, "_here", type("Here", (), {})())
+    monkeypatch.setattr(replay, "wanted", lambda device: True)
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
+    replay.forget()
+    yield made
+    replay.forget()
+    assert not made.graphs and made.capture is None  # nothing is left behind
+
+
+@pytest.fixture
+def kernel(driver: Driver) -> Kernel:
+    return Kernel(driver)
+
+
+def launches(kernel: Kernel, x: Tensor, count: int = together.SMALLEST) -> Tensor:
+    for number in range(count):
+        replay.start(kernel, (1,), x, number)
+    return x
+
+
+def expected(x: Tensor, count: int = together.SMALLEST) -> list[Any]:
+    return [(x.data_ptr(), number) for number in range(count)]
+
+
+def call(kernel: Kernel, x: Tensor, count: int = together.SMALLEST) -> list[str]:
+    """Launch, and what that asked of the driver."""
+    driver = kernel.driver
+    driver.ran, driver.calls = [], []
+    replay.call(launches, kernel, x, count)
+    return driver.calls
+
+
+NEW = [
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphDestroy",
+    "cuGraphLaunch",
+]
+UPDATED = [name.replace("cuGraphInstantiateWithFlags", "cuGraphExecUpdate_v2") for name in NEW]
+
+
+def test_launches_are_one_graph_for_each_of_the_last_addresses(driver, kernel):
+    first, second, third = (torch.zeros(1) for _ in range(3))
+    assert not call(kernel, first) and not call(kernel, first)  # the first run, the recorded one
+    for x, wanted in (
+        (first, ["cuStreamCreate", *NEW]), (first, ["cuGraphLaunch"]), (second, NEW), (first, ["cuGraphLaunch"]),
+        (second, ["cuGraphLaunch"]), (third, UPDATED), (second, ["cuGraphLaunch"]), (first, UPDATED),
+    ):  # fmt: skip
+        assert call(kernel, x) == wanted
+        assert driver.ran == expected(x)
+
+
+def test_few_launches_are_submitted_one_by_one(driver, kernel):
+    few = together.SMALLEST - 1
+    x = torch.zeros(1)
+    for _ in range(4):
+        assert not call(kernel, x, few)
+    assert driver.ran == expected(x, few)
+
+
+def test_an_operation_parts_graphs_and_sees_what_ran_before(driver, kernel):
+    seen: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        launches(kernel, x)
+        y = x + 1
+        launches(kernel, y)
+        return y
+
+    def noted(self: Operation, call: Any, run: Any = Operation.run) -> None:
+        seen.append(len(driver.ran))
+        run(self, call)
+
+    x = torch.zeros(1)
+    for _ in range(2):
+        replay.call(function, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Operation, "run", noted)
+        y = replay.call(function, x)
+    assert seen == [together.SMALLEST] and driver.ran == [*expected(x), *expected(y)]
+
+
+def test_memory_is_allocated_in_order(driver, kernel):
+    """And ended in order: what ends within the launches is gone behind them, what is returned is not."""
+    import weakref
+
+    ended: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        launches(kernel, large := torch.empty(1 << 19))  # more than a pool takes
+        launches(kernel, out := torch.empty(3))
+        ended.append(weakref.ref(large))
+        return out
+
+    def allocated(self: Any, call: Any, run: Any = together.Allocation.run) -> None:
+        run(self, call)
+        ended.append(weakref.ref(call.memory[self.makes[0]]))
+
+    for _ in range(2):
+        replay.call(function, torch.zeros(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together.Allocation, "run", allocated)
+        out = replay.call(function, torch.zeros(1))
+    large, small = ended[2:]
+    assert large() is None and small() is not None
+    assert driver.ran[together.SMALLEST :] == expected(out) and len({at for at, _ in driver.ran}) == 2
+    assert [step for step, _ in recordings()[0].steps if isinstance(step, together.Together)]
+
+
+def test_a_graph_that_cannot_be_updated_is_made_anew(driver, kernel):
+    driver.refuses["cuGraphExecUpdate_v2"] = 910
+    kept = [torch.zeros(1) for _ in range(4)]
+    for x in (kept[0], *kept):
+        found = call(kernel, x)
+    refused = ["cuGraphExecDestroy", "cuGraphInstantiateWithFlags"]
+    assert found == [*UPDATED[:3], *refused, *UPDATED[3:]] and driver.ran == expected(kept[-1])
+
+
+def test_a_failing_launch_ends_the_capture(driver, kernel):
+    x = torch.zeros(1)
+    for _ in range(2):
+        call(kernel, x)
+    kernel.fails = True
+    with pytest.raises(RuntimeError, match="out of registers"):
+        call(kernel, x)
+    assert driver.capture is None and not driver.ran
+    driver.graphs.clear()
+    kernel.fails = False
+    call(kernel, x)
+    assert driver.ran == expected(x)
+
+
+def test_a_failing_driver_is_one_sentence(driver, kernel):
+    x = torch.zeros(1)
+    for _ in range(2):
+        call(kernel, x)
+    driver.refuses["cuGraphLaunch"] = 719
+    with pytest.raises(
+        RuntimeError, match="cuGraphLaunch must return 0, got CUDA error 719: THRESHOLDNET_REPLAY=1 does"
+    ):
+        call(kernel, x)
+
+
+def test_when_it_is_wanted(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "native")
+    assert not together.wanted(cuda)
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "graph")
+    assert together.wanted(cuda) and not together.wanted(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert not together.wanted(cuda)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not together.wanted(cuda)
+
+
+@needs_gpu
+@pytest.mark.parametrize("unit", UNITS)
+def test_on_a_gpu(unit, monkeypatch):
+    """The same bits, on inputs anywhere, with two steps' memory alive, and where the whole is captured."""
+    block = block_of("threshold_ab", unit, "triton", torch.bfloat16).cuda()
+    inputs = [torch.randn(4, 7, 12, 10, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "0")
+    wanted = [trained(block, x) for x in inputs]
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "graph")
+    replay.forget()
+    alive = []
+    for _ in range(3):
+        for x, before in zip(inputs, wanted, strict=True):
+            alive.append(trained(block, x))
+            assert all(map(torch.equal, alive[-1], before))
+        alive = alive[-2:]
+    graphs = [step for found in recordings() for step, _ in found.steps if isinstance(step, together.Together)]
+    assert len(graphs) >= 2 and all(step._graphs for step in graphs)
+    replay.forget()

@@ -1,0 +1,181 @@
+"""A replay's kernels handed to the driver together, as one CUDA graph.
+
+Where each launch costs the processor more than its kernel costs the GPU, launching them one by one is what a step waits
+for. Here the launches between two torch operations go to a stream that is being captured, which submits nothing; the
+graph that comes of it is submitted instead, and kept. Memory comes from torch's allocator at every call, as in any
+replay, and inputs lie anywhere: where all addresses are those of a call before, as they mostly are from one training
+step to the next, its graph is submitted again; where not, the launches are captured anew, and a graph is updated.
+
+THRESHOLDNET_REPLAY=graph turns it on. It was held against a driver that launches nothing (bench/host_time.py), and is
+off until a GPU has measured it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .recording import Allocation, Call, Launch, Step, run_steps
+
+SMALLEST = 8  # launches of a graph: fewer are submitted one by one
+KEPT = 2  # graphs of the same launches: addresses may alternate, as where two steps accumulate gradients
+
+RELAXED = 2  # capture: nothing that this or another thread asks of CUDA meanwhile is refused
+NON_BLOCKING = 1  # stream: apart from the default one
+
+Steps = Sequence[tuple[Step, tuple[int, ...]]]
+
+
+class Together:
+    """Launches of a recording without torch operations between them, and the graphs of their last calls."""
+
+    def __init__(self, steps: Steps):
+        self.steps = steps
+        self._graphs: list[tuple[list[Any], Any]] = []  # the words of a call, and its executable; the last used first
+        self._lock = threading.Lock()
+
+    def run(self, call: Call) -> None:
+        """As one graph, or one by one where the call is not to or another thread has the graph."""
+        if not call.together or not self._lock.acquire(blocking=False):
+            run_steps(self.steps, call)
+            return
+        try:
+            self._allocate(call)
+            known = [number for number, (words, _) in enumerate(self._graphs) if words == call.words]
+            self._graphs.insert(0, self._graphs.pop(known[0]) if known else (list(call.words), self._captured(call)))
+            _check("cuGraphLaunch", self._graphs[0][1], call.stream)
+        finally:
+            self._lock.release()
+
+    def _allocate(self, call: Call) -> None:
+        """Allocate all memory, and let go of it, in the order of the steps, ahead of the launches.
+
+        What comes to lie where something else lay is read by launches behind those that read that, as in a stream.
+        """
+        for step, ended in self.steps:
+            if isinstance(step, Allocation):
+                step.run(call)
+            for number in ended:
+                call.memory[number] = None
+
+    def _captured(self, call: Call) -> Any:
+        """The executable graph of this call's launches: a new one, or the oldest updated."""
+        stream, call.stream = call.stream, _begin(call.device)
+        try:
+            for step, _ in self.steps:
+                if isinstance(step, Launch):
+                    step.run(call)
+        finally:  # a capture must end, whatever happened in it
+            graph = _end(call.stream)
+            call.stream = stream
+        return _executable(graph, self._graphs.pop()[1] if len(self._graphs) == KEPT else None)
+
+    def __del__(self) -> None:
+        for _, executable in self._graphs:
+            _driver().cuGraphExecDestroy(executable)  # when it has run
+
+
+def together(steps: Steps) -> list[tuple[Step | Together, tuple[int, ...]]]:
+    """The steps, with those that one graph may hold as one."""
+    made: list[tuple[Step | Together, tuple[int, ...]]] = []
+    for some in _runs(steps):
+        if sum(isinstance(step, Launch) for step, _ in some) < SMALLEST:
+            made += some
+        else:
+            made.append((Together(some), ()))
+    return made
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether this call's launches are submitted together.
+
+    Not while the current stream is captured as a whole, nor with an allocator that frees memory in a stream's order:
+    it would free what the graph, submitted later, still reads.
+    """
+    return (
+        os.environ.get("THRESHOLDNET_REPLAY") == "graph"
+        and device.type == "cuda"
+        and not torch.cuda.is_current_stream_capturing()
+        and torch.cuda.memory.get_allocator_backend() == "native"
+    )
+
+
+def _runs(steps: Steps) -> Iterator[list[tuple[Step, tuple[int, ...]]]]:
+    """The steps in parts: launches and what is allocated between them, and each other step alone."""
+    some: list[tuple[Step, tuple[int, ...]]] = []
+    for each in steps:
+        if isinstance(each[0], Launch | Allocation):
+            some.append(each)
+            continue
+        if some:
+            yield some
+        yield [each]
+        some = []
+    if some:
+        yield some
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    """CUDA's driver, which Triton launches through."""
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer = ctypes.c_void_p
+    for name, types in {
+        "cuStreamCreate": [pointer, ctypes.c_uint],
+        "cuStreamBeginCapture_v2": [pointer, ctypes.c_int],
+        "cuStreamEndCapture": [pointer, pointer],
+        "cuGraphInstantiateWithFlags": [pointer, pointer, ctypes.c_ulonglong],
+        "cuGraphExecUpdate_v2": [pointer, pointer, pointer],
+        "cuGraphLaunch": [pointer, pointer],
+        "cuGraphDestroy": [pointer],
+        "cuGraphExecDestroy": [pointer],
+    }.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+_here = threading.local()  # `streams`: this thread's, by device
+
+
+def _begin(device: torch.device) -> int:
+    """A stream of this thread's own, from now on captured."""
+    streams: dict[torch.device, int] = _here.__dict__.setdefault("streams", {})
+    if device not in streams:
+        made = ctypes.c_void_p()
+        _check("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
+        streams[device] = made.value or 0
+    _check("cuStreamBeginCapture_v2", streams[device], RELAXED)
+    return streams[device]
+
+
+def _end(stream: int) -> Any:
+    """The graph of what was launched there."""
+    graph = ctypes.c_void_p()
+    _check("cuStreamEndCapture", stream, ctypes.byref(graph))
+    return graph
+
+
+def _executable(graph: Any, earlier: Any) -> Any:
+    """An executable of a graph, which it takes: `earlier`, that of another one with other addresses, or a new one."""
+    found = (ctypes.c_uint64 * 3)()  # a code and two nodes: where the graphs differ
+    if earlier is not None and _driver().cuGraphExecUpdate_v2(earlier, graph, found):
+        _driver().cuGraphExecDestroy(earlier)
+        earlier = None
+    if earlier is None:
+        earlier = ctypes.c_void_p()
+        _check("cuGraphInstantiateWithFlags", ctypes.byref(earlier), graph, 0)
+    _check("cuGraphDestroy", graph)
+    return earlier
+
+
+def _check(name: str, *arguments: Any) -> None:
+    """Call the driver."""
+    code = getattr(_driver(), name)(*arguments)
+    if code:
+        raise RuntimeError(f"{name} must return 0, got CUDA error {code}: THRESHOLDNET_REPLAY=1 does without it")
