@@ -126,7 +126,8 @@ def gpu_steps(out: Path) -> list[Step]:
         Step(
             "bench together",
             measured(
-                r"v1 (128x224|100x32).* train", ("eager_channels_last", "fused_triton"), *GRAPH, file="bench-together.json"
+                r"v1 (128x224|100x32).* train", ("eager_channels_last", "fused_triton"), *GRAPH,
+                file="bench-together.json",
             ),
             60, 20, {"THRESHOLDNET_REPLAY": "graph"},
         ),
