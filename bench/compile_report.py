@@ -133,11 +133,11 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
             "readers.gather_readers", architecture, dtype, tuple(constants.items()), readers.warps, readers.stages,
             tensor_core=readers.columns >= 64,  # wgmma has 64 rows at least, and the tile is transposed
         )  # fmt: skip
-    merge = {"POSITIONS": 4, "GROUP_CHANNELS": 16, "BANDS": 4096, "BLOCK": 4}
+    merge = {"BANDS": 4096, "BLOCK": 4}
     end = {"TILE_COLUMNS": 32, "GROUP_H": 1, "GROUP_W": 1, "GROUP_CHANNELS": 0}
     end |= {"EPILOGUE": 3, "ACTIVATION": 1, "ADD": True}
     small: list[tuple[str, dict[str, Any]]] = [
-        ("norm.merge_statistics", {"TILE_ROWS": 128, **merge, "ONCE": True}),
+        ("norm.merge_statistics", {**merge, "ONCE": True}),
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
         ("affine.pack_affine", {"EPS": 1e-5, "BLOCK": 256}),
@@ -199,7 +199,7 @@ def compile_form(form: Form) -> Report:
 
     import triton
     from thresholdnet.kernels.packed_weights import MOST_WEIGHTS
-    from thresholdnet.kernels.weight_splits import MOST_GRADIENTS
+    from thresholdnet.kernels.weight_gradients import MOST_GRADIENTS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -221,7 +221,8 @@ def compile_form(form: Form) -> Report:
         else:
             slot = name in SLOTS or name == "weight"
             signature[name] = "*i32" if name in TABLES else f"*{TYPES[form.dtype]}" if slot else "*fp32"
-            aligned[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                aligned[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", form.architecture, 32),

@@ -27,21 +27,15 @@ from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernel
 from . import affine as device_affine
 from . import conv as device_conv
 from . import norm as device_norm
-from . import readers as device_readers
-from . import weight_gradient as device_weight_gradient
 from .configs import (
     DTYPES,
     MOST_SPLITS,
     ConvolutionConfig,
-    ReadersConfig,
-    WeightGradientConfig,
     convolution_config,
-    readers_config,
-    weight_gradient_config,
-    weight_gradient_splits,
 )
 from .device import capability_of, check_device, on_device_of
-from .device_tables import device_columns, device_offsets, device_pixels, device_table
+from .device_tables import device_pixels, device_table
+from .gathered_readers import gradient_of_readers
 from .operands import (
     MAX_ELEMENTS,
     Layout,
@@ -62,9 +56,14 @@ from .packed_affine import PackedAffine
 from .packed_weights import Affine, Matrix, PackedWeight
 from .packed_weights import pack as pack_matrices
 from .tables import LANES, Group
-from .tiles import cdiv, elementwise_tile, finish_tile, merge_tile, power_of_2, readers_tile
+from .tiles import cdiv, elementwise_tile, finish_tile, merge_tile
 from .tuned import Shape, choice
-from .weight_splits import Splits, reduce_splits
+from .weight_gradients import reduce_splits, weight_gradient
+
+__all__ = [
+    "Mask", "batch_norm_affine", "bn_backward", "conv", "gradient", "gradient_of_readers", "normalise", "pack",
+    "reduce_splits", "slot_statistics", "weight_gradient",
+]  # fmt: skip
 
 PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
 
@@ -349,206 +348,6 @@ def slot_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return _merge_statistics(partial, tiles, rows, (1, 1), Layout(x, (), 0, False, 0, 0, 0, pixels), channels)
 
 
-def weight_gradient(
-    sources: Sequence[Tensor],
-    dz: Tensor,
-    kernel_size: int,
-    *,
-    affine: tuple[Tensor, Tensor] | None = None,
-    activation: str | None = "relu",
-    dtype: torch.dtype | None = None,
-    channels_last: bool = False,
-    later: list[Splits] | None = None,
-    config: WeightGradientConfig | None = None,
-) -> Tensor:
-    """The gradient of `conv` by its weight: [O, sum C_i, k, k], fp32 (fp64 for fp64 slots) or `dtype`.
-
-    Args:
-        sources: the slots that `conv` read, in its order.
-        dz: slot [N, O, H, W], the gradient of its raw output.
-        kernel_size: k, 1 or 3.
-        affine, activation: as in `conv`.
-        dtype: of the result.
-        channels_last: its memory format; contiguous otherwise.
-        later: the result is filled when `reduce_splits` is given this list, to which it is added.
-        config: tile sizes instead of the chosen ones.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see the module.
-    """
-    check_device("dz", dz)
-    layout = lay_out("sources", sources, dz, out_name="dz")
-    if kernel_size not in (1, 3):
-        raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size}")
-    if not sources:
-        raise ValueError("sources must hold at least one slot, got none")
-    channels, out_channels, accumulator = sum(s.width for s in layout.sources), dz.shape[1], accumulator_of(dz)
-    shape = (out_channels, channels, kernel_size, kernel_size)
-    channels_last = channels_last and kernel_size > 1  # of a 1x1 kernel both are one
-    result = torch.empty(
-        shape, dtype=dtype or accumulator, device=dz.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )  # fmt: skip
-    if layout.pixels == 0:
-        return result.zero_()
-    if affine is not None:
-        affine = (per_channel("affine[0]", affine[0], channels, dz), per_channel("affine[1]", affine[1], channels, dz))
-    capability, weights = capability_of(dz.device), channels * kernel_size**2
-    if config is None:
-        rule = weight_gradient_config(capability, dtype_name(dz), out_channels, weights, affine is not None)
-        form = "weight", dtype_name(dz), kernel_size, affine is not None
-        tuned = choice(dz.device, Shape(*form, channels, out_channels, *layout.images)).tile
-        config = tuned if isinstance(tuned, WeightGradientConfig) else rule
-    table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
-    columns = cdiv(out_channels, config.columns) * config.columns
-    all_k = table.chunks * config.chunk
-    splits = weight_gradient_splits(capability, config, table.chunks * columns // config.columns, layout.pixels)
-    splits = max(1, min(splits, (MAX_ELEMENTS - 1) // (all_k * columns)))
-    split_rows = cdiv(cdiv(layout.pixels, splits), config.rows) * config.rows
-    splits = cdiv(layout.pixels, split_rows)
-    partial = torch.empty(splits, all_k, columns, dtype=accumulator, device=dz.device)
-    scale, shift = (partial, partial) if affine is None else affine
-    inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
-    with on_device_of(dz):
-        start(
-            device_weight_gradient.weight_gradient, (table.chunks, columns // config.columns, splits),
-            layout.base, dz, partial, table.entries, table.row8, scale, shift, table.channel, inside,
-            layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows,
-            TILE_ROWS=config.rows, TILE_K=config.chunk, TILE_COLUMNS=config.columns, TAPS=kernel_size == 3,
-            SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
-            ACTIVATION=activation_code(activation) if affine is not None else 0,
-            SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
-        )  # fmt: skip
-    unsummed = Splits(partial, table.k_of_tap if channels_last else table.k_of_weight, result)
-    if later is None:
-        reduce_splits([unsummed])
-    else:
-        later.append(unsummed)
-    return result
-
-
-def gradient_of_readers(
-    dz: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    features: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    add: bool,
-    activation: str | None = "relu",
-    terms: tuple[Tensor, Sequence[Tensor]] | None = None,
-    config: ReadersConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gather the gradients of R readers, each act(BatchNorm(features)) and a 1x1 convolution, into the features' slots.
-
-    out_c = rstd_c * sum over readers of gamma_rc g_rc; the share of the statistics is left to `bn_backward` (see
-    readers.py), with q = -rstd^2 sum_r(gamma_r sum_g_xhat_r) / n and r = -rstd sum_r(gamma_r sum_g_r) / n.
-
-    Args:
-        dz: R slots [N, K, H, W] of one K and row, in one allocation: gradients of the readers' raw outputs.
-        weights: R weights [K, C, 1, 1], C = the summed channels of `outs`; zeros where a reader lacks a channel.
-        outs: slots [N, C_j, H, W] of the gradient, in one allocation, apart from the others.
-        features: the matching slots of the raw features, in one allocation.
-        gammas, betas: R affines [C]; zeros where a reader lacks a channel.
-        mean, rstd: [C], the features' statistics.
-        add: add to what `outs` hold instead of writing them for the first time.
-        activation: "relu" or "relu6".
-        terms: [2, C], and R shares [2, C], with dense rows: adds every reader's share times its two sums to the former.
-        config: tile sizes instead of the chosen ones.
-
-    Returns:
-        (sum g, sum g xhat), each [R, C], fp32 (fp64 for fp64): the gradients of beta and gamma.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: see the module.
-    """
-    readers = len(dz)
-    if not readers or not outs:
-        raise ValueError(f"dz and outs must hold at least one slot each, got {readers} and {len(outs)}")
-    if activation_code(activation) == 0:
-        raise ValueError("activation must be 'relu' or 'relu6', got None")
-    for name, items in (("weights", weights), ("gammas", gammas), ("betas", betas)):
-        if len(items) != readers:
-            raise ValueError(f"{name} must hold one tensor for each of the {readers} readers, got {len(items)}")
-    if [out.shape for out in outs] != [feature.shape for feature in features]:
-        raise ValueError(f"features must have the {len(outs)} shapes of outs, got {[tuple(f.shape) for f in features]}")
-    first = outs[0]
-    check_device("outs[0]", first)
-    read, written, raw = (
-        lay_out("dz", dz, first, out_name="outs[0]"),
-        lay_out("outs", outs, first, out_name="outs[0]"),
-        lay_out("features", features, first, out_name="outs[0]"),
-    )
-    depth, channels, accumulator = dz[0].shape[1], sum(out.shape[1] for out in outs), accumulator_of(first)
-    for name, layout in (("dz", read), ("outs", written), ("features", raw)):
-        if layout.slot_rows or (name == "dz" and any(d.shape[1] != depth for d in dz)):
-            raise ValueError(
-                f"{name} must be slots of one row{' and width' if name == 'dz' else ''}, got different ones"
-            )
-    for i, weight in enumerate(weights):
-        if check_weight(f"weights[{i}]", weight, depth, channels) != 1:
-            raise ValueError(f"weights[{i}] must be a 1x1 weight, got {tuple(weight.shape)}")
-    scales = tuple(per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas))
-    shifts = tuple(per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas))
-    mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
-    room, shares = (None, ()) if terms is None else terms
-    if room is not None:
-        check_rows("terms[0]", room, channels, first)
-        if len(shares) != readers:
-            raise ValueError(f"terms must hold a share for each of the {readers} readers, got {len(shares)}")
-        for i, share in enumerate(shares):
-            check_rows(f"terms[1][{i}]", share, channels, first)
-    if read.pixels == 0:
-        return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
-    if config is None:
-        shape = Shape("readers", dtype_name(first), 1, False, readers * depth, channels, *read.images)
-        tuned = choice(first.device, shape).tile
-        rule = readers_config(capability_of(first.device), dtype_name(first), channels)
-        config = tuned if isinstance(tuned, ReadersConfig) else rule
-    part = min(256, max(16, power_of_2(padded_width(depth))))
-    parts = cdiv(padded_width(depth), part)
-    out_at8, feature_at8, column_channel = device_columns(written.sources, raw.sources, config.columns, first.device)
-    dz_at8 = device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
-    columns = len(column_channel)
-    tiles = cdiv(read.pixels, config.rows)
-    layouts = tuple(step for weight in weights for step in weight.stride()[:2])
-    packed = torch.empty(readers, columns, parts * part, dtype=first.dtype, device=first.device)
-    affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
-    partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
-    sums = torch.empty(readers, 2, channels, dtype=accumulator, device=first.device)
-    deep = min(64, part)
-    with on_device_of(first):
-        start(
-            device_readers.pack_readers, (columns // 16, parts * part // deep, readers),
-            tuple(weights), scales, shifts, device_offsets(layouts, first.device), column_channel, packed, affine,
-            depth, TILE_COLUMNS=16, TILE_DEPTH=deep, num_warps=4,
-        )  # fmt: skip
-        start(
-            device_readers.gather_readers, (columns // config.columns, tiles),
-            read.base, packed, written.base, raw.base, affine, mean, rstd,
-            dz_at8, out_at8, feature_at8, column_channel, partial,
-            read.pixels, readers, len(out_at8), padded_width(depth) // LANES, read.row8, written.row8, raw.row8,
-            TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts,
-            ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
-            STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
-            maxnreg=config.registers or None,
-        )  # fmt: skip
-        at_once, warps = readers_tile(tiles)
-        start(
-            device_readers.merge_readers, (columns // LANES, 2),
-            partial, column_channel, sums, sums if room is None else room,
-            *(tuple(share[i] for share in shares) or (sums,) * readers for i in (0, 1)),
-            tiles, channels, columns // LANES, 0 if room is None else room.stride(0),
-            READERS=readers, TERMS=room is not None,
-            TILES=at_once, BLOCK=LANES, num_warps=warps,
-        )  # fmt: skip
-    return sums[:, 0], sums[:, 1]
-
-
 def _convolve(
     layout: Layout,
     weights: Sequence[Tensor] | PackedWeight,
@@ -673,7 +472,7 @@ def _merge_statistics(
         start(
             device_norm.merge_statistics, (cdiv(channels, block),),
             partial, mean, variance, tiles, layout.pixels // positions, channels, partial.shape[2] // LANES,
-            TILE_ROWS=tile_rows, POSITIONS=positions, GROUP_CHANNELS=padded_width(channels),
+            tile_rows, positions, padded_width(channels) // LANES,
             BANDS=bands, BLOCK=block, ONCE=tiles * positions <= bands, num_warps=warps,
         )  # fmt: skip
     return mean, variance
@@ -686,8 +485,9 @@ def _merge_sums(partial: Tensor, tiles: int, group: Group, channels: int) -> tup
     with on_device_of(partial):
         start(
             device_norm.merge_sums, (cdiv(channels, block),),
-            partial, first, second, tiles, channels, partial.shape[2] // LANES,
-            POSITIONS=positions, GROUP_CHANNELS=padded_width(channels), BANDS=bands, BLOCK=block, num_warps=warps,
+            partial, first, second, tiles, channels, partial.shape[2] // LANES, positions,
+            padded_width(channels) // LANES,
+            BANDS=bands, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return first, second
 

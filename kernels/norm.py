@@ -20,60 +20,64 @@ from .conv import activate
 
 
 @triton.jit
-def _band(first, bands, columns8, POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BANDS: tl.constexpr):
+def _band(first, bands, columns8, positions, group_channels8, BANDS: tl.constexpr):
     """(band's tile, where its columns start, whether there is such a band) of BANDS bands from `first` on."""
     band = first + tl.arange(0, BANDS)
-    return band // POSITIONS, band // POSITIONS * (16 * columns8) + band % POSITIONS * GROUP_CHANNELS, band < bands
+    tile = band // positions
+    return tile, tile * (16 * columns8) + band % positions * (group_channels8 * 8), band < bands
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "channels", "columns8"])
+@triton.jit(  # one form for all shapes; mean and variance may be parts of longer rows, of any alignment
+    do_not_specialize=["tiles", "rows", "channels", "columns8", "tile_rows", "positions", "group_channels8"],
+    do_not_specialize_on_alignment=["mean", "variance"],
+)
 def merge_statistics(
-    partial, mean, variance, tiles, rows, channels, columns8,
-    TILE_ROWS: tl.constexpr, POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    partial, mean, variance, tiles, rows, channels, columns8, tile_rows, positions, group_channels8,
     BANDS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """partial [tiles, 2, columns8 * 8] (sum, M2) -> mean, biased variance [channels]; grid (blocks of channels,).
 
-    A tile holds TILE_ROWS rows, the last one what is left of `rows`; a channel has POSITIONS columns, its bands. ONCE:
-    BANDS are all there are, and stay in registers between the two sums. A block of 4 or 8 channels lies within the
-    padded ones, so nothing is masked along it and its loads stay whole.
+    A tile holds tile_rows rows, the last one what is left of `rows`; a channel has a column for each of the positions
+    of an output group, its bands, 8 group_channels8 apart. ONCE: BANDS are all there are, and stay in registers between
+    the two sums. A block of 4 or 8 channels lies within the padded ones, so nothing is masked along it and its loads
+    stay whole.
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bands = tiles * POSITIONS
-    pixels = (rows * POSITIONS).to(ACC)
+    bands = tiles * positions
+    pixels = (rows * positions).to(ACC)
     total = tl.zeros((BANDS, BLOCK), ACC)
     squares = tl.zeros((BANDS, BLOCK), ACC)
     if ONCE:
-        tile, at, inside = _band(0, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+        tile, at, inside = _band(0, bands, columns8, positions, group_channels8, BANDS)
         total = tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
         squares = tl.load(partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
         center = tl.sum(total, 0) / pixels
-        count = tl.where(inside, tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS), 0).to(ACC)
+        count = tl.where(inside, tl.minimum(rows - tile * tile_rows, tile_rows), 0).to(ACC)
         away = total / tl.maximum(count, 1)[:, None] - center[None, :]
         squares += away * away * count[:, None]
     else:
         for first in range(0, bands, BANDS):
-            tile, at, inside = _band(first, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+            tile, at, inside = _band(first, bands, columns8, positions, group_channels8, BANDS)
             total += tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
         center = tl.sum(total, 0) / pixels
         for first in range(0, bands, BANDS):
-            tile, at, inside = _band(first, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+            tile, at, inside = _band(first, bands, columns8, positions, group_channels8, BANDS)
             sums = tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
             inner = tl.load(
                 partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0
             )
-            count = tl.where(inside, tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS), 0).to(ACC)
+            count = tl.where(inside, tl.minimum(rows - tile * tile_rows, tile_rows), 0).to(ACC)
             away = sums / tl.maximum(count, 1)[:, None] - center[None, :]
             squares += inner + away * away * count[:, None]
     tl.store(mean + channel, center, mask=channel < channels)
     tl.store(variance + channel, tl.sum(squares, 0) / pixels, mask=channel < channels)
 
 
-@triton.jit(do_not_specialize=["tiles", "channels", "columns8"])
+@triton.jit(do_not_specialize=["tiles", "channels", "columns8", "positions", "group_channels8"])
 def merge_sums(
-    partial, first, second, tiles, channels, columns8,
-    POSITIONS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr,
+    partial, first, second, tiles, channels, columns8, positions, group_channels8,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial [tiles, 2, columns8 * 8] -> two sums [channels] over tiles and positions; grid (blocks of channels,).
 
@@ -81,11 +85,11 @@ def merge_sums(
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bands = tiles * POSITIONS
+    bands = tiles * positions
     total = tl.zeros((BANDS, BLOCK), ACC)
     total2 = tl.zeros((BANDS, BLOCK), ACC)
     for start in range(0, bands, BANDS):
-        _, at, inside = _band(start, bands, columns8, POSITIONS, GROUP_CHANNELS, BANDS)
+        _, at, inside = _band(start, bands, columns8, positions, group_channels8, BANDS)
         total += tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
         total2 += tl.load(partial + ((at + columns8 * 8)[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
     tl.store(first + channel, tl.sum(total, 0), mask=channel < channels)

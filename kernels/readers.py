@@ -50,7 +50,10 @@ def pack_readers(
                 tl.store(affine + (reader * 2 + 1) * all_columns + columns, beta.to(affine.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tiles", "channels", "columns8", "terms_row"])
+@triton.jit(  # terms and shares are parts of longer rows, of any alignment
+    do_not_specialize=["tiles", "channels", "columns8", "terms_row"],
+    do_not_specialize_on_alignment=["terms", "shares_g", "shares_gx"],
+)
 def merge_readers(
     partial, column_channel, sums, terms, shares_g, shares_gx, tiles, channels, columns8, terms_row,
     READERS: tl.constexpr, TERMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from poisoned import fill, rows
-from thresholdnet.kernels import launch, tuned
+from thresholdnet.kernels import gathered_readers, launch, tuned, weight_gradients
 from thresholdnet.kernels.configs import ConvolutionConfig, ReadersConfig, WeightGradientConfig
 from tolerances import assert_near
 
@@ -53,16 +53,17 @@ def run():
 
 def test_a_row_is_used_and_computes_the_same(table, monkeypatch):
     seen = []
-    for name in ("convolution_config", "weight_gradient_config"):
-        rule = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *call, rule=rule: seen.append(call) or rule(*call))
+    for module, name in ((launch, "convolution_config"), (weight_gradients, "weight_gradient_config")):
+        rule = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *call, rule=rule: seen.append(call) or rule(*call))
     wanted = run()
     assert len(seen) == 3, "the rule is asked without a table"
     gradient = FORWARD._replace(kind="gradient", in_channels=20, out_channels=14)
     shapes = {"forward": FORWARD, "gradient": gradient, "weight": FORWARD._replace(kind="weight")}
     used = []
     packed = launch.device_table
-    monkeypatch.setattr(launch, "device_table", lambda *call: used.append(call[3]) or packed(*call))
+    for module in (launch, weight_gradients):
+        monkeypatch.setattr(module, "device_table", lambda *call: used.append(call[3]) or packed(*call))
     table(*(tuned.as_row(shape, tuned.Choice(OTHER[kind])) for kind, shape in shapes.items()))
     found = run()
     assert used == [16, 16, 16], "the tiles of the rows have chunks of 16"
@@ -81,8 +82,8 @@ def test_readers_take_their_row(table, monkeypatch):
     call = [dz], [torch.randn(8, 12, 1, 1)], [out], [raw], [one], [one], one, one
     wanted = [*launch.gradient_of_readers(*call, add=False), out.clone()]
     used = []
-    columns = launch.device_columns
-    monkeypatch.setattr(launch, "device_columns", lambda *a: used.append(a[2]) or columns(*a))
+    columns = gathered_readers.device_columns
+    monkeypatch.setattr(gathered_readers, "device_columns", lambda *a: used.append(a[2]) or columns(*a))
     table(
         tuned.as_row(tuned.Shape("readers", "float32", 1, False, 8, 12, 1, 2, 4), tuned.Choice(ReadersConfig(16, 32)))
     )
@@ -95,7 +96,8 @@ def test_readers_take_their_row(table, monkeypatch):
 @pytest.mark.parametrize("unit", ("conv_bn_relu", "bottleneck"))
 def test_the_tuner_measures_what_a_block_convolves(unit, monkeypatch):
     asked = set()
-    monkeypatch.setattr(launch, "choice", lambda device, shape: asked.add(tuple(shape)) or tuned.NOTHING)
+    for module in (launch, weight_gradients, gathered_readers):
+        monkeypatch.setattr(module, "choice", lambda device, shape: asked.add(tuple(shape)) or tuned.NOTHING)
     links = tn.links.threshold_ab(5, 1)
     block = tn.ThresholdBlock(6, links, growth_rate=4, unit=unit, fused=True, backend="triton")
     x, tail = torch.randn(1, 6, 2, 2, requires_grad=True), None

@@ -4,7 +4,7 @@ import poisoned as layouts
 import pytest
 import torch
 from poisoned import fill, rows
-from thresholdnet.kernels import launch, weight_splits
+from thresholdnet.kernels import launch, weight_gradients
 from thresholdnet.kernels import tiles as tiles_of_small_kernels
 from thresholdnet.kernels.configs import ConvolutionConfig, WeightGradientConfig
 from tolerances import assert_near
@@ -62,7 +62,7 @@ def test_groups(group):
 def test_splits(splits, widths, dtype, monkeypatch):
     _, (a, dz) = layouts.arena(1, 1, 16 * splits, widths, torch.float32)
     fill(a, integers=True), fill(dz, integers=True)
-    monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: splits)
+    monkeypatch.setattr(weight_gradients, "weight_gradient_splits", lambda *_: splits)
     got = launch.weight_gradient([a], dz, 1, config=WeightGradientConfig(16, 16, 16), dtype=dtype)
     wanted = torch.nn.grad.conv2d_weight(a.double(), got.shape, dz.double())
     assert torch.equal(got, wanted.to(got.dtype))
@@ -71,16 +71,16 @@ def test_splits(splits, widths, dtype, monkeypatch):
 @pytest.mark.parametrize(("elements", "splits"), ((100, 6), (10**5, 6), (10**6, 6), (100, 1), (100, 3), (10**6, 3)))
 def test_split_tiles(elements, splits, monkeypatch):
     """Each of the tiles, whatever the size asks for."""
-    tile = weight_splits.reduce_tile(elements, 48, splits)
-    monkeypatch.setattr(weight_splits, "reduce_tile", lambda *_: tile)
+    tile = weight_gradients.reduce_tile(elements, 48, splits)
+    monkeypatch.setattr(weight_gradients, "reduce_tile", lambda *_: tile)
     _, (a, dz) = rows(1, 12, 8, (19, 41), torch.float32)
     fill(a, integers=True), fill(dz, integers=True)
-    monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_: splits)
+    monkeypatch.setattr(weight_gradients, "weight_gradient_splits", lambda *_: splits)
     got = launch.weight_gradient([a], dz, 3, config=WeightGradientConfig(16, 16, 16))
     assert torch.equal(got.double(), torch.nn.grad.conv2d_weight(a.double(), got.shape, dz.double(), padding=1))
 
 
-@pytest.mark.parametrize("count", (2, 5, weight_splits.MOST_GRADIENTS + 3))
+@pytest.mark.parametrize("count", (2, 5, weight_gradients.MOST_GRADIENTS + 3))
 def test_several_gradients_are_what_each_is_alone(count, monkeypatch):
     """Of several shapes, splits, dtypes and formats; a launch for each dtype in a row, of MOST_GRADIENTS at most."""
     later, alone, together, launches = [], [], [], []
@@ -89,11 +89,11 @@ def test_several_gradients_are_what_each_is_alone(count, monkeypatch):
         fill(a), fill(dz)
         kernel_size, dtype = (3, 1)[i % 2], torch.bfloat16 if i >= count // 2 else None
         options = {"channels_last": i % 3 == 0, "dtype": dtype, "config": WeightGradientConfig(16, 16, 16)}
-        monkeypatch.setattr(launch, "weight_gradient_splits", lambda *_, splits=1 + i % 4: splits)
+        monkeypatch.setattr(weight_gradients, "weight_gradient_splits", lambda *_, splits=1 + i % 4: splits)
         alone.append(launch.weight_gradient([a], dz, kernel_size, **options))
         together.append(launch.weight_gradient([a], dz, kernel_size, later=later, **options))
     monkeypatch.setattr(
-        weight_splits, "start", lambda kernel, grid, *a, **o: launches.append(grid) or kernel[grid](*a, **o)
+        weight_gradients, "start", lambda kernel, grid, *a, **o: launches.append(grid) or kernel[grid](*a, **o)
     )
     launch.reduce_splits(later)
     assert [each.result for each in later] == together and len(launches) == 2
