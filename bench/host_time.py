@@ -3,6 +3,7 @@
     python bench/host_time.py                                         ThresholdNet v1, HarDNet68 and DenseNet121, bf16
     python bench/host_time.py --model thresholdnet_v2 --out FILE      one network, and a JSON file
     python bench/host_time.py --quick                                 two small blocks, in half a minute
+    python bench/host_time.py --cold                                  and the first step, with no kernel compiled before
 
 The kernels are compiled for an H100 and launched by Triton's own launcher into a driver that does nothing
 (bench/silent_driver.c), so the time is the processor's alone; tensors lie on the CPU, small ones, since their size
@@ -12,7 +13,8 @@ Both ways, and replays that are submitted as CUDA graphs (THRESHOLDNET_REPLAY=gr
 the same numbers: "differ" counts those that do not, apart from addresses; "graphs" how many hold the launches. A GPU
 step waits for Python where this time is longer than the kernels'. The file:
 
-    {"machine", "rows": [{"model", "launches", "graphs", "run_ms", "replayed_ms" (medians), "ratio", "differ"}]}
+    {"machine", "rows": [{"model", "launches", "graphs", "run_ms", "replayed_ms" (medians), "ratio", "differ",
+     "first_s", "first_ahead_s"}]}: with --cold seconds where each kernel is compiled when its turn comes, and ahead
 """
 
 from __future__ import annotations
@@ -130,6 +132,11 @@ def blocks_of(model: str) -> list[tuple[Any, list[Any], str]]:
     return fused_calls(nn.Sequential(first, second), (2, 16, 8, 8))
 
 
+def activation_of(model: str) -> str:
+    """A network's activation."""
+    return "relu6" if "hardnet" in model else "relu"
+
+
 def step_of(blocks: list[tuple[Any, list[Any], str]], activation: str) -> Callable[[], None]:
     """Forward and backward of blocks, one after the other, through the engine as its operators call it."""
     import torch
@@ -162,7 +169,7 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
     """One row; "" for the small blocks."""
     from thresholdnet import replay
 
-    step = step_of(blocks_of(model), "relu6" if "hardnet" in model else "relu")
+    step = step_of(blocks_of(model), activation_of(model))
     taken: dict[str, list[float]] = {switch: [] for switch in WAYS}
     launched = {}
     for round_ in range(-replay.CALLS, ROUNDS):  # in pairs: a machine's pace changes over seconds
@@ -191,6 +198,14 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
     }
 
 
+def first_step(model: str, switch: str) -> float:
+    """Seconds of the first step of a process, with an empty cache of compiled kernels."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"THRESHOLDNET_REPLAY": switch, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, __file__, "--first-of", model]
+        return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
 def differing(run: list[list[str]], replayed: list[list[str]]) -> int:
     """Numbers that two logs do not share; addresses must both be some, and equally aligned."""
     wrong = abs(len(run) - len(replayed))
@@ -206,12 +221,15 @@ def differing(run: list[list[str]], replayed: list[list[str]]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What there is to read."""
-    yield f"{'':20} {'launches':>8} {'graphs':>6} {'run':>9} {'replayed':>9} {'ratio':>6} {'differ':>6}"
+    cold = any("first_s" in row for row in rows)
+    head = f"{'':20} {'launches':>8} {'graphs':>6} {'run':>9} {'replayed':>9} {'ratio':>6} {'differ':>6}"
+    yield head + (f" {'first':>7} {'ahead':>7}" if cold else "")
     for row in rows:
-        yield (
+        line = (
             f"{row['model']:20} {row['launches']:8} {row['graphs']:6} {row['run_ms']:6.1f} ms "
             f"{row['replayed_ms']:6.1f} ms {row['ratio']:6.2f} {row['differ']:6}"
         )
+        yield line + (f" {row['first_s']:5.1f} s {row['first_ahead_s']:5.1f} s" if cold else "")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -228,8 +246,17 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         silent = Silent(Path(folder))
         silent.install()
+        if options.first_of is not None:
+            step = step_of(blocks_of(options.first_of), activation_of(options.first_of))
+            began = time.perf_counter()
+            step()
+            print(time.perf_counter() - began)
+            return 0
         for model in [""] if options.quick else options.model or MODELS:
-            rows.append(measure(model, silent, Path(folder)))
+            row = measure(model, silent, Path(folder))
+            if options.cold:
+                row |= {"first_s": first_step(model, "0"), "first_ahead_s": first_step(model, "1")}
+            rows.append(row)
             print(*(list(table(rows))[0 if len(rows) == 1 else -1 :]), sep="\n", flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", action="append", metavar="NAME", help="a network of the zoo; may repeat")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file as well")
     parser.add_argument("--quick", action="store_true", help="two small blocks instead")
+    parser.add_argument("--cold", action="store_true", help="also the first step with an empty cache: minutes")
+    parser.add_argument("--first-of", metavar="NAME", help=argparse.SUPPRESS)  # the process that --cold times
     try:
         return run(parser.parse_args(arguments))
     except (OSError, RuntimeError, ValueError) as error:

@@ -1,9 +1,10 @@
 """What a fused operator asks of its device, recorded at one call and replayed at later ones without the Python between.
 
 A call of the engine is a fixed sequence of allocations, torch operations and kernel launches: shapes and options decide
-it, no value does. The first call of a kind runs as it is written (tables are made, kernels compiled), the second is
-recorded while it runs, the rest replay: the same operations on the same shapes in the same order, so the same bits.
-Unlike a CUDA graph's, a replay's memory comes from torch's allocator at every call, and inputs may lie anywhere.
+it, no value does. The first call of a kind runs as it is written (tables are made, and kernels compiled: `ahead.py`),
+the second is recorded while it runs, the rest replay: the same operations on the same shapes in the same order, so the
+same bits. Unlike a CUDA graph's, a replay's memory comes from torch's allocator at every call, and inputs may lie
+anywhere.
 
 On GPUs, where a step would wait for Python; THRESHOLDNET_REPLAY=0 turns it off, 1 turns it on for CPU tensors too, and
 graph submits the launches of a replay together (`together.py`).
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ahead import Ahead, compiled
 from .constants import holding
 from .recorder import Recorder
 from .recording import Recording, tensors_in
@@ -35,7 +37,7 @@ SEEN = "seen once"  # of a kind; any other string says why its calls are not rep
 
 _known: OrderedDict[Hashable, Recording | str] = OrderedDict()
 _lock = threading.Lock()
-_here = threading.local()  # `recorder`: of the call that this thread records
+_here = threading.local()  # `launcher`: of the call that this thread records, or runs for the first time
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -46,7 +48,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
             shapes, strides and options; the tensors that it takes from elsewhere must be `constants.device_constant`s.
         arguments: tensors, hashable values, and lists and tuples of them.
     """
-    if _recorder() is not None or not _wanted(arguments):
+    if _launcher() is not None or not _wanted(arguments):
         return function(*arguments)
     tensors: list[Tensor] = []
     kind = _described(arguments, tensors, {})
@@ -60,19 +62,20 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         made, recording = _recorded(function, arguments, tensors)
         _keep(key, recording)
         return made
-    made = function(*arguments)
-    if found is None:
-        _keep(key, SEEN)
+    if found is not None:
+        return function(*arguments)
+    made = compiled(lambda ahead: _launched_by(ahead, function, arguments))
+    _keep(key, SEEN)
     return made
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a Triton kernel, `kernel[grid](*arguments, **options)`, noted where the call is being recorded."""
-    recorder = _recorder()
-    if recorder is None:
+    """Launch a Triton kernel, `kernel[grid](*arguments, **options)`, as the call around wants it."""
+    launcher = _launcher()
+    if launcher is None:
         kernel[grid](*arguments, **options)
     else:
-        recorder.launch(kernel, grid, arguments, options)
+        launcher.launch(kernel, grid, arguments, options)
 
 
 def forget() -> None:
@@ -81,20 +84,24 @@ def forget() -> None:
         _known.clear()
 
 
-def _recorder() -> Recorder | None:
-    return getattr(_here, "recorder", None)
+def _launcher() -> Recorder | Ahead | None:
+    return getattr(_here, "launcher", None)
+
+
+def _launched_by(launcher: Recorder | Ahead | None, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    _here.launcher = launcher
+    try:
+        return function(*arguments)
+    finally:
+        _here.launcher = None
 
 
 def _recorded(
     function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
 ) -> tuple[Any, Recording | str]:
     recorder = Recorder(tensors)
-    _here.recorder = recorder
-    try:
-        with holding() as recorder.tables, recorder:
-            result = function(*arguments)
-    finally:
-        _here.recorder = None
+    with holding() as recorder.tables, recorder:
+        result = _launched_by(recorder, function, arguments)
     return result, recorder.recording(result)
 
 
