@@ -59,7 +59,8 @@ def pack_weights(
         weight = tl.broadcast_to(weights[0], (TILE_K,))
         for i in tl.static_range(1, len(weights)):
             weight = tl.where(w == i, weights[i], weight)
-        real = ((c < tl.load(matrix + 4)) & (pixel < pixels))[:, None] & (w >= 0)[None, :]
+        channels = tl.where(pixel < pixels, tl.load(matrix + 4), 0)
+        real = (c < channels)[:, None] & (w >= 0)[None, :]
         value = tl.load(weight[None, :] + (offset[None, :] + c[:, None] * step[None, :]), mask=real, other=0.0)
         column = first + tl.arange(0, TILE_COLUMNS)
         to = packed + tl.load(matrix + 3).to(tl.int64) * 8 + (column[:, None] * all_k + k[None, :])
