@@ -43,7 +43,7 @@ def compiled(call: Callable[[Ahead | None], Any]) -> Any:
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(min(MOST, _cores())))
         try:
-            stack.enter_context(triton.AsyncCompileMode(threads))
+            stack.enter_context(triton.AsyncCompileMode(threads, ignore_errors=True))  # they come up at the launch
         except RuntimeError:  # the caller has one, and compiles as it likes
             return call(None)
         made = call(ahead)

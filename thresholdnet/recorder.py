@@ -62,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self._launching = True  # the interpreter copies tensors with torch's operations
         try:
             compiled = kernel[grid](*arguments, **options)
+            compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of two forms that are one
         finally:
             self._launching = False
         if not self.refused:
