@@ -27,12 +27,7 @@ from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernel
 from . import affine as device_affine
 from . import conv as device_conv
 from . import norm as device_norm
-from .configs import (
-    DTYPES,
-    MOST_SPLITS,
-    ConvolutionConfig,
-    convolution_config,
-)
+from .configs import DTYPES, MOST_SPLITS, ConvolutionConfig, convolution_config
 from .device import capability_of, check_device, on_device_of
 from .device_tables import device_pixels, device_table
 from .gathered_readers import gradient_of_readers

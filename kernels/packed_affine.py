@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..constants import device_constant  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
-from ..replay import start  # type: ignore[import-not-found]
+from ..replay import start  # type: ignore[import-not-found]  # likewise
 from . import affine as device_affine
 from .device import on_device_of
 from .device_tables import upload
 from .operands import accumulator_of
 from .packed_weights import Matrix, PackedWeight
+from .tiles import cdiv
 
 BLOCK = 256
 
@@ -74,7 +75,7 @@ def pack_affine(
     used = torch.empty(2, channels, dtype=accumulator, device=statistics.device)
     with on_device_of(statistics):
         start(
-            device_affine.pack_affine, (-(-length // BLOCK),),
+            device_affine.pack_affine, (cdiv(length, BLOCK),),
             gamma.contiguous(), beta.contiguous(), statistics, channel, column, made, used, length, channels, columns,
             EPS=eps, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

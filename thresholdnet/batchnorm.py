@@ -199,8 +199,13 @@ def _positions(plan: BlockPlan, layer: int, nodes: tuple[int, ...], device: torc
 @device_constant(maxsize=4096)
 def _channels(plan: BlockPlan, nodes: tuple[int, ...], device: torch.device) -> Tensor:
     """The nodes' channels among those of all nodes of the block."""
-    starts = [sum(plan.node_widths[:node]) for node in range(len(plan.node_widths))]
-    return torch.tensor([starts[node] + c for node in nodes for c in range(plan.node_widths[node])], device=device)
+    places = (_side_by_side(plan, node, node) for node in nodes)
+    return torch.tensor([c for start, length in places for c in range(start, start + length)], device=device)
+
+
+def _side_by_side(plan: BlockPlan, first: int, last: int) -> tuple[int, int]:
+    """Where the channels of the nodes from `first` to `last` begin among those of all nodes, and how many they are."""
+    return sum(plan.node_widths[:first]), sum(plan.node_widths[first : last + 1])
 
 
 class NodeStatistics:
@@ -212,7 +217,7 @@ class NodeStatistics:
 
     def room(self, node: int) -> Tensor:
         """Where one node's mean and variance lie, [2, C]."""
-        return self.values.narrow(1, sum(self.plan.node_widths[:node]), self.plan.node_widths[node])
+        return self.values.narrow(1, *_side_by_side(self.plan, node, node))
 
     def set(self, node: int, mean: Tensor, variance: Tensor) -> None:
         """Note what one node's channels have, unless it was written there."""
@@ -226,7 +231,7 @@ class NodeStatistics:
 
     def starts(self, nodes: tuple[int, ...]) -> tuple[int, ...]:
         """Where each node's channels begin in `values`."""
-        return tuple(sum(self.plan.node_widths[:node]) for node in nodes)
+        return tuple(_side_by_side(self.plan, node, node)[0] for node in nodes)
 
 
 class SharedTerms:
@@ -252,12 +257,12 @@ class SharedTerms:
 
         norms: of the readers, over the concatenated channels of `nodes`.
         """
-        first, last, widths = nodes[0], nodes[-1], self.plan.node_widths
+        first, last = nodes[0], nodes[-1]
         each = [norm.share for norm in norms if norm.share is not None]
         if len(each) < len(norms) or nodes != tuple(range(first, last + 1)):
             return None
         self.nodes.update(nodes)
-        return self.values.narrow(1, sum(widths[:first]), sum(widths[first : last + 1])), each
+        return self.values.narrow(1, *_side_by_side(self.plan, first, last)), each
 
     def add(self, nodes: tuple[int, ...], norm: Norm, sums: Tensor) -> None:
         """Add one reader's share; all arguments over the concatenated channels of `nodes`."""
@@ -269,6 +274,5 @@ class SharedTerms:
         """The whole gradient of a node."""
         if node not in self.nodes:
             return arriving
-        start = sum(self.plan.node_widths[:node])
-        constant, linear = self.values[:, start : start + self.plan.node_widths[node]]
+        constant, linear = self.values.narrow(1, *_side_by_side(self.plan, node, node))
         return verbs.linear(arriving, feature, None, linear, constant, self.means[node])

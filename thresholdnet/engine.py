@@ -521,11 +521,11 @@ class _Bottleneck(_Block):
                 self._send(waiting, tuple(range(i)), nodes, arriving, shares)
                 sums += [(reader.layer, reader.sums) for reader in waiting]
                 waiting = []
-        for layer, parts in sums:  # small operations, apart from the launches before
-            first = 1 + (layer - 1) * self.per_layer
-            grads[first + 1], grads[first] = collected(plan, layer, parts)
         if needs[0] and 0 in arriving:
             grads[0] = verbs.leave([shares.applied(verbs, 0, arriving[0], nodes[0])])
+        for layer, parts in sums:  # small operations, behind all launches
+            first = 1 + (layer - 1) * self.per_layer
+            grads[first + 1], grads[first] = collected(plan, layer, parts)
         return grads
 
     def _layer_backward(

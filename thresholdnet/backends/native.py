@@ -91,10 +91,9 @@ class Verbs:
     ) -> tuple[Tensor, Moments | None]:
         """conv2d over the concatenated sources, padding kernel // 2; with `statistics` also the moments of the result.
 
-        moments: [2, C], where a backend may write those that it returns.
-
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
-        it (BatchNorm folded into the weight, inference). `weight` may be `packed`.
+        it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
+        backend may write those that it returns.
         """
         read = self._gathered(sources, affine, activation)
         padding = weight.shape[2] // 2
@@ -135,8 +134,8 @@ class Verbs:
     ) -> Sequence[Any]:
         """Weights as `conv` takes them, of layers that `read` these widths, or lists of them as `gradient` does.
 
-        affine: whether each `conv` takes one, made by `affine_of_nodes`; None where none does.
-        A pass asks for all of its own at once, for backends that pack them; here they stay as they are.
+        `affine` says whether each `conv` takes one, made by `affine_of_nodes`; None where none does. A pass asks for
+        all of its own at once, for backends that pack them; here they stay as they are.
         """
         return weights
 

@@ -61,15 +61,9 @@ class Verbs:
             sources = self._packed(sources)
         out = self._slot(into, weight.shape[0])
         return out, self.launch.conv(
-            sources,
-            self._met(weight),
-            out,
-            affine=affine,
-            activation=activation,
-            bias=bias,
-            statistics=statistics,
+            sources, self._met(weight), out, affine=affine, activation=activation, bias=bias, statistics=statistics,
             moments=moments,
-        )
+        )  # fmt: skip
 
     def way(self, layer: int, weight: Tensor) -> str:
         return ""
