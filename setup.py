@@ -315,8 +315,8 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     setup(
         packages=[
-            "thresholdnet", "thresholdnet.backends", "thresholdnet.bench", "thresholdnet.cli", "thresholdnet.kernels",
-            "thresholdnet.models", "thresholdnet.train",
+            "thresholdnet", "thresholdnet.backends", "thresholdnet.bench", "thresholdnet.cli", "thresholdnet.engine",
+            "thresholdnet.kernels", "thresholdnet.models", "thresholdnet.train",
         ],
         package_dir={"thresholdnet.kernels": "kernels"},
         package_data={"thresholdnet.kernels": ["tuned/*.json"]},

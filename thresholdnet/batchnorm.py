@@ -1,6 +1,6 @@
 """BatchNorm as the engine applies it: affines and backward terms, and bookkeeping over the nodes of a bottleneck block.
 
-Letters as in `engine.py`. A bottleneck block's readers share the statistics of what they read, but each has an affine,
+Letters as in `engine/`. A bottleneck block's readers share the statistics of what they read, but each has an affine,
 an eps and a selection of channels of its own; so per-channel vectors are kept over all nodes and picked per reader.
 """
 

@@ -1,0 +1,74 @@
+"""The fused block over a plan: forward, backward, and what is kept between them. Knows verbs, no device.
+
+Kept for backward: the input, each layer's raw convolution output once, per-channel statistics. Activated values live in
+a workspace; backward makes them again. No concatenation is kept, and with `recompute` no bottleneck output either. A
+bottleneck block that returns all its nodes keeps its output, which whoever reads it keeps as well: once in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..gradients import own_gradients
+from ..plan import BlockPlan
+from .bottleneck import Bottleneck
+from .call import NO_EXTRAS, Extras, Spec
+from .conv_bn_relu import ConvBNReLU
+
+__all__ = ["NO_EXTRAS", "Extras", "Spec", "backward", "forward", "parameters_a_layer"]
+
+
+def forward(
+    spec: Spec, x: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], extras: Extras = NO_EXTRAS
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run a block.
+
+    Args:
+        spec: see `Spec`.
+        x: [N, C, H, W].
+        parameters: as in `reference.block_forward`. A conv_bn_relu block takes one more at the end: the weight
+            [O, out_channels, 1, 1] of a 1x1 convolution of the output, which is then returned in the output's place.
+        running: mean and variance of every BatchNorm in forward order; read only where it is fixed.
+        extras: see `Extras`.
+
+    Returns:
+        The output (channels_last), the statistics used by each BatchNorm as [2, C] (mean, biased variance), and what
+        backward needs beyond inputs, output and statistics (empty unless spec.save).
+    """
+    return _unit(spec.plan)(spec, x, parameters, extras).forward(running)
+
+
+def backward(
+    spec: Spec,
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    extras: Extras = NO_EXTRAS,
+) -> list[Tensor]:
+    """Gradients of x and of every parameter, in order; an empty tensor where `needs` is False.
+
+    Args:
+        grad: gradient of the output.
+        statistics, saved: as `forward` returned them; the output itself is the first of `saved` where the call
+            `Spec.keeps_output`.
+        needs: for x and each parameter.
+    """
+    block = _unit(spec.plan)(spec, x, parameters, extras)
+    grads = block.backward(grad.contiguous(memory_format=torch.channels_last), statistics, saved, needs)
+    block.verbs.settle()
+    return own_gradients((x, *parameters), grads, needs, grad)
+
+
+def parameters_a_layer(plan: BlockPlan) -> int:
+    """How many parameters each layer has."""
+    return _unit(plan).per_layer
+
+
+def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[Bottleneck]:
+    return Bottleneck if plan.unit == "bottleneck" else ConvBNReLU

@@ -1,0 +1,211 @@
+"""One call of a fused block: what it is given, and what the layers of both units take from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import packing, sync
+from ..backends import load
+from ..batchnorm import Norm, backward_norms, batch_norm, folded, paired
+from ..plan import BlockPlan
+
+
+class Spec(NamedTuple):
+    """Everything about a call but its tensors.
+
+    Attributes:
+        plan: the block's structure.
+        eps: one a BatchNorm, in forward order.
+        fixed: per BatchNorm, True where it normalises with given statistics (eval mode) and not with the batch's.
+        activation: "relu" or "relu6".
+        backend: a name that `backends.engine_for` returned.
+        save: keep what backward needs.
+        recompute: do not keep bottleneck outputs; backward makes them again.
+        drop: the probability behind the dropout masks, where a call has any.
+        group: name of the process group that shares batch statistics (SyncBatchNorm), "" for none.
+    """
+
+    plan: BlockPlan
+    eps: Sequence[float]
+    fixed: Sequence[bool]
+    activation: str
+    backend: str
+    save: bool
+    recompute: bool = False
+    drop: float = 0.0
+    group: str = ""
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether backward reads the features out of the block's output instead of a copy of its own."""
+        return self.plan.returns_features and load(self.backend).output_holds_features(self.plan)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether backward needs the block's input, beyond its shape."""
+        return not self.keeps_output and load(self.backend).needs_input(self.plan)
+
+    @property
+    def kinds_kept(self) -> list[str]:
+        """Which tensors of the layers the call keeps for backward, see `native.Verbs`."""
+        if self.plan.unit == "conv_bn_relu":
+            return ["raw"]
+        return [*([] if self.keeps_output else ["node"]), *([] if self.recompute else ["inner"])]
+
+
+class Extras(NamedTuple):
+    """Tensors of a call that most calls do without.
+
+    Attributes:
+        masks: per layer a bool mask [N, C, H, W] of the features that dropout leaves (bottleneck blocks); or none.
+        counts: pixels of every rank of `Spec.group`, [ranks]; None where statistics are not shared.
+    """
+
+    masks: Sequence[Tensor] = ()
+    counts: Tensor | None = None
+
+
+NO_EXTRAS = Extras()
+
+
+class Block:
+    """What both units share: the tensors of one call, and statistics."""
+
+    per_layer: int  # parameters a layer
+    norms: tuple[int, ...]  # positions of the BatchNorm weights among them
+
+    def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
+        self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
+        self.act = spec.activation
+        self.verbs: Any = load(spec.backend).Verbs(spec.plan, x)
+        self.x = x
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.pixels = sync.total(extras.counts, x.shape[0] * x.shape[2] * x.shape[3])
+        self.used: list[Tensor] = []
+
+    def shared(self, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all ranks."""
+        return sync.merge(moments, self.extras.counts, self.spec.group)
+
+    def summed(self, norm: Norm, sums: Tensor) -> Tensor:
+        """BatchNorm's backward sums over all ranks; its parameters' gradients stay those of this rank."""
+        return sums if norm.fixed else sync.add(sums, self.spec.group)
+
+    def weight(self, layer: int, position: int) -> Tensor:
+        """A parameter of layer 1..L."""
+        return self.parameters[(layer - 1) * self.per_layer + position]
+
+    def place(self, layer: int, which: int) -> int:
+        """Where BatchNorm number `which` of a layer stands among all of the block, in forward order."""
+        return (layer - 1) * len(self.norms) + which
+
+    def norm(self, layer: int, which: int, mean: Tensor, variance: Tensor) -> Norm:
+        """BatchNorm number `which` of a layer with these statistics."""
+        position, index = self.norms[which], self.place(layer, which)
+        gamma, beta = (self.weight(layer, position + i) for i in (0, 1))
+        return batch_norm(gamma, beta, mean, variance, self.spec.eps[index], self.spec.fixed[index])
+
+    def norms_of(self, statistics: Sequence[Tensor]) -> list[Norm]:
+        """All BatchNorms in forward order, from the statistics that forward returned."""
+        layers = range(1, self.plan.num_layers + 1)
+        own = [(self.weight(i, at), self.weight(i, at + 1)) for i in layers for at in self.norms]
+        return backward_norms(own, statistics, self.spec.eps, self.spec.fixed, self.pixels)
+
+    def fixed(self, layer: int, which: int) -> bool:
+        return self.spec.fixed[self.place(layer, which)]
+
+    def folds(self, weight: Tensor) -> bool:
+        """Whether scaling a convolution's weight touches fewer elements than scaling its result, or is done once."""
+        few = weight[0].numel() <= self.x.shape[0] * self.x.shape[2] * self.x.shape[3]
+        return few or packing.forms_of(weight) is not None
+
+    def constant(
+        self, weight: Tensor, layer: int = 0, behind: int | None = None, running: Sequence[Tensor] = ()
+    ) -> tuple[Any, Tensor | None]:
+        """A weight as `verbs.conv` takes it in inference, and its bias, the layer's BatchNorm `behind` it folded in.
+
+        Made once where the weight's owner declared it constant. Layer 0: behind the block.
+        """
+
+        def whole() -> tuple[Tensor, Tensor | None]:
+            if behind is None:
+                return weight, None
+            return folded(weight, self.norm(layer, behind, *self.given(running, layer, behind)))
+
+        forms = packing.forms_of(weight)
+        if forms is None:
+            return whole()
+        way = self.verbs.way(layer, weight)
+        sources, eps = self.norm_sources(layer, behind, running)
+
+        def packed() -> tuple[Any, Tensor | None]:
+            made, bias = whole()
+            return self.verbs.packed(way, made), bias
+
+        return packing.once(forms, (way, eps), (weight, *sources), packed)
+
+    def affine(
+        self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
+    ) -> Any:
+        """BatchNorm's affine with these statistics, for `conv` and `normalise`; made once where they are given and
+        `weight` is declared."""
+
+        def made() -> Any:
+            gamma, beta = (self.weight(layer, self.norms[which] + i) for i in (0, 1))
+            return self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
+
+        forms = packing.forms_of(weight) if self.fixed(layer, which) else None
+        if forms is None:
+            return made()
+        sources, eps = self.norm_sources(layer, which, running)
+        return packing.once(forms, ("affine", which, eps), sources, made)
+
+    def norm_sources(
+        self, layer: int, which: int | None, running: Sequence[Tensor]
+    ) -> tuple[list[Tensor], float | None]:
+        """All that a BatchNorm with given statistics is made of; nothing for None."""
+        if which is None:
+            return [], None
+        index, position = self.place(layer, which), self.norms[which]
+        vectors = [self.weight(layer, position), self.weight(layer, position + 1), *running[2 * index : 2 * index + 2]]
+        return vectors, self.spec.eps[index]
+
+    def given(self, running: Sequence[Tensor], layer: int, which: int) -> tuple[Tensor, Tensor]:
+        index = 2 * self.place(layer, which)
+        return running[index].to(self.wide), running[index + 1].to(self.wide)
+
+    def note(self, mean: Tensor, variance: Tensor) -> None:
+        self.used.append(paired(mean, variance))
+
+    def lowest_needed(self, needs: Sequence[bool]) -> int:
+        """First node whose gradient somebody asked for: backward stops there."""
+        if needs[0]:
+            return 0
+        first = next(i for i, needed in enumerate(needs[1:]) if needed) // self.per_layer + 1
+        return min(first, self.plan.num_layers + 1)
+
+    def reached(self, lowest: int) -> list[int]:
+        """The nodes down to `lowest` that a gradient reaches, from the last one on: the others are dead ends."""
+        plan, found = self.plan, set(self.plan.outputs)
+        for node in range(plan.num_layers, lowest - 1, -1):
+            if not found.isdisjoint(plan.readers[node]):
+                found.add(node)
+        return sorted((node for node in found if node >= lowest), reverse=True)
+
+    def output_gradients(self, grad: Tensor) -> dict[int, Tensor]:
+        return dict(zip(self.plan.outputs, grad.split(self.plan.output_widths, dim=1), strict=True))
+
+    def release(self, nodes: list[Tensor | None], step: int) -> None:
+        """Drop the nodes that no layer after `step` reads."""
+        for node, (_, last) in enumerate(self.plan.lifetimes[: step + 1]):
+            if last <= step:
+                nodes[node] = None
+
+
+def live(nodes: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+    """These nodes; all of them are alive, which only a type checker must be told."""
+    return [tensor for node in wanted if (tensor := nodes[node]) is not None]
