@@ -7,7 +7,9 @@
 Per form: registers, stack and shared memory from cuobjdump, and the instructions of the loop that holds the tensor-core
 instructions from nvdisasm; both tools ship inside Triton. A form fails if it uses local memory inside that loop, more
 than 128 bytes of stack, more shared memory than the GPU gives a program, no tensor-core instruction of its generation,
-or no 16-byte asynchronous copies where a convolution promises them. Nothing here says anything about time.
+or no 16-byte asynchronous copies where a convolution promises them. Forms with PDL start while their predecessor ends
+(kernels/dependent.py): one fails if it writes, or reads anything but tables, before it has waited. Nothing here says
+anything about time.
 Results: bench/results/compile/<triton version>.json; the newest other file there is what is compared with.
 """
 
@@ -22,9 +24,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,13 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         yield Form(kernel, architecture, dtype, tuple(constants.items()), warps, 3, tensor_core=False)
 
 
+def overlapping(forms: Iterable[Form]) -> Iterator[Form]:
+    """The same forms, started while their predecessors end, for the GPUs that can."""
+    for form in forms:
+        if form.architecture >= 90:
+            yield replace(form, constants=(*form.constants, ("PDL", True)))
+
+
 def all_forms(every_way: bool = False) -> list[Form]:
     """What the report covers: every tile of the launch table; with `every_way` in every epilogue and layout too."""
     forms: dict[str, Form] = {}
@@ -176,6 +185,8 @@ def all_forms(every_way: bool = False) -> list[Form]:
         slot_rows = [f for f in convolution_forms(architecture, "bfloat16", 4) if dict(f.constants)["SLOT_ROWS"]]
         ieee = [*convolution_forms(architecture, "float32", 1, tf32=False)][::8]  # FFMA: minutes to compile them all
         forms |= {form.name: form for form in (*slot_rows[::4], *ieee)}
+        some = (*[*convolution_forms(architecture, "bfloat16")][::6], *other_forms(architecture, "bfloat16"))
+        forms |= {form.name: form for form in overlapping(some)}
     return list(forms.values())
 
 
@@ -190,7 +201,8 @@ def quick_forms() -> list[Form]:
     affine = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["AFFINE"]][-1:]
     split = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 4][::12]
     fp32 = [*convolution_forms(90, "float32", 2)][4:5]
-    return [*keep, *gradient, *affine, *split, *fp32]
+    early = overlapping(form for form in keep if form.architecture == 90)
+    return [*keep, *gradient, *affine, *split, *fp32, *early]
 
 
 def compile_form(form: Form) -> Report:
@@ -205,7 +217,7 @@ def compile_form(form: Form) -> Report:
 
     module, function = form.kernel.split(".")
     kernel = getattr(importlib.import_module(f"thresholdnet.kernels.{module}"), function)
-    constants = dict(form.constants)
+    constants = {"PDL": False, **dict(form.constants)}
     signature, aligned = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -226,11 +238,11 @@ def compile_form(form: Form) -> Report:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", form.architecture, 32),
-        options={"num_warps": form.warps, "num_stages": form.stages},
+        options={"num_warps": form.warps, "num_stages": form.stages, "launch_pdl": constants["PDL"]},
     )
-    report = _read(compiled.asm["cubin"], TENSOR_CORE[form.architecture])
+    report, operations = _read(compiled.asm["cubin"], TENSOR_CORE[form.architecture])
     report.shared = compiled.metadata.shared
-    report.faults = list(_faults(form, report))
+    report.faults = [*_faults(form, report), *(overlap_faults(compiled.asm, operations) if constants["PDL"] else ())]
     return report
 
 
@@ -250,7 +262,34 @@ def _faults(form: Form, report: Report) -> Iterator[str]:
         yield "no 16-byte asynchronous copy in the main loop"
 
 
-def _read(cubin: bytes, tensor_core: tuple[str, ...]) -> Report:
+def overlap_faults(asm: Mapping[str, str], operations: Sequence[str]) -> Iterator[str]:
+    """What a program does before it has waited for its predecessor, and must not.
+
+    asm: Triton's "ttir" and "ptx"; operations: the machine code's, in order.
+    """
+    waited, around = False, []  # here, and in the regions around this one
+    for line in asm["ttir"].splitlines():
+        code = re.sub(r" loc\(#loc\w*\)$", "", line).strip()
+        if code.startswith("}"):
+            waited = around.pop()
+        if code.endswith("{"):
+            around.append(waited)
+        waited |= "griddepcontrol.wait" in code
+        reads = "tt.load" in code and not re.search(r"tt\.ptr<i32>", code)
+        if not waited and (reads or "tt.store" in code or "tt.atomic" in code):
+            yield f"before the wait: {code}"
+    if not {"ACQBULK", "PREEXIT"}.issubset(operations):
+        yield "no wait, or nothing that lets the next kernel start"
+        return
+    ahead = [name.split(".")[0] for name in operations[: operations.index("ACQBULK")]]
+    if writes := {"STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "PREEXIT"}.intersection(ahead):
+        yield f"{', '.join(sorted(writes))} before the wait in machine code"
+    loads = asm["ptx"].split("griddepcontrol.wait")[0].count("ld.global")
+    if ahead.count("LDG") > loads:
+        yield f"{ahead.count('LDG')} loads before the wait in machine code, {loads} in PTX"
+
+
+def _read(cubin: bytes, tensor_core: tuple[str, ...]) -> tuple[Report, list[str]]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -282,7 +321,8 @@ def _read(cubin: bytes, tensor_core: tuple[str, ...]) -> Report:
     counts = Counter(_short(name) for name in loop)
     kept = {"LDGSTS.128", "LDGSTS.64", "LDGSTS.32", "LDG", "LDL", "STL", "LDS", "STS", "LDSM", "SHFL", "BAR", "FFMA"}
     kept |= set(tensor_core)
-    return Report(registers, stack, 0, len(operations), len(loop), {k: v for k, v in counts.items() if k in kept})
+    report = Report(registers, stack, 0, len(operations), len(loop), {k: v for k, v in counts.items() if k in kept})
+    return report, [name for name, _ in operations]
 
 
 def _short(name: str) -> str:

@@ -13,6 +13,7 @@ hold. OUT gets a few plain files, as a machine that is lent for minutes returns 
     logs.tar.gz     everything that the steps printed
     bench.json, bench-compile.json   `thresholdnet bench`, read by `thresholdnet bench --report`
     bench-together.json   the same with replays whose launches are submitted as graphs
+    bench-overlap.json    the same with kernels that start while their predecessors end
     questions.json  the answers of bench/questions.py
     tuned-<gpu>-sm<NN>.json   the launch table of bench/tune.py; goes to kernels/tuned/ once somebody has looked at it
 
@@ -88,13 +89,13 @@ def gpu_steps(out: Path) -> list[Step]:
         named = (part for name in providers for part in ("--provider", name))
         return (*bench, "--out", str(out / file), "--filter", pattern, *named, *more)
 
-    def warm(pattern: str, provider: str, together: int) -> Step:
+    def warm(pattern: str, provider: str, together: int, how: str = "", **environment: str) -> Step:
         """Fills the caches of a compiler, and checks what it made."""
-        name = f"warm {provider} {re.sub('[^a-z0-9_]+', ' ', pattern)}"
+        name = f"warm{how} {provider} {re.sub('[^a-z0-9_]+', ' ', pattern)}"
         file = Path(tempfile.gettempdir()) / f"{name.replace(' ', '-')}-{os.getpid()}.json"  # nobody reads it
         made = measured(pattern, (provider,), "--rounds", "0", file=str(file))
         seconds = 170 if provider == "compile" else 90  # 100 were too few for torch.compile, three at once
-        return Step(name, made, seconds, environment=few, together=together)
+        return Step(name, made, seconds, environment=few | environment, together=together)
 
     checks = [
         Step("info", (*command, "info"), 30),
@@ -121,15 +122,21 @@ def gpu_steps(out: Path) -> list[Step]:
         warm(rf"{MODELS[0]} 128x224.* infer", "compile", 1),
         *(warm(rf"{model} 128x224.* train", "fused_triton", 2) for model in MODELS),
         warm(rf"{MODELS[0]} 100x32.* train", "fused_triton", 2),
+        warm(rf"{MODELS[0]} (128x224|100x32).* train", "fused_triton", 2, " overlap", THRESHOLDNET_PDL="1"),
         Step("bench train 224 v1", measured(r"v1 128x224.* train", ("eager_channels_last", *ours), *GRAPH), 60, 20),
         Step("bench train 32 v1", measured(r"v1 100x32.* train", ("eager_channels_last", *ours[:2]), *GRAPH), 50, 20),
-        Step(
-            "bench together",
-            measured(
-                r"v1 (128x224|100x32).* train", ("eager_channels_last", "fused_triton"), *GRAPH,
-                file="bench-together.json",
-            ),
-            60, 20, {"THRESHOLDNET_REPLAY": "graph"},
+        *(
+            Step(
+                f"bench {name}",
+                measured(
+                    r"v1 (128x224|100x32).* train", ("eager_channels_last", "fused_triton"), *GRAPH,
+                    file=f"bench-{name}.json",
+                ),
+                60, 20, environment,
+            )
+            for name, environment in (
+                ("together", {"THRESHOLDNET_REPLAY": "graph"}), ("overlap", {"THRESHOLDNET_PDL": "1"}),
+            )
         ),
         Step(
             "bench train 224",

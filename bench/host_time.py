@@ -10,11 +10,13 @@ The kernels are compiled for an H100 and launched by Triton's own launcher into 
 changes no launch's time. Torch's operations run on the CPU here: on a GPU they would be launched instead.
 
 Both ways, and replays that are submitted as CUDA graphs (THRESHOLDNET_REPLAY=graph), must launch the same kernels with
-the same numbers: "differ" counts those that do not, apart from addresses; "graphs" how many hold the launches. A GPU
-step waits for Python where this time is longer than the kernels'. The file:
+the same numbers: "differ" counts those that do not, apart from addresses; "graphs" how many hold the launches, and
+"overlapping" those that may start before their predecessor has ended (THRESHOLDNET_PDL=1). A GPU step waits for Python
+where this time is longer than the kernels'. The file:
 
-    {"machine", "rows": [{"model", "launches", "graphs", "run_ms", "replayed_ms" (medians), "ratio", "differ",
-     "first_s", "first_ahead_s"}]}: with --cold seconds where each kernel is compiled when its turn comes, and ahead
+    {"machine", "rows": [{"model", "launches", "overlapping", "graphs", "run_ms", "replayed_ms" (medians), "ratio",
+     "differ", "first_s", "first_ahead_s"}]}: with --cold seconds where each kernel is compiled when its turn comes, and
+    ahead
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from fused_calls import fused_calls
 
 MODELS = ("thresholdnet_v1", "hardnet68", "densenet121")
 ROUNDS = 41
+OVERLAPS = 6  # position in the driver's log
 WAYS = ("0", "1")  # THRESHOLDNET_REPLAY: every call runs; calls are replayed
 
 
@@ -62,7 +65,7 @@ class Silent:
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime.driver import driver
 
-        from thresholdnet import replay
+        from thresholdnet import overlap, replay
 
         class Driver:
             launcher_cls = CudaLauncher
@@ -84,6 +87,7 @@ class Silent:
         way = functools.partial(os.environ.get, "THRESHOLDNET_REPLAY")
         replay._wanted = lambda arguments: way() != "0"
         replay.wanted = lambda device: way() == "graph"
+        overlap.able = lambda device: True
         for module in (launch, gathered_readers, weight_gradients):
             module.check_device = lambda name, tensor: None
             module.capability_of = lambda device: (9, 0)
@@ -101,7 +105,7 @@ class Silent:
         CompiledKernel._init_handles = loaded
 
     def launches_of(self, step: Callable[[], None], folder: Path) -> list[list[str]]:
-        """Every launch of a step: function, grid, threads, shared memory, parameters."""
+        """Every launch of a step: function, grid, threads, shared memory, whether it overlaps, parameters."""
         log = folder / "launches"
         self.library.silent_log(str(log).encode())
         step()
@@ -190,6 +194,7 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
     return {
         "model": model or "two small blocks",
         "launches": len(ran),
+        "overlapping": sum(launch[OVERLAPS] != "0" for launch in ran),
         "graphs": silent.library.silent_graphs() - before,
         "run_ms": run_ms,
         "replayed_ms": replayed_ms,

@@ -1,8 +1,8 @@
 /* A CUDA driver that launches nothing, for bench/host_time.py: what Triton's launcher calls, answered as an H100 would.
  *
- * silent_log(PATH) notes every launch from then on, one line each: function, grid, threads, shared memory, and the
- * parameters in hexadecimal, whose sizes silent_sizes(FUNCTION, COUNT, SIZES) told; silent_log(NULL) ends that. A graph's
- * kernels are noted when it is launched. */
+ * silent_log(PATH) notes every launch from then on, one line each: function, grid, threads, shared memory, whether it may
+ * start before its predecessor has ended, and the parameters in hexadecimal, whose sizes silent_sizes(FUNCTION, COUNT,
+ * SIZES) told; silent_log(NULL) ends that. A graph's kernels are noted when it is launched. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,15 +12,25 @@
 #define PARAMETERS 128
 #define NODES 512
 #define STREAM ((void *)0x5f0)
+#define PROGRAMMATIC 6 /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
+
+typedef struct {
+  int id;
+  char padding[4];
+  int value; /* of a union of 64 bytes */
+  char rest[60];
+} Attribute;
 
 typedef struct {
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
-  void *stream, *attributes;
+  void *stream;
+  const Attribute *attributes;
   unsigned count;
 } Launch;
 
 typedef struct {
   Launch launch;
+  int overlaps;
   long function;
   uint64_t values[PARAMETERS];
 } Node;
@@ -53,8 +63,8 @@ long silent_graphs(void) { return graphs; }
 static void run(const Node *node) {
   ++launches;
   if (!file) return;
-  fprintf(file, "%ld %u %u %u %u %u", node->function, node->launch.grid_x, node->launch.grid_y, node->launch.grid_z,
-          node->launch.block_x, node->launch.shared);
+  fprintf(file, "%ld %u %u %u %u %u %d", node->function, node->launch.grid_x, node->launch.grid_y, node->launch.grid_z,
+          node->launch.block_x, node->launch.shared, node->overlaps);
   for (int i = 0; i < parameters[node->function].count; ++i) fprintf(file, " %llx", (unsigned long long)node->values[i]);
   fputc('\n', file);
 }
@@ -62,6 +72,8 @@ static void run(const Node *node) {
 /* A kernel's values are read when it is launched, as a driver reads them; in a capture they go to the graph. */
 int cuLaunchKernelEx(const Launch *launch, void *function, void **values, void **extra) {
   Node node = {.launch = *launch, .function = (long)(intptr_t)function};
+  for (unsigned i = 0; i < launch->count; ++i)
+    if (launch->attributes[i].id == PROGRAMMATIC) node.overlaps = launch->attributes[i].value;
   for (int i = 0; i < parameters[node.function].count; ++i)
     memcpy(&node.values[i], values[i], parameters[node.function].sizes[i]);
   if (capture && launch->stream == STREAM) {

@@ -242,7 +242,7 @@ def _recorded() -> tuple[list[tuple[str, set[Any], set[Any]]], dict[str, range]]
         parameters += [torch.zeros(wide, read, 3, 3), torch.ones(wide), torch.zeros(wide)]
     layers = PLAN.num_layers
     spec = engine.Spec(PLAN, [1e-5] * layers, [False] * layers, "relu", "recorded", True)
-    with mock.patch.object(engine, "load", lambda name: module):
+    with mock.patch.object(engine.call, "load", lambda name: module):
         out, statistics, saved = engine.forward(spec, x, parameters, [])
         phase[0] = "backward"
         engine.backward(spec, torch.zeros_like(out), x, parameters, statistics, saved, [True] * (1 + len(parameters)))

@@ -10,6 +10,8 @@ or, where a convolution over several nodes reads it, in the order of that convol
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_predecessor
+
 
 @triton.jit
 def affine_of(gamma, beta, mean, variance, EPS: tl.constexpr):
@@ -19,11 +21,15 @@ def affine_of(gamma, beta, mean, variance, EPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["channels"])
-def batch_norm_affine(gamma, beta, mean, variance, affine, channels, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def batch_norm_affine(
+    gamma, beta, mean, variance, affine, channels, EPS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
     """gamma, beta (of any dtype), mean, variance [channels] -> affine [2, channels] (scale, shift); grid (blocks,)."""
     ACC: tl.constexpr = affine.dtype.element_ty
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = channel < channels
+    wait_for_predecessor(PDL)
     scale = tl.load(gamma + channel, mask=real, other=0.0).to(ACC)
     shift = tl.load(beta + channel, mask=real, other=0.0).to(ACC)
     center = tl.load(mean + channel, mask=real, other=0.0)
@@ -36,7 +42,7 @@ def batch_norm_affine(gamma, beta, mean, variance, affine, channels, EPS: tl.con
 @triton.jit(do_not_specialize=["length", "channels", "columns"])
 def pack_affine(
     gamma, beta, statistics, channel, column, affine, used, length, channels, columns,
-    EPS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """gamma, beta [channels] (of any dtype), statistics [2, columns] -> affine [2, length], used [2, channels].
 
@@ -49,6 +55,7 @@ def pack_affine(
     c = tl.load(channel + k, mask=inside, other=-1)
     node_channel = tl.load(column + k, mask=inside, other=0)
     real = c >= 0
+    wait_for_predecessor(PDL)
     scale = tl.load(gamma + c, mask=real, other=0.0).to(ACC)
     shift = tl.load(beta + c, mask=real, other=0.0).to(ACC)
     mean = tl.load(statistics + node_channel, mask=real, other=0.0)

@@ -30,6 +30,8 @@ Names in 8: a number of 8-channel units, so that the compiler knows the alignmen
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_predecessor
+
 PLAIN = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)
 BIAS = tl.constexpr(2)
@@ -131,7 +133,7 @@ def convolution(
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_COLUMNS2: tl.constexpr, TILE_K: tl.constexpr,
     GROUP_H: tl.constexpr, GROUP_W: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
-    EPILOGUE: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
+    EPILOGUE: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of the convolution; grid (column tiles, row tiles), with PARTIAL (column tiles, row tiles, splits).
 
@@ -175,6 +177,7 @@ def convolution(
     next_entry = tl.load(entries + k // 8)
     if SLOT_ROWS:
         next_row8 = tl.load(entry_row8 + k // 8)
+    wait_for_predecessor(PDL)
     if AFFINE:
         next_scale = tl.load(affine + k)
         next_shift = tl.load(affine + all_k + TILE_K + k)
@@ -243,7 +246,7 @@ def finish_splits(
     splits, split_rows, num_rows, image_width, out_row8, raw_row8, out_channels,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     GROUP_H: tl.constexpr, GROUP_W: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of the sum over splits, with the convolution's epilogue; grid (column tiles, row tiles).
 
@@ -257,9 +260,10 @@ def finish_splits(
     split = tl.arange(0, SPLITS)
     row = split[:, None] * split_rows + rows[None, :]
     at = row[:, :, None] * all_columns + columns[None, None, :]
-    product = tl.load(products + at, mask=(split < splits)[:, None, None], other=0.0)
     row_valid = rows < num_rows
     first = tl.load(first_pixel + rows, mask=row_valid, other=0) if GROUP_H * GROUP_W > 1 else rows
+    wait_for_predecessor(PDL)
+    product = tl.load(products + at, mask=(split < splits)[:, None, None], other=0.0)
     _epilogue(
         tl.sum(product, 0), columns, all_columns, out, raw, vector0, vector1, vector2, vector3, partial,
         first, row_valid, tile, num_rows, image_width, out_row8, raw_row8, out_channels,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .affine import affine_of
 from .conv import activate
+from .dependent import wait_for_predecessor
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _band(first, bands, columns8, positions, group_channels8, BANDS: tl.constexp
 )
 def merge_statistics(
     partial, mean, variance, tiles, rows, channels, columns8, tile_rows, positions, group_channels8,
-    BANDS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """partial [tiles, 2, columns8 * 8] (sum, M2) -> mean, biased variance [channels]; grid (blocks of channels,).
 
@@ -48,6 +49,7 @@ def merge_statistics(
     pixels = (rows * positions).to(ACC)
     total = tl.zeros((BANDS, BLOCK), ACC)
     squares = tl.zeros((BANDS, BLOCK), ACC)
+    wait_for_predecessor(PDL)
     if ONCE:
         tile, at, inside = _band(0, bands, columns8, positions, group_channels8, BANDS)
         total = tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
@@ -77,7 +79,7 @@ def merge_statistics(
 @triton.jit(do_not_specialize=["tiles", "channels", "columns8", "positions", "group_channels8"])
 def merge_sums(
     partial, first, second, tiles, channels, columns8, positions, group_channels8,
-    BANDS: tl.constexpr, BLOCK: tl.constexpr,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """partial [tiles, 2, columns8 * 8] -> two sums [channels] over tiles and positions; grid (blocks of channels,).
 
@@ -88,6 +90,7 @@ def merge_sums(
     bands = tiles * positions
     total = tl.zeros((BANDS, BLOCK), ACC)
     total2 = tl.zeros((BANDS, BLOCK), ACC)
+    wait_for_predecessor(PDL)
     for start in range(0, bands, BANDS):
         _, at, inside = _band(start, bands, columns8, positions, group_channels8, BANDS)
         total += tl.load(partial + (at[:, None] + channel[None, :]), mask=inside[:, None], other=0.0)
@@ -97,7 +100,9 @@ def merge_sums(
 
 
 @triton.jit(do_not_specialize=["rows", "row8", "channels"])
-def slot_statistics(source, partial, rows, row8, channels, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def slot_statistics(
+    source, partial, rows, row8, channels, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     """Per tile sum and M2 of a slot, the partials of a convolution's epilogue; grid (channel blocks, row tiles)."""
     ACC: tl.constexpr = partial.dtype.element_ty
     columns = tl.num_programs(0) * BLOCK
@@ -105,6 +110,7 @@ def slot_statistics(source, partial, rows, row8, channels, TILE_ROWS: tl.constex
     pixel = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (pixel < rows)[:, None] & (channel < (channels + 7) // 8 * 8)[None, :]
+    wait_for_predecessor(PDL)
     value = tl.load(source + pixel[:, None] * (row8 * 8) + channel[None, :], mask=mask, other=0.0).to(ACC)
     total = tl.sum(value, 0)
     count = tl.minimum(rows - tile * TILE_ROWS, TILE_ROWS).to(ACC)
@@ -117,6 +123,7 @@ def slot_statistics(source, partial, rows, row8, channels, TILE_ROWS: tl.constex
 def normalise(
     z, scale, shift, mean, variance, out, rows, z_row8, out_row8, channels,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = act(z scale + shift), zeros in the slot's padding; grid (row tiles, channel blocks).
 
@@ -127,6 +134,7 @@ def normalise(
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = channel < channels
     mask = (pixel < rows)[:, None] & (channel < (channels + 7) // 8 * 8)[None, :]
+    wait_for_predecessor(PDL)
     a = tl.load(scale + channel, mask=real, other=0.0).to(ACC)
     b = tl.load(shift + channel, mask=real, other=0.0).to(ACC)
     if EPS is not None:
@@ -143,6 +151,7 @@ def normalise(
 def bn_backward(
     g, z, a, q, r, mean, q_share, r_share, rows, g_row8, z_row8, channels,
     HAS_A: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SHARE: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """g = a g + q (z - mean) + r in place, zeros in the padding; grid (row tiles, channel blocks).
 
@@ -155,6 +164,7 @@ def bn_backward(
     real = channel < channels
     mask = (pixel < rows)[:, None] & (channel < (channels + 7) // 8 * 8)[None, :]
     g_at = g + pixel[:, None] * (g_row8 * 8) + channel[None, :]
+    wait_for_predecessor(PDL)
     z_value = tl.load(z + pixel[:, None] * (z_row8 * 8) + channel[None, :], mask=mask, other=0.0).to(ACC)
     value = tl.load(g_at, mask=mask, other=0.0).to(ACC)
     if HAS_A:

@@ -17,12 +17,14 @@ layers' weights: `offset` and `step`, in elements, say how.
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_predecessor
+
 
 @triton.jit(do_not_specialize=["tiles", "affine_length"], do_not_specialize_on_alignment=["weights"])
 def pack_weights(
     weights, programs, matrices, k_weight, k_offset, steps, packed,
     scale, shift, channel, affine, tiles, affine_length,
-    TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr, AFFINE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr, AFFINE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of one matrix; grid (tiles), with AFFINE (tiles + tiles of the affine).
 
@@ -37,6 +39,7 @@ def pack_weights(
         if program >= tiles:
             at = (program - tiles) * TILE_K + tl.arange(0, TILE_K)
             c = tl.load(channel + at, mask=at < affine_length, other=-1)
+            wait_for_predecessor(PDL)
             a = tl.load(scale + c, mask=c >= 0, other=0.0)
             b = tl.load(shift + c, mask=c >= 0, other=0.0)
             tl.store(affine + at, a.to(affine.dtype.element_ty), mask=at < affine_length)
@@ -56,12 +59,14 @@ def pack_weights(
         w = tl.load(k_weight + at, mask=inside, other=-1)
         offset = tl.load(k_offset + at, mask=inside, other=0)
         step = tl.load(steps + w, mask=w >= 0, other=0)
+        channels = tl.where(pixel < pixels, tl.load(matrix + 4), 0)
+        start = tl.load(matrix + 3).to(tl.int64) * 8
+        wait_for_predecessor(PDL)
         weight = tl.broadcast_to(weights[0], (TILE_K,))
         for i in tl.static_range(1, len(weights)):
             weight = tl.where(w == i, weights[i], weight)
-        channels = tl.where(pixel < pixels, tl.load(matrix + 4), 0)
         real = (c < channels)[:, None] & (w >= 0)[None, :]
         value = tl.load(weight[None, :] + (offset[None, :] + c[:, None] * step[None, :]), mask=real, other=0.0)
         column = first + tl.arange(0, TILE_COLUMNS)
-        to = packed + tl.load(matrix + 3).to(tl.int64) * 8 + (column[:, None] * all_k + k[None, :])
+        to = packed + start + (column[:, None] * all_k + k[None, :])
         tl.store(to, value.to(packed.dtype.element_ty), mask=inside[None, :])

@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 
 from .conv import passes_gradient
+from .dependent import wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=["depth"])
 def pack_readers(
     weights, gammas, betas, layouts, column_channel, packed, affine, depth,
-    TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """packed [readers, columns, depths] = W_r[d, channel of the column]; affine [readers, 2, columns] = gamma, beta.
 
@@ -38,6 +39,7 @@ def pack_readers(
     depths = tl.num_programs(1) * TILE_DEPTH
     channel = tl.load(column_channel + columns)
     mask = (channel >= 0)[:, None] & (d < depth)[None, :]
+    wait_for_predecessor(PDL)
     for reader in tl.static_range(len(weights)):  # a program does its own one
         if tl.program_id(2) == reader:
             row = channel[:, None] * tl.load(layouts + reader * 2 + 1) + d[None, :] * tl.load(layouts + reader * 2)
@@ -56,7 +58,7 @@ def pack_readers(
 )
 def merge_readers(
     partial, column_channel, sums, terms, shares_g, shares_gx, tiles, channels, columns8, terms_row,
-    READERS: tl.constexpr, TERMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    READERS: tl.constexpr, TERMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """partial [tiles, readers, 2, columns8 * 8] -> sums [readers, 2, channels]; grid (column blocks, 2).
 
@@ -67,6 +69,7 @@ def merge_readers(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.load(column_channel + columns)
     term = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    wait_for_predecessor(PDL)
     for reader in tl.static_range(READERS):
         acc = tl.zeros((TILES, BLOCK), partial.dtype.element_ty)
         for start in range(0, tiles, TILES):
@@ -90,7 +93,7 @@ def gather_readers(
     dz, weight, out, feature, affine, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, partial,
     rows, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile; grid (column tiles, row tiles).
 
@@ -113,6 +116,7 @@ def gather_readers(
     mask = row_valid[:, None] & stored[None, :]
     feature_at = tl.load(feature_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
     feature_at = tl.max_contiguous(tl.multiple_of(feature_at, 8), 8)
+    wait_for_predecessor(PDL)
     f = tl.load(feature + (pixel * (feature_row8 * 8))[:, None] + feature_at[None, :], mask=mask, other=0.0)
     center = tl.load(mean + channel, mask=real, other=0.0)
     width = tl.load(rstd + channel, mask=real, other=0.0)

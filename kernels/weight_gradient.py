@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .conv import activate
+from .dependent import wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=["rows", "source_row8", "dz_row8", "all_k", "out_channels", "split_rows"])
@@ -22,7 +23,7 @@ def weight_gradient(
     rows, source_row8, dz_row8, all_k, out_channels, split_rows,
     TILE_ROWS: tl.constexpr, TILE_K: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     TAPS: tl.constexpr, SLOT_ROWS: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr,
-    SWAPPED: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
+    SWAPPED: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of one split's partial sum; grid (chunks of K, column tiles, splits).
 
@@ -43,6 +44,8 @@ def weight_gradient(
         row = tl.max_constancy(tl.load(entry_row8 + k // 8) * 8, VECTOR)
     if AFFINE:
         of_k = tl.load(channel + k)
+    wait_for_predecessor(PDL)
+    if AFFINE:
         a_scale = tl.load(scale + of_k, mask=of_k >= 0, other=0.0)
         a_shift = tl.load(shift + of_k, mask=of_k >= 0, other=0.0)
     stored = columns < (out_channels + 7) // 8 * 8
@@ -87,7 +90,7 @@ def weight_gradient(
 @triton.jit
 def reduce_splits(
     partials, tables, results, programs, gradients,
-    SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of one of several dW [out_channels, weights], the first three being a pointer for each; grid (tiles,).
 
@@ -114,6 +117,7 @@ def reduce_splits(
     k = tl.load(k_of_weight + w, mask=w < weights, other=0)
     at = k[:, None] * all_columns + o[None, :]
     split = tl.arange(0, SPLITS)
+    wait_for_predecessor(PDL)
     acc = tl.zeros((SPLITS, WEIGHTS, COLUMNS), partial.dtype.element_ty)
     for start in range(0, splits, SPLITS):
         to = (start + split) * all_k * all_columns

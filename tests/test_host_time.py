@@ -30,9 +30,17 @@ def test_replays_launch_what_calls_launch(tmp_path):
     found = json.loads((tmp_path / "times.json").read_text())
     (row,) = found["rows"]
     assert row["differ"] == 0 and row["launches"] > 60  # both directions of six layers
+    assert row["overlapping"] == 0
     assert 2 <= row["graphs"] <= 4  # of two blocks, each direction in one but where few launches are apart
     assert row["ratio"] == pytest.approx(row["run_ms"] / row["replayed_ms"]) and row["replayed_ms"] > 0
     assert found["machine"]["triton"] and done.stdout.splitlines()[1].startswith("two small blocks")
+
+
+def test_launches_overlap(tmp_path):
+    done = run("--quick", "--out", tmp_path / "times.json", THRESHOLDNET_PDL="1")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert row["differ"] == 0 and row["overlapping"] == row["launches"] > 60
 
 
 def test_a_difference_is_found():
@@ -40,10 +48,10 @@ def test_a_difference_is_found():
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import host_time
-one = "7 1 1 1 128 0 7f0000001000 10 3".split()
+one = "7 1 1 1 128 0 0 7f0000001000 10 3".split()
 same, moved, odd, other, short = (text.split() for text in (
-    "7 1 1 1 128 0 7f0000002000 10 3", "7 2 1 1 128 0 7f0000001000 10 3", "7 1 1 1 128 0 7f0000001008 10 3",
-    "7 1 1 1 128 0 7f0000001000 10 4", "7 1 1 1 128 0 7f0000001000 10"))
+    "7 1 1 1 128 0 0 7f0000002000 10 3", "7 2 1 1 128 0 0 7f0000001000 10 3", "7 1 1 1 128 0 0 7f0000001008 10 3",
+    "7 1 1 1 128 0 0 7f0000001000 10 4", "7 1 1 1 128 0 0 7f0000001000 10"))
 print([host_time.differing([one], [line]) for line in (same, moved, odd, other, short)], host_time.differing([one], []))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

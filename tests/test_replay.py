@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -448,7 +449,11 @@ class TestFunctions:
 class Kernel:
     """A Triton kernel whose launcher notes what it is handed."""
 
-    arg_names = ("out", "x", "weights", "rows", "FLAG", "TILE")
+    arg_names = ("out", "x", "weights", "rows", "FLAG", "TILE", "PDL")
+    params = (
+        SimpleNamespace(name="x", has_default=False),
+        SimpleNamespace(name="PDL", has_default=True, default=False),
+    )
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []
@@ -489,8 +494,8 @@ def test_compiled_kernels_take_addresses():
     for (grid, values, stream), rows in zip(kernel.launched, (1, 16), strict=True):
         weights_at = (others[0].data_ptr(), others[1].data_ptr(), x.data_ptr() + 8)
         assert grid == (3, 1, 1) and stream == 0
-        assert values == (out.data_ptr() + 4, x.data_ptr(), weights_at, rows, True, 16)
-        assert [type(value) for value in values[3:]] == [int, bool, int]
+        assert values == (out.data_ptr() + 4, x.data_ptr(), weights_at, rows, True, 16, False)
+        assert [type(value) for value in values[3:]] == [int, bool, int, bool]
     (recording,) = recordings()
     assert all(isinstance(step, Launch) for step, _ in recording.steps[1:])
 

@@ -81,7 +81,7 @@ class Driver:
 class Kernel:
     """A Triton kernel that a driver runs."""
 
-    arg_names = ("x", "number")
+    arg_names, params = ("x", "number"), ()
 
     def __init__(self, driver: Driver):
         self.driver = driver

@@ -31,6 +31,7 @@ ENVIRONMENT = {
         "0: every call of a fused operator runs, none is replayed; 1: replayed on a CPU too; "
         "graph: its launches submitted at once"
     ),
+    "THRESHOLDNET_PDL": "1: on sm_90 and newer Triton's kernels start while their predecessors end; off until measured",
     "TRITON_INTERPRET": "1: the Triton backend runs in the interpreter, on the CPU, slowly",
     "OMP_NUM_THREADS": "threads on a CPU",
     "CUDA_VISIBLE_DEVICES": "GPUs that torch sees",

@@ -150,7 +150,8 @@ class Recorder(TorchDispatchMode):
         reads = tuple({view.memory for view in views_in(described)})
         if compiled is None:
             return Interpreted(kernel, grid, described, options, reads)
-        named = {**dict(zip(kernel.arg_names, described, strict=False)), **options}
+        defaults = {each.name: each.default for each in kernel.params if each.has_default}
+        named = {**defaults, **dict(zip(kernel.arg_names, described, strict=False)), **options}
         values = [named[name] for name in kernel.arg_names]
         groups = tuple((at, self._words.picked(value)) for at, value in enumerate(values) if type(value) is tuple)
         flat = [None if type(value) is tuple else value for value in values]

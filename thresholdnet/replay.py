@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import overlap
 from .ahead import Ahead, compiled
 from .constants import holding
 from .recorder import Recorder
@@ -71,6 +72,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a Triton kernel, `kernel[grid](*arguments, **options)`, as the call around wants it."""
+    options |= overlap.launch_options(arguments)
     launcher = _launcher()
     if launcher is None:
         kernel[grid](*arguments, **options)
@@ -131,7 +133,7 @@ def _surroundings(device: torch.device) -> Hashable:
     kind = device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch hides it from mypy
-    return autocast, precision, os.environ.get("THRESHOLDNET_CONV")
+    return autocast, precision, os.environ.get("THRESHOLDNET_CONV"), overlap.wanted()
 
 
 def _described(value: Any, tensors: list[Tensor], storages: dict[int, tuple[int, int]]) -> Hashable:
