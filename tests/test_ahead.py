@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,7 @@ class Kernel:
 
     def __init__(self, name: str, log: list[str], there: bool = False, broken: bool = False):
         self.name, self.log, self.there, self.broken = name, log, there, broken
+        self.device_caches: dict[int, Any] = {}
 
     def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any:
         mode = Mode.active
@@ -143,24 +146,77 @@ def test_the_interpreter_compiles_nothing(triton):
     assert log == ["a"]
 
 
-@pytest.mark.skipif(not HOST_TIME.is_file(), reason="run outside a checkout")
-@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
-def test_tritons_compiler_runs_in_threads(tmp_path):
-    """From an empty cache: the first step compiles in threads alone, the second nothing, and both launch as much."""
+def test_an_interrupt_ends_the_mode(triton, monkeypatch):
+    """As Triton 3.6's does not by itself: where it is interrupted, it stays on in its context."""
+
+    class Interrupted(Mode):
+        active = ContextVar("active", default=None)
+
+        def __enter__(self) -> Mode:
+            if self.active.get() is not None:
+                raise RuntimeError("Another AsyncCompileMode is already active")
+            self.active.set(self)
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(triton, "AsyncCompileMode", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replay.call(lambda x: x + 1, torch.ones(1))
+    assert Interrupted.active.get() is None
+
+
+def test_what_was_made_without_kernels_does_not_wait_for_the_next_call():
+    """A call's memory is there once, not twice."""
+    made: list[Any] = []
+    alive: list[bool] = []
+    kernel = Kernel("a", [])
+
+    def function(x: Tensor) -> Tensor:
+        alive.extend(each() is not None for each in made)
+        replay.start(kernel, (1,), x)
+        made.append(weakref.ref(y := x + 1))
+        return y
+
+    y = replay.call(function, torch.ones(1))
+    assert alive == [False] and made[1]() is y
+
+
+def with_silent_driver(code: str, tmp_path: Path) -> list[int]:
+    """The numbers that code prints in a process whose Triton launches into a driver that does nothing, cache empty."""
     pytest.importorskip("triton")
-    code = f"""
+    if not HOST_TIME.is_file():
+        pytest.skip("run outside a checkout")
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("no C compiler")
+    head = f"""
 import pathlib, sys, threading
 sys.path.insert(0, {str(HOST_TIME.parent)!r})
 import host_time
 silent = host_time.Silent(pathlib.Path({str(tmp_path)!r}))
 silent.install()
 import triton
-by_the_call, compile = [], triton.compiler.compile
+compile = triton.compiler.compile
+step = host_time.step_of(host_time.blocks_of("")[:1], "relu")
+def in_main_thread():
+    return threading.current_thread() is threading.main_thread()
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "THRESHOLDNET_REPLAY": "1"}
+    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_tritons_compiler_runs_in_threads(tmp_path):
+    """From an empty cache: the first step compiles in threads alone, the second nothing, and both launch as much."""
+    code = """
+by_the_call = []
 def noted(*arguments, **options):
-    by_the_call.append(threading.current_thread() is threading.main_thread())
+    by_the_call.append(in_main_thread())
     return compile(*arguments, **options)
 triton.compiler.compile = noted
-step = host_time.step_of(host_time.blocks_of("")[:1], "relu")
 launches = []
 for _ in range(2):
     before = silent.library.silent_launches()
@@ -168,9 +224,24 @@ for _ in range(2):
     launches.append(silent.library.silent_launches() - before)
 print(len(by_the_call), sum(by_the_call), *launches)
 """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "THRESHOLDNET_REPLAY": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    compiled, by_the_call, first, second = map(int, done.stdout.split())
+    compiled, by_the_call, first, second = with_silent_driver(code, tmp_path)
     assert compiled >= 8 and by_the_call == 0 and first >= second > 8
+
+
+def test_what_fails_in_threads_is_compiled_alone(tmp_path):
+    """Sixteen compilers may want more memory than there is; Triton 3.8 remembers a failure for good."""
+    code = """
+failed = []
+def starved(*arguments, **options):
+    if not in_main_thread():
+        failed.append(1)
+        raise RuntimeError("ptxas was killed")
+    return compile(*arguments, **options)
+triton.compiler.compile = starved
+step()
+before = silent.library.silent_launches()
+step()
+print(len(failed), silent.library.silent_launches() - before)
+"""
+    failed, launches = with_silent_driver(code, tmp_path)
+    assert failed >= 8 and launches > 8

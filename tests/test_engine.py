@@ -12,6 +12,7 @@ from torch import nn
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links, ops
+from thresholdnet.backends import load
 from thresholdnet.models import fuse_blocks
 from thresholdnet.reference import Statistics, block_forward
 
@@ -422,6 +423,17 @@ def test_more_elements_than_offsets_can_hold():
     if "triton" in BACKENDS:
         with pytest.raises(ValueError, match=r"fewer than 2\^31 elements for all layers together, got 4294967296"):
             ops.run_block(*arguments, "triton", False, False, [], None, 0.0, "")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton does not run here")
+@pytest.mark.parametrize(("dtype", "most"), ((torch.float32, 4_194_240), (torch.float64, 1_048_560)))
+def test_more_pixels_than_a_grid_can_hold(dtype, most):
+    """The second dimension of a launch's grid; nothing is allocated."""
+    plan = ThresholdBlock(8, links.dense(1), 8).plan
+    engine_verbs = load("triton").Verbs
+    engine_verbs(plan, torch.empty(most // 240, 8, 16, 15, dtype=dtype, device="meta"))
+    with pytest.raises(ValueError, match=f"must have at most {most} pixels in all images together, got {most + 240} "):
+        engine_verbs(plan, torch.empty(most // 240 + 1, 8, 16, 15, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("unit", UNITS)

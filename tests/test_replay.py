@@ -18,7 +18,7 @@ from twins import pair
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, constants, engine, functional, replay
-from thresholdnet.recorder import ALIGNMENT
+from thresholdnet.pooling import ALIGNMENT
 from thresholdnet.recording import Launch, Operation, Recording
 
 BACKENDS = [name for name, reason in tn.backends().items() if reason is None and name != "reference"]

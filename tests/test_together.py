@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from test_replay import block_of, recordings, trained
 from torch import Tensor
 
 from thresholdnet import replay, together
-from thresholdnet.recording import Operation
+from thresholdnet.recording import Allocation, Operation, Pool
 
 OWN = 77  # the stream that is captured
 
@@ -110,7 +114,7 @@ class Compiled:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     made = Driver()
     monkeypatch.setattr(together, "_driver", lambda: made)
-    monkeypatch.setattr(together, "_here", type("Here", (), {})())
+    monkeypatch.setattr(together, "_free_streams", {})
     monkeypatch.setattr(replay, "wanted", lambda device: True)
     monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
     replay.forget()
@@ -193,31 +197,65 @@ def test_an_operation_parts_graphs_and_sees_what_ran_before(driver, kernel):
     assert seen == [together.SMALLEST] and driver.ran == [*expected(x), *expected(y)]
 
 
-def test_memory_is_allocated_in_order(driver, kernel):
-    """And ended in order: what ends within the launches is gone behind them, what is returned is not."""
-    import weakref
-
-    ended: list[Any] = []
+def test_memory_ends_when_the_graph_is_submitted(driver, kernel):
+    """Not before: what lay there, an operation's result or made between the launches, is yet to be read."""
+    made: list[Any] = []
+    alive: list[list[bool]] = []
 
     def function(x: Tensor) -> Tensor:
-        launches(kernel, large := torch.empty(1 << 19))  # more than a pool takes
+        launches(kernel, y := x + 1)
+        launches(kernel, torch.empty(1 << 19))  # more than a call's pool takes
         launches(kernel, out := torch.empty(3))
-        ended.append(weakref.ref(large))
+        launches(kernel, torch.empty(1 << 19))
+        del y
         return out
 
-    def allocated(self: Any, call: Any, run: Any = together.Allocation.run) -> None:
-        run(self, call)
-        ended.append(weakref.ref(call.memory[self.makes[0]]))
+    def noted(self: Any, *arguments: Any, run: Any) -> Any:
+        result = run(self, *arguments)
+        (call,) = arguments
+        tensor = result if isinstance(result, Tensor) else call.memory[self.makes[0]]
+        made.append(weakref.ref(tensor))
+        return result
+
+    def submitted(self: Any, *arguments: Any, run: Any) -> Any:
+        alive.append([each() is not None for each in made])
+        return run(self, *arguments)
 
     for _ in range(2):
         replay.call(function, torch.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(together.Allocation, "run", allocated)
+        for kind, name in ((Operation, "run"), (Pool, "allocate"), (Allocation, "run")):
+            patch.setattr(kind, name, partialmethod(noted, run=getattr(kind, name)))
+        patch.setattr(Driver, "_cuGraphLaunch", partialmethod(submitted, run=Driver._cuGraphLaunch))
         out = replay.call(function, torch.zeros(1))
-    large, small = ended[2:]
-    assert large() is None and small() is not None
-    assert driver.ran[together.SMALLEST :] == expected(out) and len({at for at, _ in driver.ran}) == 2
-    assert [step for step, _ in recordings()[0].steps if isinstance(step, together.Together)]
+    assert alive == [[True] * len(made)] and len(made) == 4  # pools of the call and the part, x + 1, out
+    assert sorted(each() is not None for each in made) == [False, False, False, True]
+    first, large, third, again = (driver.ran[together.SMALLEST * i :][: together.SMALLEST] for i in range(4))
+    assert third == expected(out) and again == large != first  # what is never there at once shares a place
+
+
+def test_memory_that_is_filled_when_it_is_made(driver, kernel):
+    """Deterministic algorithms fill it at once, ahead of the graph: nothing that the graph reads may lie there."""
+
+    def function(x: Tensor) -> Tensor:
+        launches(kernel, y := x + 1)
+        del y
+        launches(kernel, torch.empty(1 << 19))
+        return torch.empty(3)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            replay.call(function, torch.zeros(1 << 19))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "seen", [], raising=False)
+            patch.setattr(Driver, "_cuGraphLaunch", lambda self, executable, stream: kernel.seen.append(
+                ctypes.c_float.from_address(self.graphs[executable.value][0][0]).value
+            ))  # fmt: skip
+            replay.call(function, torch.zeros(1 << 19))
+            assert kernel.seen == [1.0]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_graph_that_cannot_be_updated_is_made_anew(driver, kernel):
@@ -234,13 +272,40 @@ def test_a_failing_launch_ends_the_capture(driver, kernel):
     for _ in range(2):
         call(kernel, x)
     kernel.fails = True
-    with pytest.raises(RuntimeError, match="out of registers"):
+    with pytest.raises(RuntimeError, match="out of registers"), pytest.warns(UserWarning, match="one by one"):
         call(kernel, x)
     assert driver.capture is None and not driver.ran
     driver.graphs.clear()
     kernel.fails = False
     call(kernel, x)
     assert driver.ran == expected(x)
+
+
+@pytest.mark.parametrize(
+    "name", ("cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags")
+)
+def test_a_driver_without_graphs_launches_one_by_one(name, driver, kernel):
+    """Full memory, an old driver: nothing was submitted, so nothing is lost."""
+    x = torch.zeros(1)
+    for _ in range(2):
+        call(kernel, x)
+    driver.refuses[name] = 2
+    with pytest.warns(UserWarning, match=f"one by one: {name} must return 0, got CUDA error 2"):
+        call(kernel, x)
+    assert driver.ran == expected(x)
+    driver.capture, _ = None, driver.graphs.clear()
+    assert not call(kernel, x) and driver.ran == expected(x)  # and no graph is tried again
+
+
+def test_streams_are_used_again(driver, kernel):
+    """As by the threads that nn.DataParallel starts at every call."""
+    inputs = [torch.zeros(1) for _ in range(5)]
+    driver.calls = []
+    for x in (inputs[0], *inputs):
+        thread = threading.Thread(target=replay.call, args=(launches, kernel, x, together.SMALLEST))
+        thread.start()
+        thread.join()
+    assert driver.calls.count("cuStreamBeginCapture_v2") == 4 and driver.calls.count("cuStreamCreate") == 1
 
 
 def test_a_failing_driver_is_one_sentence(driver, kernel):

@@ -1,11 +1,19 @@
-"""Tables on a device: made at their first use, then kept, and longer by whoever captured a graph that reads them."""
+"""Tables on a device: made at their first use, then kept, and longer by whoever captured a graph that reads them.
+
+They are made in a thread of their own, with the caller's stream: what the caller's thread is in must not reach what
+outlives it. torch.compile(mode="reduce-overhead") runs a first call with a memory pool that may hold its results alone,
+inference mode would mark tables as its own, and a dispatch mode would see how they are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
@@ -17,7 +25,7 @@ def device_constant(maxsize: int) -> Callable[[Callable[Arguments, Table]], Call
     """`functools.lru_cache` for a function whose result holds tensors on a device; see `holding`."""
 
     def decorate(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
-        cached: Any = lru_cache(maxsize)(make)
+        cached: Any = lru_cache(maxsize)(_aside(make))
 
         @wraps(make)
         def get(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
@@ -29,6 +37,26 @@ def device_constant(maxsize: int) -> Callable[[Callable[Arguments, Table]], Call
         return get
 
     return decorate
+
+
+def _aside(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
+    """`make` in another thread, where it makes tensors on a GPU and nobody captures what this thread launches."""
+
+    @wraps(make)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
+        device = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)), None)
+        if device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return make(*args, **kwargs)
+        stream = torch.cuda.current_stream(device)
+
+        def on_stream() -> Table:
+            with torch.cuda.stream(stream):
+                return make(*args, **kwargs)
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(on_stream).result()
+
+    return made
 
 
 @contextmanager

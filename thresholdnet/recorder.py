@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recording import Allocation, Interpreted, Launch, Operation, Pool, Recording, Step, View, tensors_in, views_in
+from .pooling import pooled
+from .recording import Allocation, Interpreted, Launch, Operation, Recording, Step, View, tensors_in, views_in
 from .together import together
 
-SMALL = 1 << 20  # bytes of a memory that may lie in a pool; larger ones are better left to torch's allocator
-
-ALIGNMENT = 256  # bytes: where memories of a pool begin
+SMALL = 1 << 20  # bytes of a memory that may lie in a call's pool; larger ones are better left to torch's allocator
 
 LAUNCHERS = ("3.6.", "3.8.", "3.9.")  # versions of Triton whose launchers take the same, as bench/host_time.py saw
 
@@ -80,9 +79,16 @@ class Recorder(TorchDispatchMode):
             number: [(place, behind) for behind, place in found.items()]
             for number, found in self._words.addresses.items()
         }
-        pool, steps = _pooled(steps, addresses)
+        pool, steps = pooled(steps, addresses, SMALL)
         return Recording(
-            self.size, self._words.values, addresses, self.constants, self.tables, pool, together(steps), returned
+            self.size,
+            self._words.values,
+            addresses,
+            self.constants,
+            self.tables,
+            pool,
+            together(steps, addresses),
+            returned,
         )
 
     @contextmanager
@@ -168,9 +174,10 @@ def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[[Sequence[Any], i
     version = getattr(sys.modules.get("triton"), "__version__", "")
     if not version.startswith(LAUNCHERS) or not hasattr(compiled, "packed_metadata"):
         return lambda values, stream: runner(*values, stream=stream)
-    launch, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    launch, metadata = compiled.run, compiled.packed_metadata
     nothing = None, None, None  # what hooks are told, and they
-    return lambda values, stream: launch(*grid, stream, function, metadata, *nothing, *values)
+    # `compiled` unloads its function when nobody holds it, as Triton's cache may not
+    return lambda values, stream: launch(*grid, stream, compiled.function, metadata, *nothing, *values)
 
 
 class _Words:
@@ -210,35 +217,6 @@ def _lean(steps: Sequence[Step], kept: set[int]) -> list[tuple[Step, tuple[int, 
         lean.append((step, tuple(ended)))
         needed |= {*step.reads, *step.makes}
     return lean[::-1]
-
-
-def _pooled(
-    steps: Sequence[tuple[Step, tuple[int, ...]]], addresses: dict[int, list[tuple[int, int]]]
-) -> tuple[Pool, list[tuple[Step, tuple[int, ...]]]]:
-    """A pool for the small memories that steps allocate and end, and the steps without those; takes their addresses."""
-    ends = {number: position for position, (_, ended) in enumerate(steps) for number in ended}
-    rooms: list[tuple[int, int, int]] = []  # (start, end, last step) of those that are there, by start
-    starts: dict[int, int] = {}
-    words, tensors, left, size = [], [], [], 0
-    for position, (step, ended) in enumerate(steps):
-        if not isinstance(step, Allocation) or not 0 < step.size <= SMALL or step.makes[0] not in ends:
-            left.append((step, ended))
-            continue
-        number = step.makes[0]
-        rooms = [room for room in rooms if room[2] >= position]
-        start = 0
-        for begin, end, _ in rooms:
-            if begin - start >= step.size:
-                break
-            start = end
-        end = start + -(-step.size // ALIGNMENT) * ALIGNMENT
-        rooms = sorted([*rooms, (start, end, ends[number])])
-        starts[number], size = start, max(size, end)
-        words += [(place, start + behind) for place, behind in addresses.pop(number, ())]
-        tensors.append((number, start, step.shape, step.strides, step.dtype))
-    read = {number for step, _ in left if isinstance(step, Operation | Interpreted) for number in step.reads}
-    pool = Pool(size, words, [tensor for tensor in tensors if tensor[0] in read])
-    return pool, [(step, tuple(number for number in ended if number not in starts)) for step, ended in left]
 
 
 def _lie(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -145,7 +145,7 @@ def run_steps(steps: Sequence[tuple[Any, tuple[int, ...]]], call: Call) -> None:
 
 
 class Pool(NamedTuple):
-    """The small memories that end within a call, side by side in one allocation, or one after the other in a place.
+    """Memories that steps allocate and end, side by side in one allocation, or one after the other in a place.
 
     Attributes:
         size: bytes in all.

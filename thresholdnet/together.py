@@ -5,6 +5,8 @@ for. Here the launches between two torch operations go to a stream that is being
 graph that comes of it is submitted instead, and kept. Memory comes from torch's allocator at every call, as in any
 replay, and inputs lie anywhere: where all addresses are those of a call before, as they mostly are from one training
 step to the next, its graph is submitted again; where not, the launches are captured anew, and a graph is updated.
+What ends within the launches is held until the graph is submitted: before, nobody else may have its place. What they
+allocate and end as well lies in one allocation for that.
 
 THRESHOLDNET_REPLAY=graph turns it on. It was held against a driver that launches nothing (bench/host_time.py), and is
 off until a GPU has measured it.
@@ -13,14 +15,17 @@ off until a GPU has measured it.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from .pooling import pooled
 from .recording import Allocation, Call, Launch, Step, run_steps
 
 SMALLEST = 8  # launches of a graph: fewer are submitted one by one
@@ -35,45 +40,63 @@ Steps = Sequence[tuple[Step, tuple[int, ...]]]
 class Together:
     """Launches of a recording without torch operations between them, and the graphs of their last calls."""
 
-    def __init__(self, steps: Steps):
-        self.steps = steps
+    def __init__(self, steps: Steps, addresses: Mapping[int, list[tuple[int, int]]]):
+        self.steps = steps  # for calls that are not submitted together
+        self._pool, self._held = pooled(steps, dict(addresses), math.inf)
         self._graphs: list[tuple[list[Any], Any]] = []  # the words of a call, and its executable; the last used first
         self._lock = threading.Lock()
+        self._refused = False  # the driver did: no graph is tried again
 
     def run(self, call: Call) -> None:
         """As one graph, or one by one where the call is not to or another thread has the graph."""
-        if not call.together or not self._lock.acquire(blocking=False):
+        if self._refused or not call.together or not self._lock.acquire(blocking=False):
             run_steps(self.steps, call)
             return
         try:
-            self._allocate(call)
-            known = [number for number, (words, _) in enumerate(self._graphs) if words == call.words]
-            self._graphs.insert(0, self._graphs.pop(known[0]) if known else (list(call.words), self._captured(call)))
-            _check("cuGraphLaunch", self._graphs[0][1], call.stream)
+            pool = self._pool.allocate(call)
+            for step, _ in self._held:
+                if isinstance(step, Allocation):
+                    step.run(call)
+            self._submit(call)
+            del pool  # its place is taken again behind these launches, as is that of what ends here
+            for _, ended in self._held:
+                for number in ended:
+                    call.memory[number] = None
         finally:
             self._lock.release()
 
-    def _allocate(self, call: Call) -> None:
-        """Allocate all memory, and let go of it, in the order of the steps, ahead of the launches.
+    def _submit(self, call: Call) -> None:
+        """Submit the graph of the call's addresses; where the driver makes none, launch."""
+        known = [number for number, (words, _) in enumerate(self._graphs) if words == call.words]
+        try:
+            made = self._graphs.pop(known[0]) if known else (list(call.words), self._captured(call))
+        except (RuntimeError, OSError, AttributeError) as error:  # also: a driver too old, one of another name
+            self._refused = True
+            warnings.warn(f"launches of a replayed call are submitted one by one: {error}", stacklevel=2)
+            self._launch(call)
+            return
+        self._graphs.insert(0, made)
+        _check("cuGraphLaunch", made[1], call.stream)
 
-        What comes to lie where something else lay is read by launches behind those that read that, as in a stream.
-        """
-        for step, ended in self.steps:
-            if isinstance(step, Allocation):
+    def _launch(self, call: Call) -> None:
+        for step, _ in self._held:
+            if isinstance(step, Launch):
                 step.run(call)
-            for number in ended:
-                call.memory[number] = None
 
     def _captured(self, call: Call) -> Any:
         """The executable graph of this call's launches: a new one, or the oldest updated."""
-        stream, call.stream = call.stream, _begin(call.device)
+        free, stream = _free_streams.setdefault(call.device, []), call.stream
+        own = free.pop() if free else _new_stream()
         try:
-            for step, _ in self.steps:
-                if isinstance(step, Launch):
-                    step.run(call)
-        finally:  # a capture must end, whatever happened in it
-            graph = _end(call.stream)
+            _check("cuStreamBeginCapture_v2", own, RELAXED)
+            try:
+                call.stream = own
+                self._launch(call)
+            finally:  # a capture must end, whatever happened in it
+                graph = _end(own)
+        finally:
             call.stream = stream
+            free.append(own)
         return _executable(graph, self._graphs.pop()[1] if len(self._graphs) == KEPT else None)
 
     def __del__(self) -> None:
@@ -81,14 +104,16 @@ class Together:
             _driver().cuGraphExecDestroy(executable)  # when it has run
 
 
-def together(steps: Steps) -> list[tuple[Step | Together, tuple[int, ...]]]:
-    """The steps, with those that one graph may hold as one."""
+def together(
+    steps: Steps, addresses: Mapping[int, list[tuple[int, int]]]
+) -> list[tuple[Step | Together, tuple[int, ...]]]:
+    """The steps of a `Recording`, with those that one graph may hold as one."""
     made: list[tuple[Step | Together, tuple[int, ...]]] = []
     for some in _runs(steps):
         if sum(isinstance(step, Launch) for step, _ in some) < SMALLEST:
             made += some
         else:
-            made.append((Together(some), ()))
+            made.append((Together(some, addresses), ()))
     return made
 
 
@@ -140,18 +165,14 @@ def _driver() -> Any:
     return library
 
 
-_here = threading.local()  # `streams`: this thread's, by device
+_free_streams: dict[torch.device, list[int]] = {}  # that nobody captures on now
 
 
-def _begin(device: torch.device) -> int:
-    """A stream of this thread's own, from now on captured."""
-    streams: dict[torch.device, int] = _here.__dict__.setdefault("streams", {})
-    if device not in streams:
-        made = ctypes.c_void_p()
-        _check("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
-        streams[device] = made.value or 0
-    _check("cuStreamBeginCapture_v2", streams[device], RELAXED)
-    return streams[device]
+def _new_stream() -> int:
+    """A stream of the current device to capture on."""
+    made = ctypes.c_void_p()
+    _check("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
+    return made.value or 0
 
 
 def _end(stream: int) -> Any:
@@ -164,13 +185,15 @@ def _end(stream: int) -> Any:
 def _executable(graph: Any, earlier: Any) -> Any:
     """An executable of a graph, which it takes: `earlier`, that of another one with other addresses, or a new one."""
     found = (ctypes.c_uint64 * 3)()  # a code and two nodes: where the graphs differ
-    if earlier is not None and _driver().cuGraphExecUpdate_v2(earlier, graph, found):
-        _driver().cuGraphExecDestroy(earlier)
-        earlier = None
-    if earlier is None:
-        earlier = ctypes.c_void_p()
-        _check("cuGraphInstantiateWithFlags", ctypes.byref(earlier), graph, 0)
-    _check("cuGraphDestroy", graph)
+    try:
+        if earlier is not None and _driver().cuGraphExecUpdate_v2(earlier, graph, found):
+            _driver().cuGraphExecDestroy(earlier)
+            earlier = None
+        if earlier is None:
+            earlier = ctypes.c_void_p()
+            _check("cuGraphInstantiateWithFlags", ctypes.byref(earlier), graph, 0)
+    finally:
+        _check("cuGraphDestroy", graph)
     return earlier
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..batchnorm import NodeStatistics
 from ..kernels import launch
 from ..kernels.packed_affine import PackedAffine, pack_affine
 from ..kernels.packed_weights import PackedWeight
+from ..plan import BlockPlan
 from . import slotted
 from .elementwise import Affine
 from .native import Moments, Place
 from .slotted import kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
+
+
+MOST_TILES = 65535
+"""Of pixels, in a launch: CUDA's limit of a grid's second dimension. The smallest tiles have 64 pixels, 16 in fp64."""
 
 
 class BatchNorm(NamedTuple):
@@ -33,6 +39,16 @@ class Verbs(slotted.Verbs):
     """See `slotted.Verbs`."""
 
     launch = launch
+
+    def __init__(self, plan: BlockPlan | None, x: Tensor):
+        super().__init__(plan, x)
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        most = MOST_TILES * (16 if x.dtype == torch.float64 else 64)
+        if pixels > most:
+            raise ValueError(
+                f"input of the block must have at most {most} pixels in all images together, got {pixels} from shape "
+                f"{tuple(x.shape)}: use a smaller batch or backend='native'"
+            )
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Any:
         return BatchNorm(gamma, beta, *moments, eps)
