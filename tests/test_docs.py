@@ -59,10 +59,22 @@ def _check_figures(page):
         for speed in speeds:
             assert "{median:.2f} ({p20:.2f} to {p80:.2f})".format(**speed) in page, file
     assert "<strong>slower</strong>" in page
+    assert "Of 95 timed operations of layers of ours, 37 are faster" in page and "Of 0 timed" not in page
+    assert "before the C++ weight gradient" in page and "with local changes" in page
     account = json.loads((ROOT / "bench" / "results" / "memory" / "hardnet68-224-b128-bf16.json").read_text())
     assert (
         f"{account['fused']['kept'] / 2**20:,.0f} ({account['fused']['kept'] / account['eager']['kept']:.2f})" in page
     )
+    steps = json.loads((ROOT / "bench" / "results" / "h100" / "2026-11-26-steps.json").read_text())["rows"]
+    eager, ours = (
+        next(
+            row["peak_bytes"]
+            for row in steps
+            if (row["model"], row["mode"], row["provider"], row["graph"]) == ("hardnet68", "train", provider, False)
+        )
+        for provider in ("eager_channels_last", "fused_triton")
+    )
+    assert f"{ours / 2**20:,.0f} ({ours / eager:.2f})" in page
 
 
 def test_the_code_of_the_page_on_patterns_runs():

@@ -1,9 +1,11 @@
 """The memory account against what a real step on the CPU keeps, and against numbers counted by hand."""
 
+import warnings
 import weakref
 
 import pytest
 import torch
+import torchvision
 from saved import saved_tensors, storage_bytes
 from torch import nn
 
@@ -109,6 +111,24 @@ def test_smaller_dtypes_keep_less_and_the_model_stays():
     assert not any(m.fused for m in model.modules() if isinstance(m, ThresholdBlock))
 
 
+@pytest.mark.parametrize("function", ["account", "over_time", "kept"])
+def test_a_model_that_is_not_converted(function):
+    """Says so, where "fused" would be "eager" in silence; and says nothing of what there is nothing to convert in."""
+    model = torchvision.models.DenseNet(8, (2, 2), 12, num_classes=3)
+    count = getattr(tn.memory, function)
+    said = r"model must be converted \(tn.convert\) to be counted fused, got a DenseNet block 'features.denseblock1'"
+    with pytest.warns(UserWarning, match=said) as caught:
+        report = count(model, (2, 3, 32, 32))
+    assert report["eager"] == report["fused"] and len(caught) == 1 and caught[0].filename == __file__
+    converted = tn.convert(model, report=None)
+    others = (converted, tn.create_model("thresholdnet_v1", 2), torchvision.models.resnet18(), nn.Conv2d(3, 3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in others[: 4 if function == "kept" else 1]:
+            report = count(other, (2, 3, 32, 32))
+            assert (report["eager"] != report["fused"]) == (other in others[:2])
+
+
 def test_bad_input():
     block = ThresholdBlock(4, links.dense(1), 4)
     for arguments, error, message in (
@@ -140,6 +160,8 @@ def test_predictions_made_before_the_package(name):
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU6):  # torch keeps its input and its output, where the prediction has ReLU
             model.set_submodule(path, nn.ReLU(inplace=True))
+    for block in _blocks(model):
+        block.activation = "relu"
     report = tn.memory.account(model, (128, 3, 224, 224))
     for (mode, account), predicted in zip(report.items(), PREDICTED[name], strict=True):
         ratio = account.kept / 1e9 / predicted

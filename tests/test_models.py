@@ -295,6 +295,41 @@ def test_copies_and_pickles():
             "out_indices must be ascending",
         ),
         (
+            lambda: tn.create_model("densenet121", features_only=True, out_indices=3),
+            TypeError,
+            "out_indices must be a sequence of integers or None, got 3",
+        ),
+        (
+            lambda: tn.create_model("resnet18", out_indices="13"),
+            TypeError,
+            "out_indices must be a sequence of integers or None, got '13'",
+        ),
+        (
+            lambda: tn.create_model("thresholdnet_v1", features_only="no"),
+            TypeError,
+            "features_only must be True or False, got 'no'",
+        ),
+        (
+            lambda: tn.create_model("thresholdnet_v1", fused="no"),
+            TypeError,
+            "fused must be True or False, got 'no'",
+        ),
+        (
+            lambda: tn.create_model("resnet18", fused=True, backend="cuda"),
+            ValueError,
+            "backend 'cuda' is unknown",
+        ),
+        (
+            lambda: tn.create_model("resnet18", recompute="bottlenecks"),
+            ValueError,
+            "recompute 'bottlenecks' is unknown; did you mean bottleneck?",
+        ),
+        (
+            lambda: tn.create_model("hardnet68", fused=True, recompute="bottleneck"),
+            ValueError,
+            "recompute must be None for hardnet68, which has no bottleneck blocks, got 'bottleneck'",
+        ),
+        (
             lambda: tn.create_model("thresholdnet_v1")(torch.zeros(1, 1, 32, 32)),
             ValueError,
             "images must have 3 channels, got 1",

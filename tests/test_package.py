@@ -20,14 +20,15 @@ HEAVY = {
     "tensorboard",
     "timm",
     "onnx",
+    "torch._dynamo",  # of torch the compiler, which takes as long as all the rest
 }
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
     "checks", "constants", "ahead", "recording", "pooling", "together", "recorder", "overlap", "replay", "packing",
-    "links", "plan", "batchnorm", "reference", "backends", "sync", "gradients", "engine", "transition", "transforms",
-    "ops", "functional", "linked", "blocks", "chain", "graphs", "models", "recognise", "convert", "export", "timm",
-    "weights", "counting", "memory", "tables", "diagrams", "data", "loaders", "checkpoint", "figures", "inference",
-    "train", "info", "selftest", "bench", "cli", "__main__",
+    "links", "plan", "batchnorm", "reference", "backends", "sync", "gradients", "engine", "transition",
+    "transforms", "ops", "functional", "layers", "linked", "blocks", "chain", "graphs", "models", "recognise",
+    "convert", "export", "timm", "weights", "counting", "memory", "tables", "diagrams", "data", "loaders",
+    "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

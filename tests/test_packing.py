@@ -201,6 +201,51 @@ def test_a_network_compiled_and_cast():
         assert largest_error(network(x), wanted) <= RELATIVE[torch.float32]
 
 
+@pytest.mark.parametrize("optimizer", (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad))
+@pytest.mark.parametrize("fused", (True, False))
+def test_weights_that_an_optimizer_has_written(optimizer, fused):
+    """torch's fused optimizers write weights without counting it."""
+    torch.manual_seed(0)
+    block = ThresholdBlock(8, links.dense(3), 8, unit="bottleneck", fused=True, backend="native")
+    x, untouched = torch.randn(2, 8, 6, 6), torch.nn.Linear(2, 2)
+    tn.prepack(block)
+    steps = optimizer(block.parameters(), lr=0.1, fused=fused)
+    other = optimizer(untouched.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            block.eval()(x)
+        block.train()(x).square().mean().backward()
+        untouched(torch.ones(2)).sum().backward()
+        steps.step()
+        with torch.no_grad():
+            found = block.eval()(x)
+            wanted = tn.prepack(tn.prepack(block, False))(x)
+        assert largest_error(found, wanted) <= RELATIVE[torch.float32]
+        forms = {number: dict(known) for number, (_, known) in packing._declared.items()}
+        other.step()
+        assert forms == {number: dict(known) for number, (_, known) in packing._declared.items()}
+
+
+def test_models_made_in_inference_mode():
+    """Whose tensors count no writes."""
+    with torch.inference_mode():
+        block = ThresholdBlock(8, links.dense(3), 8, fused=True, backend="native")
+    with pytest.raises(ValueError, match=r"made outside torch\.inference_mode to be"):
+        tn.prepack(block)
+    block = ThresholdBlock(8, links.dense(3), 8, fused=True, backend="native").eval()
+    with torch.inference_mode():
+        for norm in (module for module in block.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.running_mean = norm.running_mean.clone()
+        tn.prepack(block)
+        x = torch.randn(2, 8, 6, 6)
+        before = block(x)
+        for norm in (module for module in block.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.running_mean += 1
+        after = block(x)
+        assert not torch.equal(before, after)
+        assert largest_error(after, tn.prepack(block, False)(x)) <= RELATIVE[torch.float32]
+
+
 def test_a_converted_network(packs):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

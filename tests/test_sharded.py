@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_sync import _in_processes, _network
+from tolerances import assert_close
 from torch import nn
 from torchvision.models import DenseNet
 
@@ -161,10 +162,14 @@ def _mixed(rank, shares):
 
 
 def _errors(rank, shares):
-    block = ThresholdBlock(5, links.dense(3), 4, fused=True, backend="native")
-    block.layers[1] = _shard(block.layers[1], "whole")
+    torch.manual_seed(0)
+    block, x = ThresholdBlock(5, links.dense(3), 4, fused=True, backend="native"), torch.randn(2, 5, 4, 4)
+    expected = block(x)
+    block.layers[1] = _shard(block.layers[1], "whole")  # whose hooks gather its weights when it runs
     with pytest.raises(RuntimeError, match="apply fully_shard to the block or to a module around it"):
-        block(torch.randn(2, 5, 4, 4))
+        block._fused_forward(x, "native", None)
+    assert_close(block(x).detach(), expected.detach(), what="a sharded layer")
+    assert block.backend == "reference"
     lines = []
     convert(_shard(_densenet(), "whole"), report=lines.append)
     assert lines[0] == "left features.denseblock1: its weights are sharded: convert the model before fully_shard"

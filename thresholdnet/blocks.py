@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links as link_patterns
 from .checks import number, one_of
-from .linked import ACTIVATION_NAMES, LinkedBlock
+from .layers import ACTIVATION_NAMES, Unlike, activation_behind, convolution
+from .linked import LinkedBlock
 from .plan import plan_block
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {name: kind for kind, name in ACTIVATION_NAMES.items()}
@@ -88,7 +89,8 @@ class ThresholdBlock(LinkedBlock):
         norm_eps, norm_momentum: as in nn.BatchNorm2d.
         drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; bottleneck units alone.
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
-            hooks on the modules inside are not called, and gradients of gradients raise.
+            gradients of gradients raise. While a module inside has hooks, or has become another, the block runs in
+            plain torch.
         backend: "auto" (the best that can run here and takes the input; where none does, plain torch, with one warning
             that says why), or a name of `tn.backends()`, which works or raises.
         recompute: None, or "bottleneck": backward makes the bottleneck outputs again instead of keeping them.
@@ -162,6 +164,33 @@ class ThresholdBlock(LinkedBlock):
 
     def _units(self) -> list[list[nn.Module]]:
         return [[m for m in layer.modules() if isinstance(m, nn.Conv2d | _BatchNorm)] for layer in self.layers]
+
+    def _fits(self) -> bool:
+        try:
+            for index, layer in enumerate(self.layers):
+                self._check_layer(index, layer)
+        except (Unlike, AttributeError):
+            return False
+        return True
+
+    def _check_layer(self, index: int, layer: Any) -> None:
+        """Raise `Unlike`, or AttributeError, unless a layer is as `_layer` made it."""
+        plan = self.plan
+        read, width = plan.link_widths[index], plan.widths[index]
+        if plan.unit == "bottleneck":
+            names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *(["drop"] if self.drop_rate else [])]
+            inner = convolution("conv1", layer.conv1, 1, read)
+            found = convolution("conv2", layer.conv2, 3, inner)
+            same = inner == plan.bottleneck_widths[index]
+            behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
+        else:
+            names, found, same = ["conv", "norm", "act"], convolution("conv", layer.conv, 3, read), True
+            behind = [activation_behind("norm", layer.norm, layer.act)]
+        alike = {*behind} == {self.activation} and found == width and same and [*layer._modules] == names
+        drop = (layer.drop.p, layer.drop.training) if "drop" in names else (self.drop_rate, self.training)
+        own = type(layer).forward is not nn.Sequential.forward or "forward" in vars(layer)
+        if own or not alike or drop != (self.drop_rate, self.training):
+            raise Unlike(f"layer {index + 1} has changed")
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         nodes = [x]

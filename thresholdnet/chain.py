@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync, transforms
-from .linked import ACTIVATION_NAMES, LinkedBlock, hooked, or_empty, shared_group, traced, update_running
+from .layers import ACTIVATION_NAMES, hooked, torchs_convolution, torchs_norm
+from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
 
     Results, gradients and running statistics are those of the modules themselves, to rounding.
     """
-    if traced():
+    if traced() or transforms.counted() or symbolic(x):
         for module in modules:
             x = module(x)
         return x
@@ -60,7 +61,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
         if first.fused and first.takes_tail and _free(first) and _pointwise(pointwise):
             return 2, first(x, tail=pointwise.weight)
         return 1, first(x)
-    if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and behind and _fits(first, x)):
+    if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and torchs_norm(first) and behind and _fits(first, x)):
         return 1, first(x)
     activation = ACTIVATION_NAMES.get(type(behind[0]))
     if activation is None or not _free(first, behind[0]):
@@ -101,16 +102,18 @@ def _fits(norm: _BatchNorm, x: Tensor) -> bool:
 
 
 def _free(*modules: nn.Module) -> bool:
-    return not any(hooked(module) for module in modules)
+    """Whether nobody waits for these modules to run, and none had its forward replaced."""
+    return not any(hooked(module) or "forward" in module.__dict__ for module in modules)
 
 
 def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
     return (
-        type(module) is nn.Conv2d
+        isinstance(module, nn.Conv2d)
+        and torchs_convolution(module)
         and module.bias is None
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and (module.weight.dtype == x.dtype or ops.autocast_dtype(x.device) is not None)
+        and (next(module.parameters(), x).dtype == x.dtype or ops.autocast_dtype(x.device) is not None)
         and _free(module)
     )
 
@@ -118,7 +121,8 @@ def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
 def _pointwise(module: Any) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a 1x1 convolution of all channels and pixels, without bias or hooks."""
     return (
-        type(module) is nn.Conv2d
+        isinstance(module, nn.Conv2d)
+        and torchs_convolution(module)
         and (module.bias, module.groups) == (None, 1)
         and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
         and _free(module)

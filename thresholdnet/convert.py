@@ -6,18 +6,20 @@ by structure (`recognise.py`), then held against the original on random pixels b
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .chain import Chain
-from .linked import LinkedBlock, hooked, sharded
+from .layers import Unlike
+from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
-from .recognise import Found, Unlike, recognise
+from .recognise import Found, recognise
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference that the check lets pass, of the largest value; 0.1 in half formats, whose errors add up over a
@@ -51,13 +53,6 @@ class ConvertedBlock(LinkedBlock):
             if original is None or name.startswith("__"):
                 raise
             return getattr(original[0], name)
-
-    def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
-        """See `LinkedBlock.forward`; `tail` is for Conv-BN-ReLU blocks."""
-        if self.fused and any(hooked(module) for module in itertools.islice(self.modules(), 1, None)):
-            y = self._plain_forward(x)
-            return y if tail is None else nn.functional.conv2d(y, tail)
-        return super().forward(x, tail)
 
     def original(self) -> nn.Module:
         """The block as it was, with today's modules and mode."""
@@ -93,6 +88,18 @@ class ConvertedBlock(LinkedBlock):
 
     def _units(self) -> Sequence[Sequence[nn.Module]]:
         return [[self.get_submodule(path) for path in unit] for unit in self._found.units]
+
+    def _fits(self) -> bool:
+        block = self.original()
+        try:
+            found = recognise(block)
+        except Unlike:
+            return False
+        if found is None or replace(found, drop_rate=0.0) != replace(self._found, drop_rate=0.0):
+            return False
+        self.drop_rate = found.drop_rate
+        modes = {layer.training for layer in block.modules() if hasattr(layer, "drop_rate")}
+        return not self.drop_rate or modes == {self.training}  # a layer drops in its own mode
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         block = self.original()
@@ -204,20 +211,68 @@ def _replacement(module: nn.Module, backend: str, recompute: str | None) -> Conv
 
 @torch.no_grad()
 def _check(original: nn.Module, block: ConvertedBlock) -> None:
-    """Raise `Unlike` unless both compute the same; in eval mode, so that no statistics change."""
+    """Raise `Unlike` unless both compute the same: with these weights in eval mode, with any, and in training.
+
+    Today's weights may hide what a block does: a branch that starts as zero, a scale of one.
+    """
     weight = next(original.parameters())
     if weight.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, block.in_channels, 6, 5, generator=generator).to(weight)
     with _evaluating(block), _evaluating(original):
-        expected, got = type(original).forward(original, x), block._fused_forward(x, "native", None)
+        _compare(type(original).forward(original, x), block._fused_forward(x, "native", None))
+    try:
+        twin = _twin(original, generator)
+    except (RuntimeError, TypeError):  # what makes a weight from others at every call may refuse to be copied
+        return
+    with torch.random.fork_rng(devices=[]):  # a layer may drop something
+        for training in (False, True):
+            _check_twin(twin.train(training), block, x.to("cpu", torch.float64))
+
+
+def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
+    """The same of a copy of a block, in its mode; `block` says what was found."""
+    plain, again, fused = (copy.deepcopy(twin) for _ in range(3))
+    if twin.training and any(isinstance(module, nn.SyncBatchNorm) for module in plain.modules()):
+        return  # which may wait for other processes
+    expected, repeated = (type(each).forward(each, x) for each in (plain, again))
+    if twin.training and not torch.equal(expected, repeated):
+        if not (block.drop_rate or block._found.behind):
+            raise Unlike("in training its forward drops something that its structure does not show")
+        return
+    ours = ConvertedBlock(fused, block._found)
+    _compare(expected, ours._fused_forward(x, "native", None), "in training" if twin.training else "with other weights")
+    buffers = dict(plain.named_buffers())
+    for name, buffer in ours.named_buffers():
+        _compare(buffers[name].double(), buffer.double(), f"in what it writes to {name}")
+
+
+def _compare(expected: Any, got: Tensor, where: str = "") -> None:
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         shape = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
         raise Unlike(f"its forward must return a tensor of shape {tuple(got.shape)}, got {shape}")
-    error = (got - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
-    if not error <= _TOLERANCE.get(x.dtype, 0.1):
-        raise Unlike(f"its forward computes something else than its structure says: it differs by {error:.1e}")
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    error = (got - expected).abs().max().item() / max(largest, 1e-30) if expected.numel() else 0.0
+    if not error <= _TOLERANCE.get(expected.dtype, 0.1):
+        raise Unlike(f"its forward computes something else than its structure says{where and ', ' + where}: it differs "
+                     f"by {error:.1e}")  # fmt: skip
+
+
+def _twin(original: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy with random weights and statistics, in fp64 on the CPU, without hooks."""
+    twin = copy.deepcopy(original).to("cpu", torch.float64)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.is_floating_point():
+            scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64).sub_(0.5).mul_(2 * scale))
+            if tensor.dim() < 2:  # variances are positive
+                tensor.add_(1)
+    for module in twin.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks"):
+                hooks.clear()
+    return twin
 
 
 @contextmanager

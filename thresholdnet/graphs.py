@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sync
 from .constants import holding
-from .linked import LinkedBlock, hooked
+from .layers import hooked
+from .linked import LinkedBlock
 from .ops import autocast_dtype
 
 WARMUP = 3  # calls before a capture: libraries choose their algorithms and workspaces

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,26 +14,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .checks import one_of
+from .layers import hooked, states_inside
 from .links import Links
 from .plan import BlockPlan
 
 Self = TypeVar("Self", bound="LinkedBlock")
-
-ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-"""Module class -> the engine's name of what it computes."""
 
 
 class LinkedBlock(nn.Module):
     """A block over a plan, fused through the engine or in plain torch.
 
     A subclass sets `plan`, `activation` ("relu" or "relu6") and `drop_rate`, calls `fuse`, and says where its modules
-    lie (`_units`) and what it computes without the engine (`_plain_forward`).
+    lie (`_units`), what it computes without the engine (`_plain_forward`), and whether its modules still have the forms
+    of the plan (`_fits`): where somebody changed one, or waits for one with hooks, the block runs in plain torch.
     """
 
     can_fuse = True  # a subclass with other units has no fused form
     plan: BlockPlan
     activation: str
     drop_rate: float
+    _checked: tuple[list[Any], bool] = ([], True)  # the modules' states, and whether they fit
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
         """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
@@ -84,20 +86,38 @@ class LinkedBlock(nn.Module):
         `tail` is the weight [O, out_channels, 1, 1] of a convolution behind a Conv-BN-ReLU block: its result
         [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
         """
+        if symbolic(x):
+            y = self._plain_forward(x)
+            return y if tail is None else nn.functional.conv2d(y, tail)
         check_images("input of the block", x, self.in_channels)
         if tail is not None and not self.takes_tail:
             raise ValueError(
                 f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
             )
-        if self.fused and (device := next(self.parameters()).device) != x.device:
+        if self.fused and (device := next(self.parameters(), x).device) != x.device:
             raise ValueError(f"input of the block must lie on the weights' device {device}, got {x.device}")
-        backend = "reference" if traced() else pick(self._candidates, self._choice, x)
+        plain = traced() or transforms.counted() or (self.fused and not self._modules_fit())
+        backend = "reference" if plain else pick(self._candidates, self._choice, x)
         if not torch.compiler.is_compiling():  # to a graph it would be a state to guard: one more compilation
             self._ran = backend
         if backend != "reference":
             return self._fused_forward(x, backend, tail)
         y = self._plain_forward(x)
         return y if tail is None else nn.functional.conv2d(y, tail)
+
+    def _modules_fit(self) -> bool:
+        """Whether the engine computes what the modules inside would, were they called."""
+        if torch.compiler.is_compiling():  # a graph asks for hooks again, and keeps the forms that it was compiled for
+            return self._checked[1] and not any(map(hooked, itertools.islice(self.modules(), 1, None)))
+        states = states_inside(self)
+        if states is not None and states != self._checked[0]:
+            self._checked = states, self._fits()
+        return states is not None and self._checked[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_checked", None)  # of these very modules
+        return state
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
         units = self._units()
@@ -109,12 +129,9 @@ class LinkedBlock(nn.Module):
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
-        first = convolutions[0].weight
-        if any(sharded(conv.weight) for conv in convolutions):
-            raise RuntimeError(
-                "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
-                "got sharded weights inside it"
-            )
+        weights = {id(conv): conv.weight for conv in convolutions}  # once: a parametrization computes it each time
+        first = weights[id(convolutions[0])]
+        check_whole(weights.values())
         dtype = ops.autocast_dtype(x.device)
         if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
             x = x.to(dtype)
@@ -122,7 +139,8 @@ class LinkedBlock(nn.Module):
             raise TypeError(f"input of the block must have the weights' dtype {first.dtype}, got {x.dtype}")
         # Triton's kernels round weights as they lay them out: no cast of each, and none of its gradient on the way back
         rounded = backend == "triton" and not transforms.active()
-        weights = {id(conv): conv.weight if rounded else conv.weight.to(x.dtype) for conv in convolutions}
+        if not rounded:
+            weights = {number: weight.to(x.dtype) for number, weight in weights.items()}
         parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights)]
         if tail is not None:
             parameters.append(tail if rounded else tail.to(x.dtype))
@@ -158,6 +176,10 @@ class LinkedBlock(nn.Module):
         """The block in plain torch."""
         raise NotImplementedError
 
+    def _fits(self) -> bool:
+        """Whether the modules have the forms of the plan, and one activation and dropout as the block says."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         """The structure in one line, for print(model)."""
         plan = self.plan
@@ -173,6 +195,12 @@ def traced() -> bool:
     Sizes are tensors meanwhile, and a comparison of them is warned of.
     """
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # public, but not exported by name
+
+
+def symbolic(x: Any) -> bool:
+    """Whether torch.fx records, with a stand-in for the tensor: plain operations as well, and nothing can be asked."""
+    fx = sys.modules.get("torch.fx")
+    return fx is not None and isinstance(x, fx.Proxy)
 
 
 def check_images(name: str, x: Tensor, channels: int) -> None:
@@ -222,6 +250,15 @@ def sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def check_whole(weights: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where a fused block's weights are sharded."""
+    if any(map(sharded, weights)):
+        raise RuntimeError(
+            "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
+            "got sharded weights inside it"
+        )
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside a backward pass: activation checkpointing makes again what it did not keep.
 
@@ -232,30 +269,41 @@ def recomputing() -> bool:
 
 @torch.no_grad()
 def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pixels: int | Tensor) -> None:
-    """What nn.BatchNorm2d does to its buffers in training, once per call; nothing where the call is a recomputation."""
+    """What nn.BatchNorm2d does to its buffers in training, once per call; nothing where the call is a recomputation.
+
+    A batch without pixels is counted and has no statistics.
+    """
     if recomputing():
         return
+    empty = isinstance(pixels, int) and not pixels
     unbiased = pixels / (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else pixels / max(pixels - 1, 1)
     tracked: dict[tuple[float | None, torch.dtype], list[tuple[Any, Tensor]]] = {}
     for norm, used in zip(norms, statistics, strict=True):
-        if norm.training and norm.running_mean is not None and norm.running_var is not None:
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
             tracked.setdefault((norm.momentum, norm.running_mean.dtype), []).append((norm, used))
     alone = torch.compiler.is_compiling() or transforms.active()
     for (momentum, _), some in tracked.items():
-        if alone or momentum is None or isinstance(unbiased, Tensor):
+        counters = [norm.num_batches_tracked for norm, _ in some if norm.num_batches_tracked is not None]
+        if alone or momentum is None or isinstance(unbiased, Tensor) or not counters:
             for norm, used in some:
-                _update_one(norm, used, unbiased)
+                _update_one(norm, used, unbiased, empty)
             continue
-        torch._foreach_add_([norm.num_batches_tracked for norm, _ in some], 1)
+        torch._foreach_add_(counters, 1)
+        if empty:
+            continue
         means, variances = zip(*(used for _, used in some), strict=True)
         found = [*means, *torch._foreach_mul(list(variances), unbiased)]
         _average([norm.running_mean for norm, _ in some] + [norm.running_var for norm, _ in some], found, momentum)
 
 
-def _update_one(norm: Any, used: Tensor, unbiased: float | Tensor) -> None:
-    norm.num_batches_tracked.add_(1)
-    rate: float | Tensor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+def _update_one(norm: Any, used: Tensor, unbiased: float | Tensor, empty: bool) -> None:
     mean, variance = used  # float32 at least: half buffers are rounded once
+    counter = norm.num_batches_tracked
+    if counter is not None:
+        counter.add_(1)
+    if empty or (counter is None and norm.momentum is None):
+        return
+    rate: float | Tensor = 1 / counter.to(mean.dtype) if norm.momentum is None else norm.momentum
     norm.running_mean.copy_((1 - rate) * norm.running_mean.to(mean.dtype) + rate * mean)
     norm.running_var.copy_((1 - rate) * norm.running_var.to(mean.dtype) + rate * (variance * unbiased))
 
@@ -269,10 +317,3 @@ def _average(buffers: list[Tensor], found: list[Tensor], rate: float) -> None:
     torch._foreach_lerp_(wide, found, rate)
     if half:
         torch._foreach_copy_(buffers, wide)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody's hooks wait for this very module to run."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -25,9 +25,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
+
+
+# torch 2.11's compiler cannot trace it; torch.compiler.assume_constant_result would import the compiler, for seconds
+_has_autocast.__dict__["_dynamo_marked_constant"] = True
 
 
 def _block_spec(

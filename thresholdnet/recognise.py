@@ -14,18 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links
-from .linked import ACTIVATION_NAMES
+from .layers import Unlike, activation_behind, convolution, idle
 from .links import Links
 from .plan import BlockPlan
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
-
-
-class Unlike(Exception):
-    """Why a block that looks like a known one cannot run in the engine."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,8 @@ def recognise(block: nn.Module) -> Found | None:
     """
     for rule in RULES:
         if found := rule(block):
+            if patched := [name for name, module in block.named_modules() if "forward" in vars(module)]:
+                raise Unlike(f"{patched[0] or 'it'} has had its forward replaced")
             return found
     return None
 
@@ -89,12 +86,12 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     read = layers[0][1].conv1.in_channels
     for prefix, layer in layers:
         known = {*_DENSE, "relu1", "relu2"}
-        if extra := [child for child, module in layer.named_children() if child not in known and not _idle(module)]:
+        if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
-        inner.append(_convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths)))
-        widths.append(_convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1]))
+        inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths)))
+        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1]))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
-            activations.add(_activation(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
+            activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
         units.append(tuple(f"{prefix}{part}" for part in _DENSE))
     plan = BlockPlan(
@@ -129,8 +126,8 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     units, nodes, activation = _layers(names[0], layers, pattern)
     joint: list[tuple[str, Any]] = list(block.get_submodule(names[1]).named_children())
     (tail, conv), *rest = joint or [("", None)]
-    _convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
-    others = [name for name, module in block.named_children() if name not in names and not _idle(module)]
+    convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
+    others = [name for name, module in block.named_children() if name not in names and not idle(module)]
     if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
@@ -157,54 +154,22 @@ def _layers(path: str, layers: Any, pattern: Links) -> tuple[tuple[tuple[str, ..
     nodes: list[int] = []
     activations = set()
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
-        unit, conv, activation = _conv_norm_act(f"{path}.{i}", layer)
+        unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        nodes.append(_convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
-        activations.add(activation)
+        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
+        activations.add(act)
         units.append(unit)
     return tuple(units), tuple(nodes), _the("activation", activations)
 
 
 def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:
     """Paths of a layer's convolution and BatchNorm, the convolution, and the activation."""
-    parts = [(name, module) for name, module in layer.named_children() if not _idle(module)]
+    parts = [(name, module) for name, module in layer.named_children() if not idle(module)]
     if not 2 <= len(parts) <= 3 or not isinstance(parts[0][1], nn.Conv2d):
         raise Unlike(f"{path} must be a convolution, a BatchNorm and an activation")
     (conv_name, conv), (norm_name, norm), *act = parts
     norm_path = f"{path}.{norm_name}"
-    return (f"{path}.{conv_name}", norm_path), conv, _activation(norm_path, norm, act[0][1] if act else None)
-
-
-def _convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
-    """The channels that a convolution of the expected form writes."""
-    if not isinstance(conv, nn.Conv2d):
-        raise Unlike(f"{name} must be a Conv2d, got {type(conv).__name__}")
-    size, pad = (kernel, kernel), (kernel // 2, kernel // 2)
-    form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or conv.bias is not None:
-        raise Unlike(
-            f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, one group, no bias"
-        )
-    if conv.in_channels != channels:
-        raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
-    return conv.out_channels
-
-
-def _activation(name: str, norm: Any, behind: nn.Module | None) -> str:
-    """The activation behind a BatchNorm: a module of its own, or one inside (timm's BatchNormAct2d)."""
-    if not isinstance(norm, _BatchNorm):
-        raise Unlike(f"{name} must be a BatchNorm, got {type(norm).__name__}")
-    inside = getattr(norm, "act", None)
-    if not _idle(getattr(norm, "drop", None)):
-        raise Unlike(f"{name} has a drop layer inside")
-    act = behind if inside is None or _idle(inside) else inside
-    if type(act) not in ACTIVATION_NAMES or (act is inside and not _idle(behind)):
-        raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
-    return ACTIVATION_NAMES[type(act)]
-
-
-def _idle(module: nn.Module | None) -> bool:
-    return module is None or type(module) is nn.Identity
+    return (f"{path}.{conv_name}", norm_path), conv, activation_behind(norm_path, norm, act[0][1] if act else None)
 
 
 def _the(name: str, values: set[Any]) -> Any:

@@ -3,16 +3,20 @@
 There an operator runs as a torch.autograd.Function with the same two functions, `setup` and `backward`. grad, vjp and
 jacrev are right; vmap calls the operator once a sample; forward mode raises. Lists of arguments are flattened on the
 way in and put together again inside, because a list handed to a Function loses its gradients.
+
+And what else surrounds a call, and wants plain torch instead.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _RULES: dict[Any, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
@@ -33,6 +37,14 @@ def active() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def counted() -> bool:
+    """Whether torch's FlopCounterMode surrounds this call: it knows torch's operations, so plain torch should run."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None or torch.compiler.is_compiling():
+        return False
+    return any(type(mode).__module__ == counter.__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 def call(operator: Any, *arguments: Any) -> Any:

@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="DenseNet-family networks with pruned links: train, evaluate, predict; the paper's tables and link patterns.",
     epilog="A minute to start with:  thresholdnet train --data digits --model thresholdnet_ab "
-    "--model-arg width_mult=0.5 --epochs 20 --batch-size 50 --out runs/first",
+    "--model-arg width_mult=0.5 --fused --epochs 20 --batch-size 50 --out runs/first",
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]

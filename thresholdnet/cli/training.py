@@ -51,7 +51,7 @@ def train_command(
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights for evaluation, such as 0.999.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of weights and images.")] = True,
     fused: Annotated[
-        bool, typer.Option("--fused", help="Run the blocks in the engine: same results, less memory.")
+        bool, typer.Option("--fused", help="Run the blocks in the engine: equal up to rounding, less memory.")
     ] = False,
     backend: Annotated[str, typer.Option(help="Of the engine: auto, or a name that works or raises.")] = "auto",
     recompute: Annotated[
@@ -70,9 +70,11 @@ def train_command(
 ) -> None:
     """Train a network; writes checkpoints, curves, a confusion matrix and predictions below --out.
 
+    In plain torch unless --fused is given.  On one GPU:  thresholdnet train --fused --precision bf16 --cuda-graph ...
+
     A killed run goes on exactly where it was saved:  thresholdnet train --out runs/x --resume
 
-    Several GPUs:  torchrun --nproc-per-node 4 -m thresholdnet train ...
+    Several processes:  torchrun --nproc-per-node 4 -m thresholdnet train ...  (tested on a CPU, not on several GPUs)
     """
     from ..train import TrainConfig, train
 

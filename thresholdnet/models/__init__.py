@@ -19,7 +19,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
     """Write config.json and model.safetensors to a folder, or push them to the Hub; see `thresholdnet.models._hub`.
 
     Raises:
-        ValueError: the model was not made by `create_model`.
+        ValueError: the model was not made by `create_model`, or its weights do not fit its configuration any more.
         RuntimeError: huggingface_hub or safetensors is not installed.
     """
     _load_hub().save_pretrained(model, directory, **options)
@@ -28,9 +28,13 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
 def from_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Load what `save_pretrained` wrote, from a folder or a Hub repository, in eval mode.
 
+    It comes with the dtype, fused and recompute that it had. Options dtype, fused, backend and recompute, as in
+    `create_model`, go before what was saved; all others are huggingface_hub's.
+
     Raises:
+        TypeError, ValueError: an option of the wrong type or unknown.
         ValueError: the source does not exist, or its files are missing, cut or foreign.
-        RuntimeError: huggingface_hub or safetensors is not installed.
+        RuntimeError: huggingface_hub or safetensors is not installed; a backend asked for by name cannot run here.
     """
     return _load_hub().from_pretrained(source, **options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import chain
 from ..checks import integer, number
-from ..linked import check_images, traced
+from ..linked import check_images, symbolic, traced
 
 
 class FeatureInfo(TypedDict):
@@ -111,7 +111,7 @@ class FeaturePyramid(nn.Module):
         self.fused = network.fused
         self.in_chans = network.in_chans
         self.min_size = network.min_size
-        levels = list(_levels(network))
+        levels = pyramid_levels(network)
         chosen = range(len(levels)) if out_indices is None else out_indices
         picked = [integer("out_indices entry", i, 0, len(levels) - 1) for i in chosen]
         if not picked or picked != sorted(set(picked)):
@@ -124,13 +124,17 @@ class FeaturePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [N, in_chans, H, W] -> maps [N, channels, ~H / reduction, ~W / reduction] as `feature_info` lists."""
         check_input(x, self.in_chans, self.min_size)
-        chained = [self.stem, *self.stages]
-        levels, start = [], 0
-        for last in self._emit:
-            x = _run(chained[start : last + 1], x, self.fused)
-            levels.append(x)
-            start = last + 1
-        return levels
+        return run_levels([self.stem, *self.stages], self._emit, x, self.fused)
+
+
+def run_levels(stages: Sequence[nn.Module], ends: Iterable[int], x: Tensor, fused: bool) -> list[Tensor]:
+    """The maps behind the stages at these positions, ascending; what follows the last of them does not run."""
+    maps, start = [], 0
+    for last in ends:
+        x = _run(stages[start : last + 1], x, fused)
+        maps.append(x)
+        start = last + 1
+    return maps
 
 
 def _run(stages: Iterable[nn.Module], x: Tensor, fused: bool) -> Tensor:
@@ -143,6 +147,8 @@ def _run(stages: Iterable[nn.Module], x: Tensor, fused: bool) -> Tensor:
 
 def check_input(x: Tensor, channels: int, min_size: int) -> None:
     """Raise TypeError or ValueError unless `x` is a batch of images that the network can take."""
+    if symbolic(x):
+        return
     check_images("images", x, channels)
     if not traced() and (x.shape[2] < min_size or x.shape[3] < min_size):
         raise ValueError(
@@ -154,14 +160,15 @@ def _head(features: int, num_classes: int, **factory: Any) -> nn.Module:
     return nn.Linear(features, num_classes, **factory) if num_classes else nn.Identity()
 
 
-def _levels(network: Network) -> Iterator[tuple[int, Stage]]:
-    """(position, stage) of the last stage at every reduction."""
-    chain = [network.stem, *network.stages]
-    for position, stage in enumerate(chain):
-        assert isinstance(stage, Stage)
-        following = chain[position + 1] if position + 1 < len(chain) else None
-        if not isinstance(following, Stage) or following.reduction > stage.reduction:
-            yield position, stage
+def pyramid_levels(network: Network) -> list[tuple[int, Stage]]:
+    """(position behind the images, the stem's being 0; stage) of the last stage at every reduction."""
+    chained: list[Any] = [network.stem, *network.stages]
+    following = [*chained[1:], None]
+    return [
+        (position, stage)
+        for position, (stage, after) in enumerate(zip(chained, following, strict=True))
+        if after is None or after.reduction > stage.reduction
+    ]
 
 
 def _min_size(stages: Iterable[nn.Module]) -> int:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..backends import CHOICES
 from ..chain import Chain
-from ..checks import integer, one_of
+from ..checks import boolean, integer, one_of
 from ..linked import LinkedBlock
 from ._network import FeaturePyramid, Network
 
@@ -64,6 +65,7 @@ def create_model(
         out_indices: which of those maps, ascending; None for all.
         device, dtype: of all parameters.
         fused, backend, recompute: run the blocks in the engine (see `ThresholdBlock`); same state dict either way.
+            recompute="bottleneck" is for networks with bottleneck blocks.
         arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
 
     Returns:
@@ -81,6 +83,11 @@ def create_model(
             raise TypeError(f"model {name} takes {takes}, got {key!r}")
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
+    boolean("features_only", features_only)
+    boolean("fused", fused)
+    one_of("backend", backend, CHOICES)
+    if out_indices is not None and (isinstance(out_indices, str) or not isinstance(out_indices, Sequence)):
+        raise TypeError(f"out_indices must be a sequence of integers or None, got {out_indices!r}")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices needs features_only=True, got out_indices={tuple(out_indices)} without it")
     model = _BUILDERS[name](
@@ -90,6 +97,7 @@ def create_model(
         dtype=dtype,
         **arguments,
     )
+    check_recompute(name, model, recompute)
     fuse_blocks(model, fused, backend, recompute)
     config = {"model": name, "num_classes": num_classes, "in_chans": in_chans, "arguments": arguments}
     if features_only:
@@ -114,6 +122,15 @@ def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", rec
         if isinstance(module, Network | FeaturePyramid | Chain):
             module.fused = running > 0
     return running
+
+
+def check_recompute(name: str, model: nn.Module, recompute: str | None) -> None:
+    """Raise TypeError or ValueError unless `recompute` is None, or "bottleneck" and the model has such blocks."""
+    if recompute is None:
+        return
+    one_of("recompute", recompute, ("bottleneck",))
+    if not any(isinstance(m, LinkedBlock) and m.plan.unit == "bottleneck" for m in model.modules()):
+        raise ValueError(f"recompute must be None for {name}, which has no bottleneck blocks, got {recompute!r}")
 
 
 def _as_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:

@@ -1,0 +1,108 @@
+"""What the engine takes of a layer's modules: their forms, and that they compute what torch's classes do.
+
+A module may be of a subclass, have a forward of its own, or hooks that wait for it to run. The engine reads weights and
+calls no module, so it must ask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+"""Module class -> the engine's name of what it computes."""
+
+CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward")
+DROPOUT = ("training", "p", "drop_rate")
+
+
+class Unlike(Exception):
+    """Why a block that looks like a known one cannot run in the engine."""
+
+
+def convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
+    """The channels that a convolution of the expected form writes; raises `Unlike` for any other."""
+    if not isinstance(conv, nn.Conv2d):
+        raise Unlike(f"{name} must be a Conv2d, got {type(conv).__name__}")
+    if not torchs_convolution(conv):
+        raise Unlike(f"{name} must convolve as nn.Conv2d does, got {type(conv).__name__} with a forward of its own")
+    size, pad = (kernel, kernel), (kernel // 2, kernel // 2)
+    form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or conv.bias is not None:
+        raise Unlike(
+            f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, one group, no bias"
+        )
+    if conv.in_channels != channels:
+        raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
+    return conv.out_channels
+
+
+def activation_behind(name: str, norm: Any, behind: nn.Module | None) -> str:
+    """The activation behind a BatchNorm: a module of its own, or one inside (timm's BatchNormAct2d)."""
+    if not isinstance(norm, _BatchNorm):
+        raise Unlike(f"{name} must be a BatchNorm, got {type(norm).__name__}")
+    inside = getattr(norm, "act", None)
+    if not torchs_norm(norm) and (inside is None or not type(norm).forward.__module__.startswith("timm.")):
+        raise Unlike(
+            f"{name} must normalise as nn.BatchNorm2d does, got {type(norm).__name__} with a forward of its own"
+        )
+    if not idle(getattr(norm, "drop", None)):
+        raise Unlike(f"{name} has a drop layer inside")
+    act = behind if inside is None or idle(inside) else inside
+    if type(act) not in ACTIVATION_NAMES or (act is inside and not idle(behind)):
+        raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
+    return ACTIVATION_NAMES[type(act)]
+
+
+def idle(module: nn.Module | None) -> bool:
+    """Whether a module leaves its input as it is."""
+    return module is None or type(module) is nn.Identity
+
+
+def torchs_convolution(module: nn.Module) -> bool:
+    """Whether a module convolves as nn.Conv2d does, whose class may only add to it: parametrizations do."""
+    kind: Any = type(module)
+    return (
+        getattr(kind, "forward", None) is nn.Conv2d.forward
+        and kind._conv_forward is nn.Conv2d._conv_forward
+        and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__
+    )
+
+
+def torchs_norm(module: nn.Module) -> bool:
+    """Whether a module normalises as nn.BatchNorm2d or nn.SyncBatchNorm does."""
+    return (
+        type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in module.__dict__
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody's hooks wait for this very module to run."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def states_inside(module: nn.Module) -> list[Any] | None:
+    """What, beside tensors, decides what the modules inside a module compute; None where one of them has hooks.
+
+    While two lists are equal nobody has changed a module. Asked at every call, so it looks where they keep things.
+    """
+    states: list[Any] = [module.training]  # layers that drop something compare theirs with it
+    inside = [*module._modules.values()]
+    for each in inside:  # which grows
+        if each is None:
+            continue
+        if hooked(each):
+            return None
+        own = each.__dict__
+        inside += own["_modules"].values()
+        states += id(each), type(each), own.get("forward")
+        if "kernel_size" in own:
+            states += own["_parameters"].get("bias") is None, *map(own.get, CONVOLUTION)
+        elif "p" in own or "drop_rate" in own:
+            states += map(own.get, DROPOUT)
+    return states
