@@ -1,6 +1,6 @@
 """Entry points of torch.hub: every model of the zoo by its name.
 
-model = torch.hub.load("owner/thresholdnet", "thresholdnet_v1", num_classes=10, fused=True)
+model = torch.hub.load("path/to/checkout", "thresholdnet_v1", source="local", num_classes=10)
 """
 
 from collections.abc import Callable as _Callable

@@ -13,6 +13,14 @@ from thresholdnet.bench.targets import BASE, OURS, TARGETS, share
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
+SINCE = {
+    "bench/results/epyc-2core/2026-11-24-micro-v1.json": (
+        "Measured before the C++ weight gradient (`csrc/cpu/weight_gradient.h`): those of 3x3 and 1x1 layers are the "
+        "library's here, over gathered links."
+    )
+}
+"""What changed after a run was measured, by its file."""
+
 
 def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Of every file of `thresholdnet bench`, new ones first: how its pictures' names begin, its path, its contents."""
@@ -32,30 +40,39 @@ def measured_runs(drawn: Mapping[str, Sequence[str]]) -> str:
 
 def _run(drawn: Sequence[str], path: str, found: Mapping[str, Any]) -> str:
     machine, rows = found["machine"], found["rows"]
-    ours = [row for row in rows if row["provider"].startswith(OURS) and report.base(row) in (row["ratios"] or {})]
-    won = [row for row in ours if row["ratios"][report.base(row)]["median"] > 1]
+    steps, operations = _timed(rows), _timed(found["layers"])
+    counts = [_count(some, what) for some, what in ((steps, "steps"), (operations, "operations of layers")) if some]
     whole = report.markdown(found, Path(path).name)
     folded = re.sub("^### (.*)$", r"**\1**", whole, flags=re.MULTILINE).replace("\n", "\n    ")
+    changed = " with local changes" if machine.get("dirty") else ""
+    head = ("step", "case", "provider", f"speed against {BASE} (p20 to p80)", "kept", "verdict")
     return "\n".join(
         [
             f"### {machine.get('gpu') or machine['cpu']}, {Path(path).stem}",
             "",
             f"`{path}`, written by `{machine['command']}` with torch {machine['torch']} at commit "
-            f"`{str(machine['commit'])[:10]}`. Of {len(ours)} timed steps of ours, {len(won)} are faster than {BASE} "
-            f"and {len(ours) - len(won)} are not.",
+            f"`{str(machine['commit'])[:10]}`{changed}. {' '.join(counts)}",
             "",
+            *((SINCE[path], "") if path in SINCE else ()),
             *(f"![Measured: {name}](images/{name})" for name in drawn),
             "",
-            *_table(
-                ("step", "case", "provider", f"speed against {BASE} (p20 to p80)", "kept", "verdict"),
-                [_ours(row, rows) for row in ours],
-            ),
+            *(_table(head, [_ours(row, rows) for row in steps]) if steps else ()),
             "",
             '??? note "All rows, with times, rivals and targets"',
             "",
             f"    {folded}",
         ]
     )
+
+
+def _timed(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Our rows that were timed beside plain torch."""
+    return [row for row in rows if row["provider"].startswith(OURS) and report.base(row) in (row["ratios"] or {})]
+
+
+def _count(timed: Sequence[Mapping[str, Any]], what: str) -> str:
+    won = sum(row["ratios"][report.base(row)]["median"] > 1 for row in timed)
+    return f"Of {len(timed)} timed {what} of ours, {won} are faster than {BASE} and {len(timed) - won} are not."
 
 
 def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -75,18 +92,34 @@ def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
     ]
 
 
+PROVIDERS = {"eager": BASE, "fused": f"{OURS}_triton", "fused, recompute": f"{OURS}_triton_recompute"}
+"""Who of the bench ran what an account of memory counts, on a GPU."""
+
+
 def memory() -> str:
-    """Bytes kept and needed by every account of bench/results/memory."""
+    """Bytes kept by every account of bench/results/memory, and the peaks that a GPU measured of the same steps."""
     lines = []
     for file in sorted((RESULTS / "memory").glob("*.json")):
         modes = json.loads(file.read_text())
-        eager = modes["eager"]
         for mode, entry in modes.items():
             if mode == "fused, recompute" and entry == modes["fused"]:
                 continue  # no bottleneck units
-            cells = [f"{entry[key] / 2**20:,.0f} ({entry[key] / eager[key]:.2f})" for key in ("kept", "peak", "moved")]
-            lines.append([f"`{file.stem}`", mode, *cells])
-    return "\n".join(_table(("file", "mode", "kept", "peak", "moved"), lines))
+            kept = f"{entry['kept'] / 2**20:,.0f} ({entry['kept'] / modes['eager']['kept']:.2f})"
+            lines.append([f"`{file.stem}`", mode, kept, *_peak(file.stem, PROVIDERS[mode])])
+    return "\n".join(_table(("case", "mode", "kept, counted", "peak, measured on a GPU", "in"), lines))
+
+
+def _peak(case: str, provider: str) -> tuple[str, str]:
+    """Of a case as accounts of memory are named, the peak of its step and the newest run that has it."""
+    model, image, batch, dtype = case.rsplit("-", 3)
+    wanted = {"model": model, "image": int(image), "batch": int(batch.removeprefix("b")), "dtype": dtype}
+    wanted |= {"mode": "train", "device": "cuda", "provider": provider, "graph": False}
+    for _, path, found in runs():
+        for row in found["rows"]:
+            part = share(row, found["rows"], "peak_bytes") if wanted.items() <= row.items() else None
+            if part is not None:
+                return f"{row['peak_bytes'] / 2**20:,.0f} ({part:.2f})", f"`{Path(path).stem}`"
+    return "-", "-"
 
 
 def compiled() -> str:
