@@ -228,22 +228,22 @@ def _check(original: nn.Module, block: ConvertedBlock) -> None:
         return
     with torch.random.fork_rng(devices=[]):  # a layer may drop something
         for training in (False, True):
-            _check_twin(twin.train(training), block, x.to("cpu", torch.float64))
+            _check_twin(twin.train(training), block, x.cpu().double())
 
 
 def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
-    """The same of a copy of a block, in its mode; `block` says what was found."""
-    plain, again, fused = (copy.deepcopy(twin) for _ in range(3))
-    if twin.training and any(isinstance(module, nn.SyncBatchNorm) for module in plain.modules()):
+    """The same of a copy of a block, in its mode, in which it runs once; `block` says what was found."""
+    if twin.training and any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
         return  # which may wait for other processes
-    expected, repeated = (type(each).forward(each, x) for each in (plain, again))
-    if twin.training and not torch.equal(expected, repeated):
+    fused, again = copy.deepcopy(twin), copy.deepcopy(twin) if twin.training else None
+    expected = type(twin).forward(twin, x)
+    if again is not None and not torch.equal(expected, type(again).forward(again, x)):
         if not (block.drop_rate or block._found.behind):
             raise Unlike("in training its forward drops something that its structure does not show")
         return
     ours = ConvertedBlock(fused, block._found)
     _compare(expected, ours._fused_forward(x, "native", None), "in training" if twin.training else "with other weights")
-    buffers = dict(plain.named_buffers())
+    buffers = dict(twin.named_buffers())
     for name, buffer in ours.named_buffers():
         _compare(buffers[name].double(), buffer.double(), f"in what it writes to {name}")
 
@@ -252,16 +252,15 @@ def _compare(expected: Any, got: Tensor, where: str = "") -> None:
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         shape = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
         raise Unlike(f"its forward must return a tensor of shape {tuple(got.shape)}, got {shape}")
-    largest = expected.abs().max().item() if expected.numel() else 0.0
-    error = (got - expected).abs().max().item() / max(largest, 1e-30) if expected.numel() else 0.0
+    error = (got - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
     if not error <= _TOLERANCE.get(expected.dtype, 0.1):
-        raise Unlike(f"its forward computes something else than its structure says{where and ', ' + where}: it differs "
-                     f"by {error:.1e}")  # fmt: skip
+        said = f"its forward computes something else than its structure says{where and ', ' + where}"
+        raise Unlike(f"{said}: it differs by {error:.1e}")
 
 
 def _twin(original: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy with random weights and statistics, in fp64 on the CPU, without hooks."""
-    twin = copy.deepcopy(original).to("cpu", torch.float64)
+    twin = copy.deepcopy(original).cpu().double()
     for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.is_floating_point():
             scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
