@@ -47,9 +47,7 @@ def test_hooks_on_either_part(part, tmp_path):
     model = layers()
     model[part].register_forward_hook(doubled)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", message="the model is exported")
         _, got, expected = written(model, tmp_path)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert norms(plain(model)) == 1  # that of the second pair is folded

@@ -65,7 +65,7 @@ class ConvertedBlock(LinkedBlock):
     @property
     def takes_tail(self) -> bool:
         """See `LinkedBlock`; a block that ends in a convolution of its own takes no other."""
-        return super().takes_tail and not self._found.tail
+        return self.plan.unit == "conv_bn_relu" and not self._found.tail  # torch 2.11 can't compile super().takes_tail
 
     @property
     def out_channels(self) -> int:

@@ -100,8 +100,14 @@ def _modes(
         warnings.warn(
             f"model must be converted (tn.convert) to be counted fused, got a {foreign} as it is: fused counts it in "
             "plain torch",
-            stacklevel=4,
+            stacklevel=3,
         )
+    return _prepared(model, shape, dtype)
+
+
+def _prepared(
+    model: nn.Module, shape: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[nn.Module, Tensor, set[int]]]]:
     modes: dict[str, dict[str, Any]] = {
         "eager": {"fused": False},
         "fused": {"fused": True, "backend": "native"},
