@@ -90,7 +90,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
 def advice_for(config: TrainConfig, device: torch.device, processes: int) -> str | None:
     """What would make a run faster, in one line; None where nothing is known."""
     if config.fused and not config.cuda_graph and device.type == "cuda" and processes == 1:
-        return "--cuda-graph made fused steps 3 to 16 times as fast on an H100"
+        return "--cuda-graph made v1's fused steps 2.7 times as fast on an H100 at 224x224, 16 times at 32x32"
     return None
 
 
