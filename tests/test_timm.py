@@ -8,7 +8,7 @@ from saved import saved_tensors, storage_bytes
 from torch import nn
 
 timm = pytest.importorskip("timm")
-from timm.optim import param_groups_layer_decay  # noqa: E402
+from timm.optim import param_groups_layer_decay  # noqa: E402  # only where timm is
 
 import thresholdnet.timm  # noqa: E402, F401  # registers; only where timm is
 

@@ -108,8 +108,7 @@ def _free(*modules: nn.Module) -> bool:
 
 def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
     return (
-        isinstance(module, nn.Conv2d)
-        and torchs_convolution(module)
+        torchs_convolution(module)
         and module.bias is None
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
@@ -121,8 +120,7 @@ def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
 def _pointwise(module: Any) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a 1x1 convolution of all channels and pixels, without bias or hooks."""
     return (
-        isinstance(module, nn.Conv2d)
-        and torchs_convolution(module)
+        torchs_convolution(module)
         and (module.bias, module.groups) == (None, 1)
         and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
         and _free(module)

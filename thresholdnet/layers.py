@@ -6,7 +6,7 @@ calls no module, so it must ask.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -61,7 +61,7 @@ def idle(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
 
 
-def torchs_convolution(module: nn.Module) -> bool:
+def torchs_convolution(module: Any) -> TypeGuard[nn.Conv2d]:
     """Whether a module convolves as nn.Conv2d does, whose class may only add to it: parametrizations do."""
     kind: Any = type(module)
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -87,8 +87,7 @@ class LinkedBlock(nn.Module):
         [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
         """
         if symbolic(x):
-            y = self._plain_forward(x)
-            return y if tail is None else nn.functional.conv2d(y, tail)
+            return self._plainly(x, tail)
         check_images("input of the block", x, self.in_channels)
         if tail is not None and not self.takes_tail:
             raise ValueError(
@@ -102,6 +101,9 @@ class LinkedBlock(nn.Module):
             self._ran = backend
         if backend != "reference":
             return self._fused_forward(x, backend, tail)
+        return self._plainly(x, tail)
+
+    def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
         return y if tail is None else nn.functional.conv2d(y, tail)
 
@@ -131,7 +133,11 @@ class LinkedBlock(nn.Module):
             )
         weights = {id(conv): conv.weight for conv in convolutions}  # once: a parametrization computes it each time
         first = weights[id(convolutions[0])]
-        check_whole(weights.values())
+        if any(map(sharded, weights.values())):
+            raise RuntimeError(
+                "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
+                "got sharded weights inside it"
+            )
         dtype = ops.autocast_dtype(x.device)
         if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
             x = x.to(dtype)
@@ -248,15 +254,6 @@ def shared_group(norms: Sequence[_BatchNorm]) -> Any:
 def sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which a process holds a part: so are FSDP2's weights until a module gathers them."""
     return hasattr(tensor, "device_mesh")
-
-
-def check_whole(weights: Iterable[Tensor]) -> None:
-    """Raise RuntimeError where a fused block's weights are sharded."""
-    if any(map(sharded, weights)):
-        raise RuntimeError(
-            "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
-            "got sharded weights inside it"
-        )
 
 
 def recomputing() -> bool:
