@@ -59,12 +59,14 @@ class Form:
     stages: int
     tensor_core: bool = True
     async_copies: bool = False
+    registers: int = 0  # a thread's at most, 0: the compiler's choice
 
     @property
     def name(self) -> str:
         """Key of the JSON table."""
         constants = ",".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in self.constants)
-        return f"sm_{self.architecture} {self.dtype} {self.kernel}[{constants}] w{self.warps} s{self.stages}"
+        most = f" r{self.registers}" if self.registers else ""
+        return f"sm_{self.architecture} {self.dtype} {self.kernel}[{constants}] w{self.warps} s{self.stages}{most}"
 
 
 @dataclass
@@ -106,7 +108,7 @@ def convolution_forms(architecture: int, dtype: str, ways: int = 2, tf32: bool =
             }  # fmt: skip
             yield Form(
                 "conv.convolution", architecture, dtype, tuple(constants.items()), config.warps, config.stages,
-                tensor_core=tf32, async_copies=True,
+                tensor_core=tf32, async_copies=True, registers=config.registers,
             )  # fmt: skip
 
 
@@ -123,8 +125,9 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
             "TF32": tf32, "VECTOR": vector,
         }  # fmt: skip
         yield Form(
-            "weight_gradient.weight_gradient", architecture, dtype, tuple(constants.items()), tile.warps, tile.stages
-        )
+            "weight_gradient.weight_gradient", architecture, dtype, tuple(constants.items()), tile.warps, tile.stages,
+            registers=tile.registers,
+        )  # fmt: skip
     for channels in (32, 512):
         readers = readers_config(capability, dtype, channels)
         constants = {
@@ -134,6 +137,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         yield Form(
             "readers.gather_readers", architecture, dtype, tuple(constants.items()), readers.warps, readers.stages,
             tensor_core=readers.columns >= 64,  # wgmma has 64 rows at least, and the tile is transposed
+            registers=readers.registers,
         )  # fmt: skip
     merge = {"BANDS": 4096, "BLOCK": 4}
     end = {"TILE_COLUMNS": 32, "GROUP_H": 1, "GROUP_W": 1, "GROUP_CHANNELS": 0}
@@ -238,8 +242,11 @@ def compile_form(form: Form) -> Report:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", form.architecture, 32),
-        options={"num_warps": form.warps, "num_stages": form.stages, "launch_pdl": constants["PDL"]},
-    )
+        options={
+            "num_warps": form.warps, "num_stages": form.stages, "launch_pdl": constants["PDL"],
+            "maxnreg": form.registers or None,
+        },
+    )  # fmt: skip
     report, operations = _read(compiled.asm["cubin"], TENSOR_CORE[form.architecture])
     report.shared = compiled.metadata.shared
     report.faults = [*_faults(form, report), *(overlap_faults(compiled.asm, operations) if constants["PDL"] else ())]

@@ -160,7 +160,7 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         others = [
             configs.ReadersConfig(rows, columns, 4 if rows * columns <= 4096 else 8, stages, registers)
             for rows, columns in ((64, 64), (128, 64), (64, 32), (128, 32), (32, 64))
-            for stages, registers in ((2, 0), (3, 0), (2, 128))
+            for stages, registers in ((2, 0), (3, 0), (2, 168), (2, 128))
         ]
     else:
         choose = (capability, s.dtype, s.out_channels, s.kernel_size, pixels)
@@ -171,6 +171,8 @@ def tiles(work: Work, capability: Any) -> list[Any]:
         )  # what the rule takes where grouping does not fit
         others = [odd, *(each for tile in dict.fromkeys((rule, odd)) for each in _smaller(tile))]
         others += [replace(rule, stages=rule.stages + 1), replace(rule, warps=12 - rule.warps)]
+        if s.kernel_size == 3 and s.dtype in configs.HALF:  # copies of 8 bytes pass through L1, as 16 bytes' do not
+            others += [replace(tile, vector=4) for tile in (rule, odd)]
         if pixels <= 8192:  # more have tiles for every multiprocessor
             others += [replace(rule, splits=splits) for splits in (1, 2, 4, 8, 16)]
     kept = [rule]

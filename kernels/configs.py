@@ -275,7 +275,8 @@ def readers_config(capability: Capability, dtype: str, channels: int) -> Readers
     if dtype == "float32":
         return ReadersConfig(64, 64, 4, 2)
     if capability[0] == 9:
-        return ReadersConfig(128, 32, 4, 2) if channels <= 32 else ReadersConfig(64, 64, 4, 2)
+        # 168 registers: three programs on a multiprocessor; the compiler would take 210 and leave room for two
+        return ReadersConfig(128, 32, 4, 2) if channels <= 32 else ReadersConfig(64, 64, 4, 2, registers=168)
     return ReadersConfig(64, 64, 4, 3)
 
 

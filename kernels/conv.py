@@ -117,8 +117,7 @@ def _epilogue(
         tl.store(out + to, g, mask=mask)
         g = tl.where(row_valid[:, None], g.to(acc.dtype), 0.0)
         tl.store(partial + tile * 2 * all_columns + columns, tl.sum(g, 0))
-        xhat = (z - mean[None, :]) * rstd[None, :]
-        tl.store(partial + (tile * 2 + 1) * all_columns + columns, tl.sum(g * xhat, 0))
+        tl.store(partial + (tile * 2 + 1) * all_columns + columns, tl.sum(g * (z - mean[None, :]), 0) * rstd)
 
 
 @triton.jit(

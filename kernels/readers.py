@@ -120,6 +120,11 @@ def gather_readers(
     f = tl.load(feature + (pixel * (feature_row8 * 8))[:, None] + feature_at[None, :], mask=mask, other=0.0)
     center = tl.load(mean + channel, mask=real, other=0.0)
     width = tl.load(rstd + channel, mask=real, other=0.0)
+    out_at = tl.load(out_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
+    out_at = tl.max_contiguous(tl.multiple_of(out_at, 8), 8)
+    to = out + (pixel * (out_row8 * 8))[:, None] + out_at[None, :]
+    if ADD:  # asked for with the features: behind the loop nothing would hide the time it takes to arrive
+        before = tl.load(to, mask=mask, other=0.0)
     xhat = (tl.trans(f).to(ACC) - center[:, None]) * width[:, None]
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
     for reader in tl.range(0, readers, num_stages=STAGES):
@@ -143,10 +148,7 @@ def gather_readers(
         tl.store(sums, tl.sum(g, 1))
         tl.store(sums + all_columns, tl.sum(g * xhat, 1))
     result = tl.trans(total * width[:, None])
-    out_at = tl.load(out_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
-    out_at = tl.max_contiguous(tl.multiple_of(out_at, 8), 8)
-    to = out + (pixel * (out_row8 * 8))[:, None] + out_at[None, :]
     if ADD:
-        result += tl.load(to, mask=mask, other=0.0).to(ACC)
+        result += before.to(ACC)
     result = tl.where(real[None, :], result, 0.0)
     tl.store(to, result.to(out.dtype.element_ty), mask=mask)
