@@ -146,6 +146,7 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("norm.merge_statistics", {**merge, "ONCE": True}),
         ("affine.batch_norm_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.merge_sums", merge),
+        ("affine.batch_norm_vectors", {"EPS": 1e-5, "BLOCK": 256}),
         ("affine.pack_affine", {"EPS": 1e-5, "BLOCK": 256}),
         ("norm.slot_statistics", {"TILE_ROWS": 64, "BLOCK": 64}),
         *(("norm.normalise", {"EPS": eps, "ACTIVATION": 1, "TILE_ROWS": 64, "BLOCK": 64}) for eps in (None, 1e-5)),

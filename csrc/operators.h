@@ -61,6 +61,16 @@ const A* vector(const char* op, const std::string& name, const Tensor& t, int64_
   return static_cast<const A*>(t.data_ptr());
 }
 
+// A layer's own vector, in the element type.
+template <class E>
+const E* parameter(const char* op, const std::string& name, const Tensor& t, int64_t length, const Tensor& like) {
+  if (t.dim() != 1 || t.size(0) != length || !t.is_contiguous() || t.scalar_type() != like.scalar_type())
+    refuse(op, ": ", name, " must be a contiguous vector of ", length, " elements of gamma's dtype, got shape ",
+           listed(t.sizes()));
+  same_device(op, name, t, like);
+  return static_cast<const E*>(t.data_ptr());
+}
+
 template <class A>
 Norm<A> norm_of(
     const char* op, const Tensor& scale, const Tensor& shift, const Tensor& mean, const Tensor& rstd, int64_t channels,
@@ -274,6 +284,27 @@ struct Operators {
     });
   }
 
+  static Tensor batch_norm_vectors(
+      Tensor gamma, Tensor beta, Tensor mean, Tensor variance, double eps, double pixels) {
+    const char* op = "batch_norm_vectors";
+    const int64_t channels = gamma.numel();
+    const std::vector<int64_t> shape{7, channels};
+    const Tensor made = torch::stable::empty(
+        shape, wide_type(gamma), std::nullopt, gamma.device(), std::nullopt, MemoryFormat::Contiguous);
+    by_type(op, gamma, [&](auto element) {
+      using E = decltype(element);
+      using A = typename Wide<E>::type;
+      const E* factor = parameter<E>(op, "gamma", gamma, channels, gamma);
+      const E* constant = parameter<E>(op, "beta", beta, channels, gamma);
+      const A* center = vector<A>(op, "mean", mean, channels, gamma);
+      const A* spread = vector<A>(op, "variance", variance, channels, gamma);
+      Device(op, gamma).batch_norm_vectors(
+          factor, constant, center, spread, static_cast<A>(eps), static_cast<A>(pixels), channels,
+          static_cast<A*>(made.data_ptr()));
+    });
+    return made;
+  }
+
   static Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
     const char* op = "max_pool2d";
     const Pool pool = pool_of(op, x, kernel, stride, padding);
@@ -347,6 +378,7 @@ struct Operators {
     m.impl("mask_sums", TORCH_BOX(&Operators::mask_sums));
     m.impl("send", TORCH_BOX(&Operators::send));
     m.impl("linear", TORCH_BOX(&Operators::linear));
+    m.impl("batch_norm_vectors", TORCH_BOX(&Operators::batch_norm_vectors));
     m.impl("max_pool2d", TORCH_BOX(&Operators::max_pool2d));
     m.impl("max_pool2d_backward", TORCH_BOX(&Operators::max_pool2d_backward));
   }

@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
   // where it is many deviations, b z and b mean would cancel.
   m.def("linear(Tensor g, Tensor z, Tensor? a, Tensor b, Tensor c, Tensor? mean, Tensor(a!) out) -> ()");
 
+  // What a BatchNorm is to its backward, [7, C] in mean's dtype: gamma, beta, scale = gamma rstd, shift = beta - mean
+  // scale, rstd = 1 / sqrt(variance + eps), -scale / pixels and -scale rstd / pixels.
+  m.def(
+      "batch_norm_vectors(Tensor gamma, Tensor beta, Tensor mean, Tensor variance, float eps, float pixels) "
+      "-> Tensor");
+
   // Max-pooling as torch.nn.functional.max_pool2d, NaN and ties included; backward finds the maxima again in x.
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, int kernel_size, int stride, int padding) -> Tensor");

@@ -39,6 +39,38 @@ def batch_norm_affine(
     tl.store(affine + channels + channel, shift, mask=real)
 
 
+@triton.jit(  # parts of longer rows, of any alignment
+    do_not_specialize=["channels", "pixels"], do_not_specialize_on_alignment=["mean", "variance"]
+)
+def batch_norm_vectors(
+    gamma, beta, mean, variance, made, channels, pixels, EPS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """gamma, beta (of any dtype), mean, variance [channels] -> made [7, channels]; grid (blocks,).
+
+    Rows: gamma, beta, scale, shift, rstd = 1 / sqrt(variance + eps), -scale / pixels, -scale rstd / pixels.
+    """
+    ACC: tl.constexpr = made.dtype.element_ty
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = channel < channels
+    to = made + channel
+    wait_for_predecessor(PDL)
+    factor = tl.load(gamma + channel, mask=real, other=0.0).to(ACC)
+    constant = tl.load(beta + channel, mask=real, other=0.0).to(ACC)
+    center = tl.load(mean + channel, mask=real, other=0.0)
+    spread = tl.load(variance + channel, mask=real, other=1.0)
+    scale, shift = affine_of(factor, constant, center, spread, EPS)
+    rstd = tl.rsqrt(spread + EPS)
+    share = -scale / pixels.to(ACC)
+    tl.store(to, factor, mask=real)
+    tl.store(to + channels, constant, mask=real)
+    tl.store(to + 2 * channels, scale, mask=real)
+    tl.store(to + 3 * channels, shift, mask=real)
+    tl.store(to + 4 * channels, rstd, mask=real)
+    tl.store(to + 5 * channels, share, mask=real)
+    tl.store(to + 6 * channels, share * rstd, mask=real)
+
+
 @triton.jit(do_not_specialize=["length", "channels", "columns"])
 def pack_affine(
     gamma, beta, statistics, channel, column, affine, used, length, channels, columns,

@@ -56,8 +56,8 @@ from .tuned import Shape, choice
 from .weight_gradients import reduce_splits, weight_gradient
 
 __all__ = [
-    "Mask", "batch_norm_affine", "bn_backward", "conv", "gradient", "gradient_of_readers", "normalise", "pack",
-    "reduce_splits", "slot_statistics", "weight_gradient",
+    "Mask", "batch_norm_affine", "batch_norm_vectors", "bn_backward", "conv", "gradient", "gradient_of_readers",
+    "normalise", "pack", "reduce_splits", "slot_statistics", "weight_gradient",
 ]  # fmt: skip
 
 PLAIN, STATISTICS, BIAS, MASK, PARTIAL = 0, 1, 2, 3, 4
@@ -261,6 +261,22 @@ def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tenso
         )  # fmt: skip
     scale, shift = out
     return scale, shift
+
+
+def batch_norm_vectors(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, pixels: int) -> Tensor:
+    """What a BatchNorm is to its backward, [7, C] in the statistics' dtype; all tensors [C], on one device.
+
+    Rows: gamma, beta, scale, shift, rstd, -scale / pixels and -scale rstd / pixels.
+    """
+    channels = mean.shape[0]
+    vectors = [vector if vector.is_contiguous() else vector.contiguous() for vector in (gamma, beta, mean, variance)]
+    made = torch.empty(7, channels, dtype=mean.dtype, device=mean.device)
+    with on_device_of(made):
+        start(
+            device_affine.batch_norm_vectors, (cdiv(channels, 256),),
+            *vectors, made, channels, pixels, EPS=eps, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    return made
 
 
 def normalise(

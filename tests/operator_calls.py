@@ -20,7 +20,8 @@ from torch.nn.grad import conv2d_weight
 from thresholdnet.backends import elementwise
 
 OPERATORS = (
-    "gather", "moments", "mask_sums", "send", "linear", "max_pool2d", "max_pool2d_backward", "weight_gradient",
+    "gather", "moments", "mask_sums", "send", "linear", "batch_norm_vectors", "max_pool2d", "max_pool2d_backward",
+    "weight_gradient",
 )  # fmt: skip
 WINOGRAD_OPERATORS = ("winograd_transform", "winograd_weights", "winograd_conv", "winograd_weight_gradient")
 
@@ -196,6 +197,15 @@ class Call:
         out = g if self.case.into == 1 else self.pixels(self.total)
         wide = [None if v is None else v.double() for v in (g, z, a, b, c, mean)]
         return [g, z, a, b, c, mean, out], [out], [elementwise.linear(*wide, False)], None
+
+    def batch_norm_vectors(self) -> Any:
+        gamma, beta = (on_grid((self.total,), self.case.seed + j, self.case.dtype) for j in (1, 2))
+        mean, variance = self.vectors(2)
+        operands = [gamma, beta, mean, variance.abs_().add_(0.125)]
+        eps, pixels = 1 / 64, 1 + self.case.seed % 1000
+        wanted = elementwise.batch_norm_vectors(*double(operands), eps, pixels)
+        bound = wanted.abs() + (mean.double() * wanted[2]).abs()  # shift is a difference
+        return [*operands, eps, float(pixels)], [], [], (wanted, bound)
 
     def max_pool2d(self) -> Any:
         x = self.values(self.total or 1, ALL)  # torch refuses images of no channels

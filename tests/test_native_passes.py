@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerances import assert_one_pass
 
 from thresholdnet.backends import csrc, elementwise
 
@@ -17,3 +18,32 @@ def test_a_mean_of_many_deviations_does_not_cancel(passes, dtype, bits):
     three, five = torch.full_like(mean, 3), torch.full_like(mean, 5)
     made = passes.linear(g, distance + 2.0**bits, None, three, five, mean, False)
     assert torch.equal(made, 3 * distance + 6)
+
+
+@pytest.mark.parametrize("passes", PASSES, ids=("C++", "torch"))
+@pytest.mark.parametrize("wide", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_batch_norm_vectors(passes, dtype, wide):
+    """Written out; parameters narrower or wider than the statistics, which need not be dense."""
+    gamma, beta = torch.randn(20, 2).to(dtype).T
+    mean, variance = torch.rand(20, 2, dtype=wide).T
+    made = passes.batch_norm_vectors(gamma, beta, mean, variance, 1e-3, 50)
+    assert made.dtype == wide
+    rstd = (variance.double() + 1e-3).rsqrt()
+    scale = gamma.double() * rstd
+    rows = [gamma.double(), beta.double(), scale, beta.double() - mean.double() * scale, rstd, -scale / 50]
+    assert_one_pass(made, torch.stack([*rows, -scale / 50 * rstd]), wide)
+    affine = passes.batch_norm_affine(gamma, beta, mean, variance, 1e-3)
+    assert_one_pass(torch.stack(affine), torch.stack(rows[2:4]), wide)
+
+
+@pytest.mark.parametrize("passes", PASSES, ids=("C++", "torch"))
+def test_batch_norm_vectors_of_channels_and_ranks(passes):
+    """An eps of each channel, and the pixels of all ranks as a tensor."""
+    gamma, beta, mean, variance, eps = torch.rand(5, 20, dtype=torch.float64)
+    made = passes.batch_norm_vectors(gamma, beta, mean, variance, eps, torch.tensor(50))
+    each = [
+        passes.batch_norm_vectors(*(v[i : i + 1] for v in (gamma, beta, mean, variance)), eps[i].item(), 50)
+        for i in range(20)
+    ]
+    assert_one_pass(made, torch.cat(each, 1), torch.float64)

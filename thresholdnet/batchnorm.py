@@ -6,7 +6,7 @@ an eps and a selection of channels of its own; so per-channel vectors are kept o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -49,7 +49,9 @@ class Norm(NamedTuple):
 
 def linear_terms(q: Tensor, r: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
     """q and r; with `share` [2, C] r and q are sums still, multiplied by its rows."""
-    return (q, r) if share is None else (share[1] * q, share[0] * r)
+    if share is not None:
+        r, q = share * paired(r, q)
+    return q, r
 
 
 def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, fixed: bool) -> Norm:
@@ -59,9 +61,21 @@ def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps:
     return Norm(gamma, beta, mean, rstd, scale, torch.addcmul(beta.to(mean.dtype), mean, scale, value=-1), fixed)
 
 
+def batch_norm_vectors(
+    gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, pixels: int | Tensor
+) -> Tensor:
+    """What a BatchNorm is to its backward, [7, C] in mean's dtype: gamma, beta, scale, shift, rstd and `Norm.share`.
+
+    Backends have it in one launch. Args: as in `batch_norm`; pixels: that statistics were taken over.
+    """
+    norm = batch_norm(gamma.to(mean.dtype), beta.to(mean.dtype), mean, variance, eps, False)
+    constant = norm.scale / -pixels
+    return torch.stack([norm.gamma, norm.beta, *norm.affine, norm.rstd, constant, constant * norm.rstd])
+
+
 def backward_norms(
     parameters: Sequence[tuple[Tensor, Tensor]], statistics: Sequence[Tensor], eps: Sequence[float],
-    fixed: Sequence[bool], pixels: int | Tensor,
+    fixed: Sequence[bool], pixels: int | Tensor, vectors: Callable[..., Tensor] = batch_norm_vectors,
 ) -> list[Norm]:  # fmt: skip
     """BatchNorms for backward, all at once: on a GPU an operation on a few channels takes its launch's time.
 
@@ -70,20 +84,18 @@ def backward_norms(
         statistics: mean and biased variance of each, [2, C].
         eps, fixed: of each.
         pixels: that statistics were taken over.
+        vectors: a backend's `batch_norm_vectors`.
     """
     if not statistics:
         return []
     widths = [used.shape[1] for used in statistics]
     mean, variance = _joined(statistics)
-    gamma, beta = (_joined(each).to(mean.dtype) for each in zip(*parameters, strict=True))
-    same = len(set(eps)) == 1
-    every = batch_norm(
-        gamma, beta, mean, variance,
-        eps[0] if same else _of_channels(tuple(eps), tuple(widths), mean.dtype, mean.device), False,
-    )  # fmt: skip
-    constant = every.scale / -pixels
-    share = torch.stack([constant, constant * every.rstd])
-    split = zip(*(vector.split(widths, dim=-1) for vector in (*every[:6], share)), strict=True)
+    gamma, beta = (_joined(each) for each in zip(*parameters, strict=True))
+    each_eps = eps[0] if len(set(eps)) == 1 else _of_channels(tuple(eps), tuple(widths), mean.dtype, mean.device)
+    made = vectors(gamma, beta, mean, variance, each_eps, pixels)
+    gamma, beta, scale, shift, rstd = made[:5]
+    every = (gamma, beta, mean, rstd, scale, shift, made[5:])
+    split = zip(*(vector.split(widths, dim=-1) for vector in every), strict=True)
     return [Norm._make((*own[:6], given, None if given else own[6])) for own, given in zip(split, fixed, strict=True)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import sync
 from .backends import elementwise
 from .backends.native import Verbs
-from .batchnorm import Norm, backward_norms, batch_norm, paired
+from .batchnorm import Norm, backward_norms, paired
 
 aten = torch.ops.aten
 
@@ -98,8 +98,8 @@ def forward(
         moments = running[0].to(wide), running[1].to(wide)
     else:
         moments = sync.merge(verbs.moments(z), counts, spec.group)
-    norm = batch_norm(gamma, beta, *moments, spec.eps, spec.fixed)
-    out = _convolved(spec, _activated(spec, verbs, z, norm.affine), weight)
+    affine = verbs.affine(gamma, beta, moments, spec.eps)
+    out = _convolved(spec, _activated(spec, verbs, z, affine), weight)
     return out.contiguous(memory_format=torch.channels_last), paired(*moments)
 
 
@@ -111,7 +111,7 @@ def backward(
     verbs = Verbs(None, z)
     z, grad = verbs.enter(z), grad.contiguous(memory_format=torch.channels_last)
     pixels = sync.total(counts, z.shape[0] * z.shape[2] * z.shape[3])
-    (norm,) = backward_norms([(gamma, beta)], [statistics], [spec.eps], [spec.fixed], pixels)
+    (norm,) = backward_norms([(gamma, beta)], [statistics], [spec.eps], [spec.fixed], pixels, verbs.batch_norm_vectors)
     needs_z, dweight = any(needs[:3]), None
     if weight is not None:
         read = _activated(spec, verbs, z, norm.affine)

@@ -4,6 +4,8 @@
 // are merged in the order of their chunks. Threads are torch's own (torch.set_num_threads).
 #define TORCH_TARGET_VERSION 0x020a000000000000  // as in ops.cpp
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -36,6 +38,15 @@ template <>
 const Kernels<double>& kernels() { return table().f64; }
 template <>
 const Kernels<bfloat16>& kernels() { return table().bf16; }
+
+float widened(float value) { return value; }
+double widened(double value) { return value; }
+float widened(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
 
 int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
@@ -133,6 +144,17 @@ struct Cpu {
     for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t last) {
       kernels<E>().linear(g, z, channels, a, b, c, mean, out, first, last);
     });
+  }
+
+  template <class E, class A>
+  void batch_norm_vectors(
+      const E* gamma, const E* beta, const A* mean, const A* variance, A eps, A pixels, int64_t channels,
+      A* made) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      const A g = widened(gamma[c]), b = widened(beta[c]), rstd = 1 / std::sqrt(variance[c] + eps), scale = g * rstd;
+      const A row[] = {g, b, scale, b - mean[c] * scale, rstd, -scale / pixels, -scale / pixels * rstd};
+      for (int64_t j = 0; j < 7; ++j) made[j * channels + c] = row[j];
+    }
   }
 
   template <class E>

@@ -52,6 +52,15 @@ class Launched {
     check(pixels::linear(g, z, channels, a, b, c, mean, out, rows, place_.stream()));
   }
 
+  template <class E, class A>
+  void batch_norm_vectors(
+      const E* gamma, const E* beta, const A* mean, const A* variance, A eps, A pixels, int64_t channels,
+      A* made) const {
+    if (channels) {
+      check(pixels::batch_norm_vectors(gamma, beta, mean, variance, eps, pixels, channels, made, place_.stream()));
+    }
+  }
+
   template <class E>
   void max_pool(const E* x, E* out, const Pool& pool, int64_t images) const {
     check(pixels::max_pool(x, out, pool, images, place_.stream()));

@@ -52,6 +52,12 @@ const char* linear(
     Rows<const E> g, Rows<const E> z, int64_t channels, Vector<E> a, Vector<E> b, Vector<E> c, Vector<E> mean,
     Rows<E> out, int64_t rows, void* stream);
 
+// See ../ops.cpp; vectors, not pixels.
+template <class E>
+const char* batch_norm_vectors(
+    const E* gamma, const E* beta, Vector<E> mean, Vector<E> variance, typename Wide<E>::type eps,
+    typename Wide<E>::type pixels, int64_t channels, Sums<E> made, void* stream);
+
 template <class E>
 const char* max_pool(const E* x, E* out, const Pool& pool, int64_t images, void* stream);
 

@@ -112,6 +112,17 @@ def test_halves_are_rounded_as_torch_rounds_them(emulated, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
+def test_batch_norm_vectors(emulated, channels, dtype):
+    gamma, beta = torch.randn(2, channels).to(dtype)
+    mean, variance = vectors(2, channels, dtype)
+    variance = variance.abs() + 0.1
+    made = emulated.batch_norm_vectors(gamma, beta, mean, variance, 1e-3, 70.0)
+    expected = elementwise.batch_norm_vectors(*double(gamma, beta, mean, variance), 1e-3, 70)
+    assert_one_pass(made, expected, wide(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments(shape, channels, dtype):
     held = Slice(pixels(shape, channels, dtype))

@@ -54,6 +54,20 @@ def test_batch_norm_affine(channels, dtype, wide):
     torch.testing.assert_close(shift, (beta.double() - mean.double() * expected).to(wide), **near)
 
 
+@pytest.mark.parametrize("wide", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", (1, 70, 256, 300))
+def test_batch_norm_vectors(channels, dtype, wide):
+    gamma, beta = torch.randn(2, channels).to(dtype)
+    mean, variance = torch.randn(2, 2 * channels, dtype=wide)[:, ::2].abs()  # not dense
+    made = launch.batch_norm_vectors(gamma, beta, mean, variance, 1e-3, 77)
+    rstd = (variance.double() + 1e-3).rsqrt()
+    scale = gamma.double() * rstd
+    rows = [gamma.double(), beta.double(), scale, beta.double() - mean.double() * scale, rstd, -scale / 77]
+    near = {"rtol": 1e-5, "atol": 1e-5} if wide == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(made, torch.stack([*rows, -scale / 77 * rstd]).to(wide), **near)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("given", ((), ("a",), ("mean",), ("a", "mean", "share")), ids=str)

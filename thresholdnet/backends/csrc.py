@@ -81,6 +81,25 @@ def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, sc
     return out
 
 
+def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Affine:
+    """See `elementwise.batch_norm_affine`."""
+    _, _, scale, shift, *_ = batch_norm_vectors(gamma, beta, mean, variance, eps, 1)
+    return scale, shift
+
+
+def batch_norm_vectors(
+    gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, pixels: int | Tensor
+) -> Tensor:
+    """See `batchnorm.batch_norm_vectors`."""
+    wide = torch.float64 if gamma.dtype == torch.float64 else torch.float32
+    alike = gamma.dtype == beta.dtype and mean.dtype == variance.dtype == wide
+    if isinstance(eps, Tensor) or isinstance(pixels, Tensor) or not alike or not takes(gamma):
+        return elementwise.batch_norm_vectors(gamma, beta, mean, variance, eps, pixels)
+    vectors = [vector.contiguous() for vector in (gamma, beta, mean, variance)]
+    made: Tensor = _operators().batch_norm_vectors(*vectors, eps, pixels)
+    return made
+
+
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """See `elementwise.moments`."""
     mean, variance = _operators().moments(_rows(z))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import batch_norm, linear_terms
+from ..batchnorm import linear_terms
 from ..constants import device_constant
 from ..kernels.device_tables import device_halo_table, device_pixels, device_table
 from ..kernels.operands import (
@@ -34,6 +34,7 @@ from ..kernels.operands import (
 )
 from ..kernels.slots import padded, whole
 from ..kernels.tuned import Shape, choice
+from . import csrc
 
 FORMS = {"gemm": 0, "wide": 1, "upright": 2}
 """The own kernels, as csrc/cuda/conv.h numbers them: implicit product, or tiles of 8 x 16 and 16 x 8 pixels."""
@@ -176,7 +177,12 @@ def gradient(
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `kernels.launch.batch_norm_affine`."""
-    return batch_norm(gamma, beta, mean, variance, eps, False).affine
+    return csrc.batch_norm_affine(gamma, beta, mean, variance, eps)
+
+
+def batch_norm_vectors(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, pixels: int) -> Tensor:
+    """See `kernels.launch.batch_norm_vectors`."""
+    return csrc.batch_norm_vectors(gamma, beta, mean, variance, eps, pixels)
 
 
 def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: str | None = "relu") -> None:

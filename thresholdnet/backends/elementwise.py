@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..batchnorm import batch_norm
+from ..batchnorm import batch_norm_vectors as batch_norm_vectors
+
 Affine = tuple[Tensor, Tensor]
 """scale and shift per channel."""
 
@@ -32,6 +35,11 @@ def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, sc
         return joined
     y = _normal(joined, affine)
     return (y.clamp_(0, 6) if activation == "relu6" else y.relu_()).to(joined.dtype)
+
+
+def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Affine:
+    """scale and shift [C] of a BatchNorm with these statistics, in their dtype."""
+    return batch_norm(gamma, beta, mean, variance, eps, False).affine
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:

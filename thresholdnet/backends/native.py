@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..batchnorm import NodeStatistics, batch_norm, linear_terms, paired
+from ..batchnorm import NodeStatistics, linear_terms, paired
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -150,7 +150,15 @@ class Verbs:
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
         """scale and shift [C] of a BatchNorm with these statistics, in their dtype."""
-        return batch_norm(gamma, beta, *moments, eps, False).affine
+        scale, shift = self.passes.batch_norm_affine(gamma, beta, *moments, eps)
+        return scale, shift
+
+    def batch_norm_vectors(
+        self, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, pixels: int | Tensor
+    ) -> Tensor:
+        """See `batchnorm.batch_norm_vectors`."""
+        made: Tensor = self.passes.batch_norm_vectors(gamma, beta, mean, variance, eps, pixels)
+        return made
 
     def affine_of_nodes(
         self, weight: Any, gamma: Tensor, beta: Tensor, statistics: NodeStatistics, nodes: tuple[int, ...], eps: float

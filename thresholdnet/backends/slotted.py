@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batchnorm import NodeStatistics
+from ..batchnorm import NodeStatistics, batch_norm_vectors
 from ..kernels import slots
 from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
@@ -78,6 +78,13 @@ class Verbs:
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:
         return self.launch.batch_norm_affine(gamma, beta, *moments, eps)
+
+    def batch_norm_vectors(
+        self, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float | Tensor, pixels: int | Tensor
+    ) -> Tensor:
+        if isinstance(eps, Tensor) or isinstance(pixels, Tensor):
+            return batch_norm_vectors(gamma, beta, mean, variance, eps, pixels)
+        return self.launch.batch_norm_vectors(gamma, beta, mean, variance, eps, pixels)
 
     def affine_of_nodes(
         self, weight: Any, gamma: Tensor, beta: Tensor, statistics: NodeStatistics, nodes: tuple[int, ...], eps: float

@@ -113,7 +113,8 @@ class Block:
         """All BatchNorms in forward order, from the statistics that forward returned."""
         layers = range(1, self.plan.num_layers + 1)
         own = [(self.weight(i, at), self.weight(i, at + 1)) for i in layers for at in self.norms]
-        return backward_norms(own, statistics, self.spec.eps, self.spec.fixed, self.pixels)
+        vectors = self.verbs.batch_norm_vectors
+        return backward_norms(own, statistics, self.spec.eps, self.spec.fixed, self.pixels, vectors)
 
     def fixed(self, layer: int, which: int) -> bool:
         return self.spec.fixed[self.place(layer, which)]
