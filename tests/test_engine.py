@@ -348,6 +348,19 @@ def _call(block, x, tail=(), masks=(), drop=0.0, backend="native", recompute=Fal
     )  # fmt: skip
 
 
+def test_inference_returns_no_statistics(unit, backend):
+    """Nobody would read them, and each would be an operation; a call for backward or in training returns all."""
+    block = _block(links.harmonic(4), unit)
+    x, norms = torch.randn(2, 7, 5, 4, dtype=F64), _norms(block)
+    running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+    for fixed, save, count in ((True, False, 0), (True, True, len(norms)), (False, False, len(norms))):
+        _, statistics, _ = ops.block(
+            x, list(block.parameters()), running, block.plan.to_text(), [n.eps for n in norms], [fixed] * len(norms),
+            "relu", backend, save, False, [], None, 0.0, "",
+        )  # fmt: skip
+        assert len(statistics) == count
+
+
 @pytest.mark.parametrize("width", [6, 8])
 def test_a_pointwise_convolution_behind_the_block(width, backend):
     block = _block(links.harmonic(4), "conv_bn_relu")

@@ -160,7 +160,8 @@ class LinkedBlock(nn.Module):
             ops.block, x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
             self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
         )  # fmt: skip
-        update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+        if statistics:
+            update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
         return y
 
     def _masks(self, x: Tensor) -> list[Tensor]:

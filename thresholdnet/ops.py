@@ -95,7 +95,7 @@ def _(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     norms: list[int] = []
-    for i, width in enumerate(structure.widths):
+    for i, width in enumerate(structure.widths if spec.reports else ()):
         bottleneck = structure.unit == "bottleneck"
         norms += [structure.link_widths[i], structure.bottleneck_widths[i]] if bottleneck else [width]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]

@@ -35,8 +35,8 @@ def forward(
         extras: see `Extras`.
 
     Returns:
-        The output (channels_last), the statistics used by each BatchNorm as [2, C] (mean, biased variance), and what
-        backward needs beyond inputs, output and statistics (empty unless spec.save).
+        The output (channels_last), the statistics used by each BatchNorm as [2, C] (mean, biased variance; empty unless
+        spec.reports), and what backward needs beyond inputs, output and statistics (empty unless spec.save).
     """
     return _unit(spec.plan)(spec, x, parameters, extras).forward(running)
 

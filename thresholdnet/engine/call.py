@@ -45,6 +45,11 @@ class Spec(NamedTuple):
         return self.plan.returns_features and load(self.backend).output_holds_features(self.plan)
 
     @property
+    def reports(self) -> bool:
+        """Whether a call returns the statistics that it used: backward and running statistics alone ask for them."""
+        return self.save or not all(self.fixed)
+
+    @property
     def keeps_input(self) -> bool:
         """Whether backward needs the block's input, beyond its shape."""
         return not self.keeps_output and load(self.backend).needs_input(self.plan)
@@ -180,7 +185,8 @@ class Block:
         return running[index].to(self.wide), running[index + 1].to(self.wide)
 
     def note(self, mean: Tensor, variance: Tensor) -> None:
-        self.used.append(paired(mean, variance))
+        if self.spec.reports:
+            self.used.append(paired(mean, variance))
 
     def lowest_needed(self, needs: Sequence[bool]) -> int:
         """First node whose gradient somebody asked for: backward stops there."""
