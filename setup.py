@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = Path("build/csrc")  # below ROOT, and not pip's temporary folder: the next build takes up from here
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # those of them that nvcc knows
+ARCHITECTURES = "8.0;9.0;10.0"  # those of them that nvcc knows, the last of those as PTX too
 OLDEST_ARCHITECTURE = 80  # bf16 on tensor cores, asynchronous copies
 WINDOWS = sys.platform == "win32"
 
@@ -105,6 +105,8 @@ def architectures(compiler: str) -> list[str]:
     if not wished:
         known = output([compiler, "--list-gpu-code"]).split()
         wished = [name for name in ARCHITECTURES.split(";") if f"sm_{number(name)}" in known]
+        if wished:
+            wished[-1] += "+PTX"  # newer GPUs compile that
     new = [name for name in wished if int(number(name).rstrip("af")) >= OLDEST_ARCHITECTURE]
     if not new:
         raise Missing(f"the CUDA kernels need capability 8.0 or newer, got {';'.join(wished) or 'none from nvcc'}")

@@ -230,21 +230,25 @@ INLINE Span window(int64_t at, int64_t size, const Pool& pool) {
   return {start < 0 ? 0 : start, end < size ? end : size};
 }
 
+// Positions inside a window: integers of A's size, since float has no numbers for those from 2^24 on.
+template <class A, int W>
+using Places = decltype(Vec<A, W>{} > Vec<A, W>{});
+
 // The maximum of a window and its position in row-major order: the first of equals, the last NaN, as torch has it.
 template <int W, class E>
 INLINE void maximum(
     const E* x, const Pool& pool, Span rows, Span columns, Vec<typename Wide<E>::type, W>& best,
-    Vec<typename Wide<E>::type, W>& place) {
+    Places<typename Wide<E>::type, W>& place) {
   using A = typename Wide<E>::type;
   best = load<W>(x + (rows.first * pool.width + columns.first) * pool.channels);
-  place = Vec<A, W>{};
-  A position = 0;
+  place = Places<A, W>{};
+  int32_t position = 0;
   for (int64_t y = rows.first; y < rows.last; ++y) {
     for (int64_t at = columns.first; at < columns.last; ++at, position += 1) {
       const auto v = load<W>(x + (y * pool.width + at) * pool.channels);
       const auto better = (v > best) | (v != v);
       best = better ? v : best;
-      place = better ? Vec<A, W>{} + position : place;
+      place = better ? Places<A, W>{} + position : place;
     }
   }
 }
@@ -259,7 +263,8 @@ void max_pool(const E* x, E* out, Pool pool, int64_t first, int64_t last) {
       E* to = out + (y * pool.out_width + at) * pool.channels;
       lanes<A>(pool.channels, [&](int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
-        Vec<A, W> best, place;
+        Vec<A, W> best;
+        Places<A, W> place;
         maximum<W>(x + c, pool, rows, columns, best, place);
         store<W>(to + c, best);
       });
@@ -283,10 +288,11 @@ void max_pool_backward(const E* grad, const E* x, E* out, Pool pool, int64_t fir
       const E* arriving = grad + (y * pool.out_width + at) * pool.channels;
       lanes<A>(pool.channels, [&](int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
-        Vec<A, W> best, place;
+        Vec<A, W> best;
+        Places<A, W> place;
         maximum<W>(x + c, pool, rows, columns, best, place);
         const auto g = load<W>(arriving + c);
-        A position = 0;
+        int32_t position = 0;
         for (int64_t row = rows.first; row < rows.last; ++row) {
           for (int64_t column = columns.first; column < columns.last; ++column, position += 1) {
             if (row < first || row >= last) continue;

@@ -7,12 +7,14 @@ libraries are optional: `reason` and `cuda_reason` say why one is missing. THRES
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import elementwise, libraries
 from .elementwise import Affine, Averages
@@ -54,7 +56,22 @@ def takes(x: Tensor) -> bool:
 
 @lru_cache(maxsize=64)
 def _runs_on(device: torch.device) -> bool:
-    return cuda_reason() is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether CUDA's library runs on a GPU, which is tried: it may have no code for it, or need a newer driver."""
+    if cuda_reason() is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    with _disable_current_modes():  # a fake tensor would launch nothing
+        pixel = torch.zeros(1, 1, 1, 1, device=device)
+        try:
+            _operators().moments(pixel)
+        except RuntimeError as error:
+            warnings.warn(
+                f"the CUDA library does not run on {device} ({error}), and torch's operations take its place: install "
+                "thresholdnet again, with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+    return True
 
 
 def instructions() -> str:
@@ -83,8 +100,8 @@ def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, sc
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Affine:
     """See `elementwise.batch_norm_affine`."""
-    _, _, scale, shift, *_ = batch_norm_vectors(gamma, beta, mean, variance, eps, 1)
-    return scale, shift
+    made = batch_norm_vectors(gamma, beta, mean, variance, eps, 1)
+    return made[2], made[3]
 
 
 def batch_norm_vectors(
