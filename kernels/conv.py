@@ -113,9 +113,9 @@ def _epilogue(
         mean = tl.load(vector2 + channel, mask=stored & real, other=0.0).to(acc.dtype)
         rstd = tl.load(vector3 + channel, mask=stored & real, other=0.0).to(acc.dtype)
         passes = passes_gradient(z * scale[None, :] + shift[None, :], ACTIVATION)
-        g = tl.where(passes, acc, 0.0).to(dtype)
+        g = tl.where(passes, acc, 0.0).to(dtype)  # rows past the end have read zeros: theirs is 0
         tl.store(out + to, g, mask=mask)
-        g = tl.where(row_valid[:, None], g.to(acc.dtype), 0.0)
+        g = g.to(acc.dtype)
         tl.store(partial + tile * 2 * all_columns + columns, tl.sum(g, 0))
         tl.store(partial + (tile * 2 + 1) * all_columns + columns, tl.sum(g * (z - mean[None, :]), 0) * rstd)
 

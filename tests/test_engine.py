@@ -348,6 +348,7 @@ def _call(block, x, tail=(), masks=(), drop=0.0, backend="native", recompute=Fal
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("unit", UNITS)
 def test_inference_returns_no_statistics(unit, backend):
     """Nobody would read them, and each would be an operation; a call for backward or in training returns all."""
     block = _block(links.harmonic(4), unit)
