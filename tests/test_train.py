@@ -161,8 +161,8 @@ def test_resume_repeats_dropout_and_adam(tmp_path: Path, monkeypatch: pytest.Mon
     """Dropout draws from the global stream: it must not depend on what ran before in the process."""
     from thresholdnet.train import run as run_module
 
-    def dropout_net(name: str, num_classes: int = 10, **_: Any) -> nn.Module:
-        head = nn.Linear(3 * 64, num_classes)
+    def dropout_net(name: str, num_classes: int = 10, device: str | None = None, **_: Any) -> nn.Module:
+        head = nn.Linear(3 * 64, num_classes, device=device)
         return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Dropout(0.5), head)
 
     monkeypatch.setattr(run_module, "create_model", dropout_net)

@@ -5,6 +5,7 @@ Shape letters: N images of a split, H = W pixels.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,9 +160,13 @@ def read_square(path: str | Path, size: int) -> Tensor:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All image files below `folder`, by suffix, sorted; hidden files are left out."""
-    files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in files if not path.name.startswith("."))
+    """All image files below `folder`, by suffix, sorted; hidden files and folders are left out."""
+    found: list[Path] = []
+    for where, inside, names in os.walk(folder):  # unlike is_dir(), asks a file system once a folder
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        shown = (Path(where, name) for name in names if not name.startswith("."))
+        found += (path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(found)
 
 
 def missing_extra(library: str) -> RuntimeError:

@@ -265,4 +265,6 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """A name as matplotlib can write it: no formula between dollars, no bytes that are no text."""
+    shown = name if len(name) <= length else name[: length - 1] + "…"
+    return shown.encode(errors="replace").decode().replace("$", r"\$")

@@ -231,6 +231,9 @@ class DeviceLoader(_Position):
         if self.resized and self.crop_padding:
             boxes = self.there(random_boxes(count, generator))
             result = resized_crop(images.float(), boxes, self.there(flip), self.size)
+        elif self.resized:  # without a crop: the whole image, as FolderLoader has it, not the middle of its margin
+            whole = F.interpolate(images.float(), (self.size, self.size), mode="bilinear", antialias=True)
+            result = torch.where(self.there(flip)[:, None, None, None], whole.flip(3), whole)
         elif (self.train and (self.flip or self.crop_padding)) or side != self.size:
             room = side + 2 * self.crop_padding - self.size
             if self.crop_padding:

@@ -24,8 +24,9 @@ def main(application: typer.Typer = app, name: str = "thresholdnet") -> None:
         application(prog_name=name)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("THRESHOLDNET_TRACEBACK"):
+    except (TypeError, ValueError, OSError, RuntimeError, AssertionError) as error:
+        foreign = isinstance(error, AssertionError) and "not compiled" not in str(error)  # torch says so of a device
+        if foreign or os.environ.get("THRESHOLDNET_TRACEBACK"):
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)

@@ -93,6 +93,8 @@ def train_command(
         typed = _typed(context, {"out": "out_dir", "nodes": "num_nodes", "model_arg": "model_args",
                                  "recipe_arg": "recipe_args", "as_json": "quiet"})  # fmt: skip
         typed |= {"out_dir", "resume", "progress", "quiet"}
+        if recipe == saved.full_recipe().name:
+            typed.discard("recipe")  # the run's own, whose epochs and other fields are not to fall back to the defaults
         given = {key: value for key, value in given.items() if key in typed}
         config = replace(saved, **given)
     else:
@@ -214,13 +216,13 @@ def export_command(
         from ..checkpoint import load_checkpoint
 
         loaded = load_checkpoint(checkpoint)
-        network, side = loaded.model, image_size or loaded.image_size
+        network, side = loaded.model, loaded.image_size if image_size is None else image_size
         told = {"classes": loaded.classes, "mean": loaded.mean, "std": loaded.std}
     else:
         from ..models import create_model, from_pretrained
 
         network = create_model(model) if model is not None else from_pretrained(str(pretrained))
-        side = image_size or 224
+        side = 224 if image_size is None else image_size
     path = export(network, out, to, image_size=side)
     told = {"path": str(path), "bytes": path.stat().st_size, "image_size": side, **told}
     if as_json:

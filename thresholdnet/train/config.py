@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..checkpoint import read_checkpoint
+from ..checkpoint import INFO_KEY, read_checkpoint
+from ..data import ImageData
 from .recipes import Recipe, make_recipe
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -100,7 +101,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         checks.one_of("precision", self.precision, PRECISIONS)
         checks.one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
-        checks.integer("seed", self.seed, 0)
+        checks.integer("seed", self.seed, 0, 2**64 - 1)
         for name in ("devices", "num_nodes"):
             checks.integer(name, getattr(self, name), 1)
         for name in ("workers", "save_every"):
@@ -128,7 +129,10 @@ class TrainConfig:
 
     def full_recipe(self) -> Recipe:
         """The recipe with this config's own epochs, batch size, learning rate and other fields."""
-        return make_recipe(self.recipe, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, **self.recipe_args)
+        own = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        return make_recipe(
+            self.recipe, **self.recipe_args | {key: value for key, value in own.items() if value is not None}
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields, with the full recipe in place of its parts."""
@@ -140,16 +144,18 @@ class TrainConfig:
 
 def start_point(config: TrainConfig, out: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run; refuses whatever would lose or mix runs."""
-    last = out / "checkpoints" / "last.ckpt"
+    # best.ckpt stands alone after a kill between the two in the first epoch, or where somebody made room
+    files = [out / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
     if out.exists() and not out.is_dir():
         raise ValueError(f"out_dir {out} is a file; give a folder")
-    if not last.exists():
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
         return None
     if not config.resume:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out")
     check_same_run(config, out)
-    read_checkpoint(last)
-    return last
+    read_checkpoint(found)
+    return found
 
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
@@ -177,9 +183,24 @@ def _same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(f"cannot resume with another recipe {key}: the run has {had!r}, given {value!r}")
 
 
+def check_same_data(resume_from: Path, data: ImageData) -> None:
+    """Raise ValueError unless a checkpoint was trained on images of the same classes, and as many of them."""
+    info = read_checkpoint(resume_from)[INFO_KEY]
+    count = info.get("train_images", len(data.train))  # older checkpoints do not say
+    if tuple(info["classes"]) != data.classes or count != len(data.train):
+        raise ValueError(
+            f"cannot resume with other data: {resume_from} was trained on {count} images of "
+            f"{', '.join(info['classes'][:5])}, given {len(data.train)} of {', '.join(data.classes[:5])}"
+        )
+
+
 def process_counts(config: TrainConfig) -> tuple[int, int, int]:
     """(processes, rank, local rank) under torchrun or Lightning's own launcher, else of this config."""
     devices, nodes = device_counts(config)
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["gpu"] = any(here.values())
+    if not here.get(config.accelerator, True):
+        raise ValueError(f"accelerator must be one that this machine has, got {config.accelerator}; auto finds one")
     on_cpu = config.accelerator == "cpu" or not (torch.cuda.is_available() or config.accelerator != "auto")
     if config.sync_batchnorm and on_cpu:
         raise ValueError("sync_batchnorm needs GPUs: torch has no synchronised batch norm on the CPU")

@@ -8,6 +8,7 @@ small images today. Both are plain `Recipe` values, and any field can be replace
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -63,7 +64,9 @@ class Recipe:
     normalize: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if isinstance(self.milestones, str) or not isinstance(self.milestones, Sequence):
+            raise TypeError(f"milestones must be a list of epochs, got {self.milestones!r}")
+        object.__setattr__(self, "milestones", tuple(checks.integer("milestones entry", m, 0) for m in self.milestones))
         checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
         checks.one_of("schedule", self.schedule, SCHEDULES)
         for name in ("epochs", "batch_size"):
@@ -72,6 +75,8 @@ class Recipe:
             checks.integer(name, getattr(self, name), 0)
         for name in ("momentum", "warmup", "label_smoothing", "gamma"):
             checks.number(name, getattr(self, name), 0, 1)
+        for name in ("flip", "normalize"):
+            checks.boolean(name, getattr(self, name))
         checks.number("weight_decay", self.weight_decay, 0, 1)
         if not 0 < checks.number("lr", self.lr) < math.inf:
             raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
@@ -129,7 +134,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def make_recipe(base: str | Recipe = "modern", **overrides: Any) -> Recipe:
+def make_recipe(base: str | Recipe = "modern", /, **overrides: Any) -> Recipe:
     """A named recipe with some fields replaced.
 
     Args:

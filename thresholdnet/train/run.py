@@ -7,6 +7,7 @@ batches, learning rate and random stream are functions of (seed, step), and chec
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,17 @@ from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
 from ..loaders import make_loader
-from ..models import create_model, fuse_blocks
+from ..models import create_model, fuse_blocks, model_arguments
 from ..weights import load_released
 from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
 from .classifier import AtomicCheckpointIO, Classifier
-from .config import PRECISIONS, TrainConfig, device_counts, process_counts, start_point
+from .config import PRECISIONS, TrainConfig, check_same_data, device_counts, process_counts, start_point
 from .recipes import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SHEET_IMAGES = 32  # test images on predictions.png
 
@@ -68,7 +75,11 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     if recipe.batch_size % processes[0]:
         raise ValueError(f"batch_size must be a multiple of the {processes[0]} processes, got {recipe.batch_size}")
     resume_from = start_point(config, out)
-    create_model(config.model, device="meta", **config.model_args)  # a wrong name or argument shows before any download
+    own = model_arguments(config.model)
+    for key in config.model_args:
+        if key not in own:  # those of create_model itself, too: they are settings of their own
+            raise TypeError(f"model {config.model} takes {', '.join(own) or 'no arguments of its own'}, got {key!r}")
+    create_model(config.model, device="meta", **config.model_args)  # a wrong value shows before any download
     data = load_data(
         config.data,
         config.root,
@@ -76,13 +87,18 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
         image_size=config.image_size,
         limit=config.limit,
     )
+    if resume_from is not None:
+        check_same_data(resume_from, data)
+    # A step never holds more images than there are, and its learning rate is that of what it holds.
+    most = -(-len(data.train) // processes[0]) * processes[0]
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
+    _probe(config, data, recipe.batch_size, processes[0])
     torch.manual_seed(config.seed)
     model = create_model(config.model, num_classes=len(data.classes), **config.model_args)
     fuse_blocks(model, config.fused, config.backend, config.recompute)
     if config.weights is not None and resume_from is None:
         load_released(model, config.weights, head=None)
-    _probe(model, data.image_size)
-    with _quiet_lightning():
+    with _quiet_lightning(), _alone(out, processes[1]):
         run = _Run(config, recipe, data, model, out, processes, stop)
         return run.fit(resume_from)
 
@@ -160,6 +176,7 @@ class _Run:
             "in_chans": 3,
             "classes": list(self.data.classes),
             "image_size": self.data.image_size,
+            "train_images": len(self.data.train),
             "mean": list(self.mean),
             "std": list(self.std),
             "data": self.config.data,
@@ -168,12 +185,13 @@ class _Run:
         }
 
     def _prepare_folder(self) -> None:
-        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         moments = 2 if self.recipe.optimizer == "adam" else 1
         copies = 1 + moments + (self.config.ema is not None)
         need = 3 * copies * sum(v.numel() * v.element_size() for v in self.module.model.state_dict().values())
+        # Those of a run that is resumed lie there already; the two may be one file under two names.
+        there = {file.stat().st_ino: file.stat().st_size for file in (self.out / "checkpoints").glob("*.ckpt")}
         free = shutil.disk_usage(self.out).free
-        if free < need:
+        if free + sum(there.values()) < need:
             raise OSError(
                 f"too little room at {self.out}: three checkpoints need {need / 2**20:.0f} MiB, "
                 f"{free / 2**20:.0f} MiB are free"
@@ -278,7 +296,12 @@ class _Run:
             files |= {"confusion": self.out / "confusion.png", "predictions": self.out / "predictions.png"}
             loaded = load_checkpoint(self.checkpoints.best)
             report = evaluate_data(
-                loaded, self.data, batch_size=self.recipe.batch_size, device=device, keep=SHEET_IMAGES
+                loaded,
+                self.data,
+                batch_size=self.recipe.batch_size,
+                device=device,
+                workers=self.config.workers,
+                keep=SHEET_IMAGES,
             )
             figures.confusion(report["confusion"], loaded.classes, files["confusion"])
             sheet = report["samples"]
@@ -292,12 +315,40 @@ class _Run:
         return {name: str(path) for name, path in files.items()}
 
 
-@torch.no_grad()
-def _probe(model: nn.Module, size: int) -> None:
-    """One forward pass, so that images too small for the network are refused before any work."""
-    was_training = model.training
-    model.eval()(torch.zeros(1, 3, size, size))
-    model.train(was_training)
+def _probe(config: TrainConfig, data: ImageData, batch_size: int, processes: int) -> None:
+    """The epoch's smallest batch through the network, on the meta device: what it cannot take is refused before any
+    work.
+    """
+    shares = -(-len(data.train) // processes)
+    smallest = shares // -(-len(data.train) // batch_size)
+    model = create_model(config.model, num_classes=len(data.classes), device="meta", **config.model_args)
+    model.eval()(torch.zeros(1, 3, data.image_size, data.image_size, device="meta"))
+    try:
+        model.train()(torch.zeros(smallest, 3, data.image_size, data.image_size, device="meta"))
+    except ValueError as error:
+        raise ValueError(
+            f"batch_size must give each step more than one image for BatchNorm at {data.image_size}x{data.image_size} "
+            f"pixels, got batches of {smallest} from {len(data.train)} images at batch_size {batch_size}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(out: Path, rank: int) -> Iterator[None]:
+    """Keep a second run out of the folder; the system lets go of the lock when the process ends, however it ends."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank or fcntl is None:
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock: not inherited by workers that live on
+        except OSError as error:  # any other one: a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another run works in {out}; give another folder with --out") from error
+        for left in folder.glob(".*.tmp"):  # what a kill left of a write
+            left.unlink(missing_ok=True)
+        yield
 
 
 @contextlib.contextmanager
