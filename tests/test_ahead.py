@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -17,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from without_gpu import BENCH, python, require
 
 from thresholdnet import ahead, replay
-
-HOST_TIME = Path(__file__).resolve().parents[1] / "bench" / "host_time.py"
 
 
 class Compiled:
@@ -185,14 +180,10 @@ def test_what_was_made_without_kernels_does_not_wait_for_the_next_call():
 
 def with_silent_driver(code: str, tmp_path: Path) -> list[int]:
     """The numbers that code prints in a process whose Triton launches into a driver that does nothing, cache empty."""
-    pytest.importorskip("triton")
-    if not HOST_TIME.is_file():
-        pytest.skip("run outside a checkout")
-    if shutil.which(os.environ.get("CC", "cc")) is None:
-        pytest.skip("no C compiler")
+    require("host_time.py")
     head = f"""
 import pathlib, sys, threading
-sys.path.insert(0, {str(HOST_TIME.parent)!r})
+sys.path.insert(0, {str(BENCH)!r})
 import host_time
 silent = host_time.Silent(pathlib.Path({str(tmp_path)!r}))
 silent.install()
@@ -202,9 +193,7 @@ step = host_time.step_of(host_time.blocks_of("")[:1], "relu")
 def in_main_thread():
     return threading.current_thread() is threading.main_thread()
 """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "THRESHOLDNET_REPLAY": "1"}
-    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, check=False, env=env)
+    done = python("-c", head + code, TRITON_CACHE_DIR=str(tmp_path / "cache"), THRESHOLDNET_REPLAY="1")
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 

@@ -1,27 +1,13 @@
 """bench/host_time.py: replays through Triton's own launcher, into a driver that notes what arrives; no GPU needed."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from without_gpu import BENCH, python, require
 
-pytest.importorskip("triton")
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "host_time.py"
-if not SCRIPT.is_file():
-    pytest.skip("run outside a checkout", allow_module_level=True)
-if shutil.which(os.environ.get("CC", "cc")) is None:
-    pytest.skip("no C compiler", allow_module_level=True)
-
-
-def run(*arguments, **environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
-    )
+require("host_time.py")
+run = partial(python, BENCH / "host_time.py")
 
 
 def test_replays_launch_what_calls_launch(tmp_path):
@@ -46,7 +32,7 @@ def test_launches_overlap(tmp_path):
 def test_a_difference_is_found():
     code = f"""
 import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+sys.path.insert(0, {str(BENCH)!r})
 import host_time
 one = "7 1 1 1 128 0 0 7f0000001000 10 3".split()
 same, moved, odd, other, short = (text.split() for text in (
@@ -54,7 +40,7 @@ same, moved, odd, other, short = (text.split() for text in (
     "7 1 1 1 128 0 0 7f0000001000 10 4", "7 1 1 1 128 0 0 7f0000001000 10"))
 print([host_time.differing([one], [line]) for line in (same, moved, odd, other, short)], host_time.differing([one], []))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout.strip() == "[0, 1, 1, 1, 1] 1"
 
 

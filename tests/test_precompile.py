@@ -1,26 +1,12 @@
 """bench/precompile.py: kernels for a GPU that is not there, where a later process finds them."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from without_gpu import BENCH, python, require
 
-pytest.importorskip("triton")
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "precompile.py"
-if not SCRIPT.is_file():
-    pytest.skip("run outside a checkout", allow_module_level=True)
-if shutil.which(os.environ.get("CC", "cc")) is None:
-    pytest.skip("no C compiler", allow_module_level=True)
-
-
-def run(*arguments, **environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
-    )
+require("precompile.py")
+run = partial(python, BENCH / "precompile.py")
 
 
 def compiled(cache):
