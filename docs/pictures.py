@@ -202,6 +202,7 @@ def _recorded() -> tuple[list[tuple[str, set[Any], set[Any]]], dict[str, range]]
             self.launch: Any = SimpleNamespace(
                 conv=self._conv, normalise=self._normalise, gradient=self._gradient, bn_backward=self._bn_backward,
                 weight_gradient=self._weight_gradient, batch_norm_affine=cuda_launch.batch_norm_affine,
+                batch_norm_vectors=cuda_launch.batch_norm_vectors,
             )  # fmt: skip
 
         def _note(self, name: str, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:

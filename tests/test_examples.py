@@ -48,7 +48,8 @@ def served(tmp_path_factory):
     """A folder with a network trained on digits, exported, and pictures: six digits, and two photographs."""
     pytest.importorskip("onnx")
     folder = tmp_path_factory.mktemp("served")
-    run("train", *SMALL, "--epochs", 4, "--lr", 0.02, "--batch-size", 20, "--seed", 0, "--out", folder / "run")
+    # about half of the digits right: after four epochs it told as few as two apart, another two on another machine
+    run("train", *SMALL, "--epochs", 12, "--lr", 0.02, "--batch-size", 20, "--seed", 0, "--out", folder / "run")
     checkpoint = folder / "run" / "checkpoints" / "best.ckpt"
     about, _ = run("export", folder / "digits.onnx", "--checkpoint", checkpoint, "--json")
     (folder / "about.json").write_text(about)
