@@ -1,4 +1,4 @@
-"""What a network asks of its fused blocks, recorded from their operators on the meta device."""
+"""What a network asks of its fused blocks, recorded from their operators on the meta device, and asked again."""
 
 from __future__ import annotations
 
@@ -26,3 +26,34 @@ def fused_calls(network: Any, image: tuple[int, ...]) -> list[tuple[Any, list[An
     with Record():
         network.train()(torch.empty(image, device="meta"))
     return calls
+
+
+def activation_of(model: str) -> str:
+    """A network's activation."""
+    return "relu6" if "hardnet" in model else "relu"
+
+
+def training_of(call: tuple[Any, list[Any], str], activation: str, dtype: Any, of_parameters: Any) -> tuple[Any, ...]:
+    """(spec, x, parameters) of one of `fused_calls` in training, on Triton's kernels, with zeros for its tensors."""
+    import torch
+
+    from thresholdnet import engine
+    from thresholdnet.plan import BlockPlan
+
+    shape, sizes, text = call
+    plan = BlockPlan.from_text(text)
+    norms = plan.num_layers * (2 if plan.unit == "bottleneck" else 1)
+    spec = engine.Spec(plan, (1e-5,) * norms, (False,) * norms, activation, "triton", True)
+    x = torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last)
+    return spec, x, [torch.zeros(size, dtype=of_parameters) for size in sizes]
+
+
+def train(spec: Any, x: Any, parameters: list[Any]) -> None:
+    """Forward and backward through the engine, as its operators call it."""
+    import torch
+
+    from thresholdnet import engine, replay
+
+    out, used, saved = replay.call(engine.forward, spec, x, parameters, [], engine.NO_EXTRAS)
+    kept, needs = [out, *saved] if spec.keeps_output else saved, [True] * (1 + len(parameters))
+    replay.call(engine.backward, spec, torch.empty_like(out), x, parameters, used, kept, needs, engine.NO_EXTRAS)

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fused_calls import fused_calls
+from fused_calls import activation_of, fused_calls, train, training_of
 from silent import Silent
 
 MODELS = ("thresholdnet_v1", "hardnet68", "densenet121")
@@ -57,35 +57,16 @@ def blocks_of(model: str) -> list[tuple[Any, list[Any], str]]:
     return fused_calls(nn.Sequential(first, second), (2, 16, 8, 8))
 
 
-def activation_of(model: str) -> str:
-    """A network's activation."""
-    return "relu6" if "hardnet" in model else "relu"
-
-
 def step_of(blocks: list[tuple[Any, list[Any], str]], activation: str) -> Callable[[], None]:
-    """Forward and backward of blocks, one after the other, through the engine as its operators call it."""
+    """Forward and backward of blocks in bf16, one after the other."""
     import torch
 
-    from thresholdnet import engine, replay
-    from thresholdnet.plan import BlockPlan
-
-    calls = []
-    for shape, sizes, text in blocks:
-        plan = BlockPlan.from_text(text)
-        norms = plan.num_layers * (2 if plan.unit == "bottleneck" else 1)
-        spec = engine.Spec(plan, (1e-5,) * norms, (False,) * norms, activation, "triton", True)
-        x = torch.zeros(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        calls.append((spec, x, [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]))
+    calls = [training_of(block, activation, torch.bfloat16, torch.bfloat16) for block in blocks]
 
     @torch.no_grad()
     def step() -> None:
-        for spec, x, parameters in calls:
-            out, used, saved = replay.call(engine.forward, spec, x, parameters, [], engine.NO_EXTRAS)
-            kept = [out, *saved] if spec.keeps_output else saved
-            needs = [True] * (1 + len(parameters))
-            replay.call(
-                engine.backward, spec, torch.empty_like(out), x, parameters, used, kept, needs, engine.NO_EXTRAS
-            )
+        for call in calls:
+            train(*call)
 
     return step
 

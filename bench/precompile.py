@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fused_calls import fused_calls
+from fused_calls import activation_of, fused_calls, train, training_of
 from silent import Silent
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,30 +35,14 @@ def calls(options: argparse.Namespace, model: str) -> Iterator[Callable[[], None
     """Each fused block's training, forward and backward, and its inference."""
     import torch
 
-    from thresholdnet import create_model, engine
-    from thresholdnet.plan import BlockPlan
+    from thresholdnet import create_model
 
-    dtype, of_parameters = (getattr(torch, name) for name in (options.dtype, options.parameters or options.dtype))
+    dtypes = [getattr(torch, name) for name in (options.dtype, options.parameters or options.dtype)]
     network = create_model(model, num_classes=10, fused=True, backend="native", device="meta")
-    activation = "relu6" if "hardnet" in model else "relu"
-    for shape, sizes, text in fused_calls(network, (options.batch, 3, options.image, options.image)):
-        plan = BlockPlan.from_text(text)
-        norms = plan.num_layers * (2 if plan.unit == "bottleneck" else 1)
-        train = engine.Spec(plan, (1e-5,) * norms, (False,) * norms, activation, "triton", True)
-        x = torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last)
-        parameters = [torch.zeros(size, dtype=of_parameters) for size in sizes]
-        yield partial(_train, train, x, parameters)
-        yield partial(_infer, train._replace(fixed=(True,) * norms, save=False), x, parameters)
-
-
-def _train(spec: Any, x: Any, parameters: list[Any]) -> None:
-    import torch
-
-    from thresholdnet import engine, replay
-
-    out, used, saved = replay.call(engine.forward, spec, x, parameters, [], engine.NO_EXTRAS)
-    kept, needs = [out, *saved] if spec.keeps_output else saved, [True] * (1 + len(parameters))
-    replay.call(engine.backward, spec, torch.empty_like(out), x, parameters, used, kept, needs, engine.NO_EXTRAS)
+    for call in fused_calls(network, (options.batch, 3, options.image, options.image)):
+        spec, x, parameters = training_of(call, activation_of(model), *dtypes)
+        yield partial(train, spec, x, parameters)
+        yield partial(_infer, spec._replace(fixed=(True,) * len(spec.fixed), save=False), x, parameters)
 
 
 def _infer(spec: Any, x: Any, parameters: list[Any]) -> None:

@@ -147,7 +147,7 @@ def test_one_run_a_folder_and_no_leftovers(tmp_path: Path) -> None:
 def test_a_run_that_fits_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny(tmp_path))
     size = (tmp_path / "checkpoints" / "last.ckpt").stat().st_size
-    usage = shutil._ntuple_diskusage(10 * size, 0, int(2.5 * size))  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(10 * size, 0, int(2.5 * size))  # type: ignore[attr-defined]  # the tuple that disk_usage returns
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     train(tiny(tmp_path, epochs=2, resume=True))
     with pytest.raises(OSError, match="too little room"):
@@ -172,7 +172,7 @@ def test_a_torch_without_the_device_gets_one_sentence(
 
     monkeypatch.delenv("THRESHOLDNET_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(application)  # type: ignore[arg-type]
+        cli.main(application)  # type: ignore[arg-type]  # all that main does is call it
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: Torch not compiled with CUDA enabled\n"
 
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from . import _torchvision, densenet, hardnet, thresholdnet  # noqa: F401  # importing registers their models
 from ._network import FeaturePyramid, Network
-from ._registry import create_model, fuse_blocks, list_models, model_arguments
+from ._registry import check_arguments, create_model, fuse_blocks, list_models, model_arguments
 
 __all__ = [
-    "FeaturePyramid", "Network", "create_model", "from_pretrained", "fuse_blocks", "list_models", "model_arguments",
-    "save_pretrained",
+    "FeaturePyramid", "Network", "check_arguments", "create_model", "from_pretrained", "fuse_blocks", "list_models",
+    "model_arguments", "save_pretrained",
 ]  # fmt: skip
 
 

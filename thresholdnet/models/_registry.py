@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -76,11 +76,7 @@ def create_model(
         TypeError: an argument that the model does not take, or of the wrong type.
         RuntimeError: a backend asked for by name that cannot run here.
     """
-    own = model_arguments(name)
-    for key in arguments:
-        if key not in own:
-            takes = ", ".join(own) or "no arguments of its own"
-            raise TypeError(f"model {name} takes {takes}, got {key!r}")
+    check_arguments(name, arguments)
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
     boolean("features_only", features_only)
@@ -105,6 +101,15 @@ def create_model(
         config["features_only"] = True
     model.config = config  # type: ignore[assignment]  # plain data beside the modules, for save_pretrained
     return model
+
+
+def check_arguments(name: str, arguments: Iterable[str]) -> None:
+    """Raise TypeError for one that is not among `model_arguments(name)`; `create_model`'s own are not."""
+    own = model_arguments(name)
+    for key in arguments:
+        if key not in own:
+            takes = ", ".join(own) or "no arguments of its own"
+            raise TypeError(f"model {name} takes {takes}, got {key!r}")
 
 
 def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> int:

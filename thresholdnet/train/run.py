@@ -32,7 +32,7 @@ from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
 from ..loaders import make_loader
-from ..models import create_model, fuse_blocks, model_arguments
+from ..models import check_arguments, create_model, fuse_blocks
 from ..weights import load_released
 from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
 from .classifier import AtomicCheckpointIO, Classifier
@@ -42,7 +42,7 @@ from .recipes import Recipe
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 SHEET_IMAGES = 32  # test images on predictions.png
 
@@ -75,10 +75,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     if recipe.batch_size % processes[0]:
         raise ValueError(f"batch_size must be a multiple of the {processes[0]} processes, got {recipe.batch_size}")
     resume_from = start_point(config, out)
-    own = model_arguments(config.model)
-    for key in config.model_args:
-        if key not in own:  # those of create_model itself, too: they are settings of their own
-            raise TypeError(f"model {config.model} takes {', '.join(own) or 'no arguments of its own'}, got {key!r}")
+    check_arguments(config.model, config.model_args)  # create_model's own are settings of the run
     create_model(config.model, device="meta", **config.model_args)  # a wrong value shows before any download
     data = load_data(
         config.data,
