@@ -6,5 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subpr
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
+    import watched
 
     interpreter.install()
+    watched.install()
