@@ -287,6 +287,7 @@ struct Operators {
   static Tensor batch_norm_vectors(
       Tensor gamma, Tensor beta, Tensor mean, Tensor variance, double eps, double pixels) {
     const char* op = "batch_norm_vectors";
+    if (!gamma.defined()) refuse(op, ": gamma must be a vector, got no tensor");
     const int64_t channels = gamma.numel();
     const std::vector<int64_t> shape{7, channels};
     const Tensor made = torch::stable::empty(

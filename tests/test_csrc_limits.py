@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operator_calls import OPERATORS, Call, OperatorCase
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thresholdnet.backends import csrc
@@ -18,6 +19,23 @@ def test_max_pooling_tells_all_pixels_of_a_long_window_apart(dtype):
     y = csrc.max_pool2d(x, *window)
     assert y.tolist() == [[[[1.0]]]]
     assert csrc.max_pool2d_backward(y, x, *window).nonzero().tolist() == [[0, 0, 0, 2**24 + 1]]
+
+
+@pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")
+@pytest.mark.parametrize(
+    "name", sorted({*OPERATORS} - {"moments", "max_pool2d"})
+)  # of one tensor: torch finds no kernel
+def test_an_operand_that_is_missing_is_named(name):
+    """None in a tensor's place; torch's own words for it end in its C interface and a trace on stderr."""
+    case = OperatorCase(name, (8,), (2, 4, 6), torch.float32, 1, ((0, 0),), False, 0, False, (2, 2, 0), 0)
+    places = [place for place, argument in enumerate(Call(case).arguments) if isinstance(argument, torch.Tensor)]
+    assert places
+    for place in places:
+        call = Call(case)
+        call.arguments[place] = None
+        with pytest.raises(RuntimeError, match=f"^{name}: [a-z]+ must ") as refused:
+            call.run()
+        assert "API call failed" not in str(refused.value)
 
 
 class Refusing:
