@@ -93,6 +93,36 @@ def test_auto_takes_triton_where_a_gpu_has_measured_it(monkeypatch):
     assert chosen("cpu", torch.bfloat16) == "native"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_auto_leaves_to_native_what_tritons_offsets_cannot_hold(monkeypatch):
+    """A block's allocation of 2^31 elements or more, and more tiles than a grid takes: on a GPU, in half formats."""
+    monkeypatch.setattr(backends, "_reason", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(32, 8, 256, 256, device="cuda", dtype=torch.bfloat16)  # 2^21 pixels
+        assert backends.choose("auto", x, 1023) == "triton"
+        assert backends.choose("auto", x, 1024) == "native"
+        assert backends.choose("triton", x, 1024) == "triton"  # by name it says what is too large
+        assert backends.choose("auto", torch.empty(2**16 - 1, 8, 8, 8, device="cuda", dtype=x.dtype)) == "triton"
+        assert backends.choose("auto", torch.empty(2**16, 8, 8, 8, device="cuda", dtype=x.dtype)) == "native"
+        sources = [x, x[:, :3]]
+        seen = []
+        monkeypatch.setattr(backends, "candidates", lambda choice: ("triton", "native"))
+        monkeypatch.setattr(tn.functional, "choose", lambda *given: seen.append(given[2]) or "reference")
+        tn.functional.linked_conv2d(sources, x.new_empty(40, 11, 1, 1))
+    assert seen == [64]  # 8, 8 and 40 channels, in whole sectors
+
+
+@pytest.mark.parametrize(("unit", "row"), (("conv_bn_relu", 48), ("bottleneck", 96)))
+def test_blocks_tell_their_widest_row(unit, row, monkeypatch):
+    """Nodes of 7 + 12 + 12 channels in slots of 8, or two bottlenecks of 48."""
+    block = ThresholdBlock(7, links.dense(2), 12, unit=unit, fused=True)
+    seen = []
+    monkeypatch.setattr("thresholdnet.linked.pick", lambda names, choice, x, row: seen.append(row) or "reference")
+    block(torch.randn(2, 7, 4, 4))
+    assert seen == [row]
+
+
 @pytest.mark.parametrize(
     ("x", "came"),
     [

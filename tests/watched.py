@@ -13,6 +13,8 @@ Atomic operations are not followed: the kernels have none, and one that is met i
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import triton.runtime.interpreter as machine
@@ -22,19 +24,38 @@ class Fault(AssertionError):
     """A launch did what a GPU does not forgive."""
 
 
+def _nothing(**values):
+    """A program that is not chosen."""
+
+
+_chosen = [lambda index, grid: True]
+
+
+@contextmanager
+def programs(chosen):
+    """Launches run the programs alone for which chosen(index, grid) is true; what the others would write stays."""
+    _chosen.append(chosen)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
 class Launch:
     """Loads and stores of one launch: (program, number among its accesses, addresses, bytes each)."""
 
-    def __init__(self, name, tensors):
-        self.name = name
+    def __init__(self, executor, tensors):
+        self.executor, self.function, self.name = executor, executor.fn, executor.fn.__name__
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         spans = sorted((start, start + size) for start, size in storages.items() if size)
         self.starts, self.ends = (np.array(side, dtype=np.uint64) for side in zip(*spans, strict=True))
         self.program, self.time = -1, 0
         self.loads, self.stores = [], []
 
-    def begin(self, program):
-        self.program, self.time = program, 0
+    def begin(self, index, grid):
+        """The executor goes on with the program at `index`, and calls its `fn` next."""
+        self.program, self.time = int(np.ravel_multi_index(index, grid)), 0
+        self.executor.fn = self.function if _chosen[-1](index, grid) else _nothing
 
     def access(self, accesses, kind, pointers, mask):
         size = np.dtype(machine._get_np_dtype(pointers.get_element_ty())).itemsize
@@ -104,7 +125,7 @@ def install():
         tensors = [
             t for arg in bound for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, torch.Tensor)
         ]
-        launch = Launch(self.fn.__name__, tensors)
+        launch = Launch(self, tensors)
         launches.append(launch)
         try:
             call(self, *args, **kwargs)
@@ -119,7 +140,7 @@ def install():
     def watched_place(self, *index):
         place(self, *index)
         if launches:
-            launches[-1].begin(int(np.ravel_multi_index(index, self.grid_dim)))
+            launches[-1].begin(index, self.grid_dim)
 
     def watched_load(self, pointers, mask, *rest, **named):
         launches[-1].access(launches[-1].loads, "load", pointers, mask)

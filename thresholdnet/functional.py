@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops, transforms
 from .backends import choose
+from .kernels.slots import row_of
 
 
 def linked_conv2d(
@@ -37,7 +38,7 @@ def linked_conv2d(
     dtype = ops.autocast_dtype(weight.device)
     if dtype is not None:
         tensors, weight = [t.to(dtype) for t in tensors], weight.to(dtype)
-    name = choose(backend, tensors[0])
+    name = choose(backend, tensors[0], row_of([*(t.shape[1] for t in tensors), weight.shape[0]]))
     if name == "reference" or transforms.counted():
         z = F.conv2d(torch.cat(tensors, 1), weight, padding=weight.shape[2] // 2)
     else:

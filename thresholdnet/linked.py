@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .checks import one_of
+from .kernels.slots import row_of
 from .layers import hooked, states_inside
 from .links import Links
 from .plan import BlockPlan
@@ -44,6 +45,7 @@ class LinkedBlock(nn.Module):
         self._choice = backend if self.fused else "reference"
         self._candidates = candidates(self._choice)
         self._plan_text = self.plan.to_text()
+        self._widest_row = max(row_of(self.plan.node_widths), row_of(self.plan.bottleneck_widths))
         self._ran = "reference"
         return self
 
@@ -96,7 +98,7 @@ class LinkedBlock(nn.Module):
         if self.fused and (device := next(self.parameters(), x).device) != x.device:
             raise ValueError(f"input of the block must lie on the weights' device {device}, got {x.device}")
         plain = traced() or transforms.counted() or (self.fused and not self._modules_fit())
-        backend = "reference" if plain else pick(self._candidates, self._choice, x)
+        backend = "reference" if plain else pick(self._candidates, self._choice, x, self._widest_row)
         if not torch.compiler.is_compiling():  # to a graph it would be a state to guard: one more compilation
             self._ran = backend
         if backend != "reference":

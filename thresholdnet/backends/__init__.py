@@ -67,8 +67,10 @@ def candidates(choice: str = "auto") -> tuple[str, ...]:
     return (choice,)
 
 
-def pick(names: Sequence[str], choice: str, x: Tensor) -> str:
+def pick(names: Sequence[str], choice: str, x: Tensor, row: int = 0) -> str:
     """The first of `candidates(choice)` that takes tensors like x; "reference", aloud, where "auto" finds none.
+
+    row: elements that a pixel takes in the largest allocation of the call.
 
     Raises:
         RuntimeError: asked for by name and does not take x; the message has the reason.
@@ -76,8 +78,8 @@ def pick(names: Sequence[str], choice: str, x: Tensor) -> str:
     causes = []
     for name in names:
         cause = refusal(name, x)
-        if cause is None and choice == "auto" and name == "triton" and x.dtype not in HALF:
-            cause = "was measured in half formats alone: it is taken by name"
+        if cause is None and choice == "auto" and name == "triton":
+            cause = _automatic_refusal(x, row)
         if cause is None:
             return name
         causes.append(f"{name} {cause}")
@@ -87,10 +89,10 @@ def pick(names: Sequence[str], choice: str, x: Tensor) -> str:
     return "reference"
 
 
-def choose(choice: str = "auto", x: Tensor | None = None) -> str:
+def choose(choice: str = "auto", x: Tensor | None = None, row: int = 0) -> str:
     """The backend that will run, on tensors like x where it is given. Errors as in `candidates` and `pick`."""
     names = candidates(choice)
-    return names[0] if x is None else pick(names, choice, x)
+    return names[0] if x is None else pick(names, choice, x, row)
 
 
 def refusal(name: str, x: Tensor) -> str | None:
@@ -103,6 +105,19 @@ def refusal(name: str, x: Tensor) -> str | None:
         return f"takes float16, bfloat16, float32 and float64, got {x.dtype}"
     if name == "triton" and x.device.type != ("cpu" if _interpreted() else "cuda"):
         return f"takes tensors on {'the CPU, in its interpreter' if _interpreted() else 'a GPU'}, got {x.device}"
+    return None
+
+
+def _automatic_refusal(x: Tensor, row: int) -> str | None:
+    """None where "auto" may take Triton for x, else the reason."""
+    from ..kernels.operands import MAX_ELEMENTS
+    from .triton import MOST_PIXELS  # needs triton, which is a candidate
+
+    if x.dtype not in HALF:
+        return "was measured in half formats alone: it is taken by name"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels > MOST_PIXELS or pixels * row >= MAX_ELEMENTS:
+        return f"takes at most {MOST_PIXELS} pixels and fewer than 2^31 elements, got {pixels} of {row} elements"
     return None
 
 

@@ -21,8 +21,8 @@ from .slotted import kept_like, needs_input, output_holds_features
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
 
-MOST_TILES = 65535
-"""Of pixels, in a launch: CUDA's limit of a grid's second dimension. The smallest tiles have 64 pixels, 16 in fp64."""
+MOST_TILES = 65535  # of pixels, in a launch: CUDA's limit of a grid's second dimension
+MOST_PIXELS = MOST_TILES * 64  # the smallest tiles, but for fp64's of 16
 
 
 class BatchNorm(NamedTuple):
@@ -43,7 +43,7 @@ class Verbs(slotted.Verbs):
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         super().__init__(plan, x)
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        most = MOST_TILES * (16 if x.dtype == torch.float64 else 64)
+        most = MOST_TILES * 16 if x.dtype == torch.float64 else MOST_PIXELS
         if pixels > most:
             raise ValueError(
                 f"input of the block must have at most {most} pixels in all images together, got {pixels} from shape "
