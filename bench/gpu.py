@@ -3,6 +3,7 @@
     bench/gpu.sh OUT                 build, check, sanitize, measure, tune, ask
     bench/gpu.sh OUT --list          the steps with their seconds, and stop
     bench/gpu.sh OUT --only bench    the steps whose name holds this; may repeat
+    bench/gpu.sh OUT --kit FOLDER    with what bench/gpu_kit.py made elsewhere: kernels, and libraries: no build
     bench/gpu.sh OUT --interpreter   what of it runs on a CPU, Triton's interpreter in the GPU's place, on tiny shapes
 
 A step has a budget and is killed at its end; what it wrote by then counts. No step is begun that the time left does not
@@ -40,6 +41,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import gpu_kit
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 570.0  # seconds: a lent machine ends a command after 600
@@ -224,6 +227,7 @@ def main() -> int:
     parser.add_argument("--interpreter", action="store_true", help="on a CPU, in Triton's interpreter, on tiny shapes")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="steps whose name holds this")
+    parser.add_argument("--kit", type=Path, metavar="FOLDER", help="of bench/gpu_kit.py: nothing is built here")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     options = parser.parse_args()
     started = time.monotonic()
@@ -237,13 +241,21 @@ def main() -> int:
             return 2
     steps = interpreter_steps(out) if options.interpreter else gpu_steps(out)
     steps = [step for step in steps if not options.only or any(name in step.name for name in options.only)]
+    if options.kit:
+        steps = [step for step in steps if step.name != "build"]
     if options.list:
         for step in steps:
             print(f"{step.name}: {step.seconds:g} s")
         return 0
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as unpacked:
+        if options.kit:
+            try:
+                os.environ["TRITON_CACHE_DIR"] = str(gpu_kit.unpack(options.kit, Path(unpacked)))
+            except (OSError, tarfile.TarError) as error:
+                print(f"error: kit must be a folder of bench/gpu_kit.py, got {options.kit} ({error})", file=sys.stderr)
+                return 2
+        out.mkdir(parents=True, exist_ok=True)
         numbers = {id(step): number for number, step in enumerate(steps, start=1)}
 
         def done(step: Step) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..plan import row_of  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
 from .tables import LANES
 
 LAYOUTS = ("rows", "arena")
@@ -59,11 +60,6 @@ def side_by_side(slots: Sequence[Tensor]) -> Tensor:
     batch, _, height, width = first.shape
     channels = sum(slot.shape[1] for slot in slots)
     return first.as_strided((batch, channels, height, width), first.stride(), first.storage_offset())
-
-
-def row_of(widths: Sequence[int]) -> int:
-    """Elements per pixel of an allocation: all padded slots, and up to a whole 32-byte sector in bf16."""
-    return -(-sum(padded(widths)) // (2 * LANES)) * 2 * LANES
 
 
 def padded(widths: Sequence[int]) -> list[int]:

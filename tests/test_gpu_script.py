@@ -18,8 +18,9 @@ if not SCRIPT.is_file():
 
 
 @pytest.fixture
-def script():
+def script(monkeypatch):
     """bench/gpu.py as a module."""
+    monkeypatch.syspath_prepend(CHECKOUT / "bench")
     spec = importlib.util.spec_from_file_location("bench_gpu", CHECKOUT / "bench" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_gpu"] = module  # its dataclasses look themselves up there
@@ -137,3 +138,30 @@ def test_the_steps_of_a_gpu(script, tmp_path, monkeypatch):
     assert names.index("questions") < names.index("tune 224 v1") < names.index("tune")
     monkeypatch.setattr(script.shutil, "which", lambda name: None)
     assert not [s for s in script.gpu_steps(tmp_path) if s.command[0] == "compute-sanitizer"]
+
+
+def test_a_kit_takes_the_place_of_building(script, tmp_path, monkeypatch, capsys):
+    """Libraries come into the checkout, kernels where Triton looks for them, and nothing is built."""
+    checkout, kit = tmp_path / "checkout", tmp_path / "kit"
+    (checkout / "thresholdnet").mkdir(parents=True)
+    (kit / "triton" / "key").mkdir(parents=True)
+    (kit / "triton" / "key" / "conv.cubin").write_text("a kernel")
+    monkeypatch.setattr(script.gpu_kit, "ROOT", checkout)
+    library = checkout / "thresholdnet" / "_csrc.abi3.so"
+    library.write_text("a library")
+    assert script.gpu_kit.pack(kit) == (kit / "kit.tar.xz", ["_csrc.abi3.so"])
+    assert sorted(path.name for path in kit.iterdir()) == ["kit.tar.xz", "triton"]
+    library.unlink()
+    code = "import os, pathlib; print(pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'key', 'conv.cubin').read_text())"
+    steps = [step(script, "build", "raise SystemExit('nothing to build')"), step(script, "use", code)]
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # put back behind the test
+    assert call(script, monkeypatch, steps, tmp_path / "out", "--kit", kit) == 0
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert row["name"] == "use" and "a kernel" in row["tail"] and library.read_text() == "a library"
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
+        assert logs.getnames() == ["01-use.log"]
+    (kit / "kit.tar.xz").write_text("no archive")
+    for wrong in (kit, tmp_path):
+        assert call(script, monkeypatch, steps, tmp_path / "none", "--kit", wrong) == 2
+        assert f"error: kit must be a folder of bench/gpu_kit.py, got {wrong} (" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,13 +1,17 @@
 """What a stranger relies on: a light import, imports that run one way, a public API with docstrings."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import thresholdnet as tn
 
 PACKAGE = Path(tn.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
     "lightning",
     "torchvision",
@@ -37,6 +41,20 @@ def test_import_loads_torch_and_numpy_alone():
     code = f"import sys, thresholdnet, thresholdnet.bench; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_checkout_needs_no_install():
+    """As on a machine that gets the checkout alone, PYTHONPATH naming it: bench/gpu.sh runs so."""
+    if not (ROOT / "kernels" / "launch.py").is_file():
+        pytest.skip("run outside a checkout")
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)];"
+        "import thresholdnet, thresholdnet.kernels.slots as slots; print(slots.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "kernels" / "slots.py"
 
 
 def _modules():

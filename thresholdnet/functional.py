@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, transforms
 from .backends import choose
-from .kernels.slots import row_of
+from .plan import row_of
 
 
 def linked_conv2d(

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .checks import one_of
-from .kernels.slots import row_of
 from .layers import hooked, states_inside
 from .links import Links
 from .plan import BlockPlan
@@ -45,7 +44,7 @@ class LinkedBlock(nn.Module):
         self._choice = backend if self.fused else "reference"
         self._candidates = candidates(self._choice)
         self._plan_text = self.plan.to_text()
-        self._widest_row = max(row_of(self.plan.node_widths), row_of(self.plan.bottleneck_widths))
+        self._widest_row = self.plan.widest_row
         self._ran = "reference"
         return self
 

@@ -19,7 +19,7 @@ UNITS = ("conv_bn_relu", "bottleneck")
 WIDTH_RULES = ("harmonic", "even", "constant")
 OUTPUT_RULES = ("auto", "all", "layers")
 SLOT_ALIGN = 8  # channels; 16 bytes of bf16, so that every slot starts and ends on a whole vector load
-ROW_ALIGN = 16  # channels; a pixel's row of all slots
+ROW_ALIGN = 16  # channels; a pixel's row of all slots, in bf16 whole sectors of 32 bytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ class BlockPlan:
     @property
     def buffer_channels(self) -> int:
         """Channels of a row that holds every slot, rounded up to ROW_ALIGN."""
-        return _round_up(self.slots[-1].end, ROW_ALIGN)
+        return row_of(self.node_widths)
+
+    @property
+    def widest_row(self) -> int:
+        """Channels of the widest row of slots that a pass holds: the nodes' or the bottlenecks'."""
+        return max(self.buffer_channels, row_of(self.bottleneck_widths))
 
     @cached_property
     def lifetimes(self) -> tuple[tuple[int, int], ...]:
@@ -277,6 +282,11 @@ def _output_nodes(links: Links, unit: str, outputs: str | Iterable[int]) -> tupl
     if not nodes or len(set(nodes)) < len(nodes):
         raise ValueError(f"outputs must name at least one node and each once, got {nodes}")
     return nodes
+
+
+def row_of(widths: Iterable[int]) -> int:
+    """Channels of a row that holds a slot for each of these widths, rounded up to ROW_ALIGN."""
+    return _round_up(sum(_round_up(width, SLOT_ALIGN) for width in widths), ROW_ALIGN)
 
 
 def _round_up(value: int, multiple: int) -> int:

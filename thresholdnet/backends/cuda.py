@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.operands import MAX_ELEMENTS
 from ..plan import BlockPlan
 from . import csrc, cuda_launch, slotted
-from .slotted import elements_of, kept_like, needs_input, output_holds_features, widths_of
+from .slotted import kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features", "takes"]
 
@@ -35,6 +35,5 @@ def takes(plan: BlockPlan, x: Tensor) -> bool:
 
 def fits(plan: BlockPlan, x: Tensor) -> bool:
     """Whether the kernels have the dtype, and every offset between slots fits into 31 bits."""
-    kinds = ("node", "inner") if plan.unit == "bottleneck" else ("node",)
-    largest = max(elements_of(x, widths_of(plan, kind)) for kind in kinds)
-    return x.dtype in DTYPES and x.numel() > 0 and largest < MAX_ELEMENTS
+    elements = x.shape[0] * x.shape[2] * x.shape[3] * plan.widest_row
+    return x.dtype in DTYPES and x.numel() > 0 and elements < MAX_ELEMENTS

@@ -20,7 +20,7 @@ from ..batchnorm import NodeStatistics, batch_norm_vectors
 from ..kernels import slots
 from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
-from ..plan import BlockPlan
+from ..plan import BlockPlan, row_of
 from .elementwise import Affine
 from .native import Moments, Place, ReaderNorm
 
@@ -238,7 +238,7 @@ class Verbs:
         if kind not in self.arenas:
             widths = widths_of(self.plan, kind)
             # Elements behind the last slot are never written: zeros there make what an operator returns repeatable.
-            slack = slots.row_of(widths) > sum(slots.padded(widths))
+            slack = row_of(widths) > sum(slots.padded(widths))
             make = self.like.new_zeros if slack else self.like.new_empty
             self.memory[kind] = make(elements_of(self.like, widths))
             self.arenas[kind] = self._views(widths, self.memory[kind])
@@ -274,7 +274,7 @@ def readers_at_once(plan: BlockPlan) -> int:
 
 def output_holds_features(plan: BlockPlan) -> bool:
     """Whether the rows of all nodes are the output itself: no slot is padded, and no row."""
-    return plan.returns_features and slots.row_of(plan.node_widths) == plan.out_channels
+    return plan.returns_features and row_of(plan.node_widths) == plan.out_channels
 
 
 def needs_input(plan: BlockPlan) -> bool:
@@ -294,4 +294,4 @@ def widths_of(plan: BlockPlan, kind: str) -> Sequence[int]:
 
 def elements_of(x: Tensor, widths: Sequence[int]) -> int:
     """Elements of an allocation for slots of these widths, with the pixels of `x`."""
-    return x.shape[0] * x.shape[2] * x.shape[3] * slots.row_of(widths)
+    return x.shape[0] * x.shape[2] * x.shape[3] * row_of(widths)
