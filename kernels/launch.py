@@ -29,7 +29,7 @@ from . import conv as device_conv
 from . import norm as device_norm
 from .configs import DTYPES, MOST_SPLITS, ConvolutionConfig, convolution_config
 from .device import capability_of, check_device, on_device_of
-from .device_tables import device_pixels, device_table
+from .device_tables import DeviceTable, device_pixels, device_table
 from .gathered_readers import gradient_of_readers
 from .operands import (
     MAX_ELEMENTS,
@@ -374,7 +374,7 @@ def _convolve(
     transposed: bool = False,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, int, Group]:
-    """Pack the weights, unless they are, and launch.
+    """Launch, with the epilogue on its own behind it where K is split.
 
     Returns the partials [tiles, 2, columns], the rows of such a tile, and their group.
 
@@ -400,20 +400,7 @@ def _convolve(
     tiles = cdiv(rows, config.rows)
     table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
     matrix = Matrix(widths, channels, kernel_size, transposed, config)
-    scale_shift, packed_affine = None, None
-    if isinstance(affine, PackedAffine):
-        if affine.matrix != matrix or affine.values.dtype != accumulator:
-            raise ValueError(f"affine must be packed for {matrix} in {accumulator}, got {affine.matrix}")
-        packed_affine = affine.values
-    elif affine is not None:
-        packed_affine = torch.empty(2, len(table.channel), dtype=accumulator, device=device)
-        scale_shift = Affine(affine[0], affine[1], table.channel, packed_affine)
-    if isinstance(weights, PackedWeight):
-        if weights.matrix != matrix or weights.values.dtype != out.dtype:
-            raise ValueError(f"weight must be packed for {matrix} in {out.dtype}, got {weights.matrix}")
-        packed = weights.values
-    else:
-        ((packed, _),) = pack_matrices([matrix], [weights], out, scale_shift)
+    packed, packed_affine = _packed(weights, affine, matrix, table, out)
     columns = matrix.columns
     column_tiles = columns // config.all_columns
     split_rows = tiles * config.rows
@@ -449,6 +436,30 @@ def _convolve(
                 EPILOGUE=epilogue, ACTIVATION=activation, ADD=add, num_warps=4,
             )  # fmt: skip
     return partial, tile_rows, group
+
+
+def _packed(
+    weights: Sequence[Tensor] | PackedWeight,
+    affine: tuple[Tensor, ...] | PackedAffine | None,
+    matrix: Matrix,
+    table: DeviceTable,
+    out: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """(weights, affine) in the order of K: as they are if that is what they are packed for, else by a launch for both."""
+    scale_shift, packed_affine = None, None
+    if isinstance(affine, PackedAffine):
+        if affine.matrix != matrix or affine.values.dtype != accumulator_of(out):
+            raise ValueError(f"affine must be packed for {matrix} in {accumulator_of(out)}, got {affine.matrix}")
+        packed_affine = affine.values
+    elif affine is not None:
+        packed_affine = torch.empty(2, len(table.channel), dtype=accumulator_of(out), device=out.device)
+        scale_shift = Affine(affine[0], affine[1], table.channel, packed_affine)
+    if isinstance(weights, PackedWeight):
+        if weights.matrix != matrix or weights.values.dtype != out.dtype:
+            raise ValueError(f"weight must be packed for {matrix} in {out.dtype}, got {weights.matrix}")
+        return weights.values, packed_affine
+    ((packed, _),) = pack_matrices([matrix], [weights], out, scale_shift)
+    return packed, packed_affine
 
 
 def _chosen_config(
