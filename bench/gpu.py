@@ -102,7 +102,8 @@ def gpu_steps(out: Path) -> list[Step]:
 
     checks = [
         Step("info", (*command, "info"), 30),
-        Step("tests", (python, "-m", "pytest", "-m", "gpu", "--no-header", *side_by_side, *gpu_tests()), 120),
+        # said one by one: what has passed when the budget ends counts
+        Step("tests", (python, "-m", "pytest", "-vv", "-m", "gpu", "--no-header", *side_by_side, *gpu_tests()), 170),
         *(
             Step(f"selftest {name} {dtype}", (*command, "selftest", "--json", "--backend", name, "--dtype", dtype), 90)
             for name in ("native", "triton")

@@ -8,14 +8,15 @@ FOLDER/kit.tar.xz gets all that travels: Triton's compiled kernels for the steps
 rows of Table VI, and the C++ and CUDA libraries of this checkout. What is compiled stays in FOLDER, so that a run that
 was stopped goes on.
 
-Triton finds its kernels where its version and the package's sources are the same: run this with the other machine's
-versions of torch and triton, in an environment of their own (with rich; PYTHONPATH=. stands for an install). The
-libraries run in any torch from 2.10 on (`make abi`).
+Triton finds its kernels where its own files (libtriton.so is another one for each Python) and the package's sources are
+the same: run this with the other machine's Python, torch and triton, in an environment of their own (with rich;
+PYTHONPATH=. stands for an install). The libraries run in any torch from 2.10 on (`make abi`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,9 @@ def unpack(kit: Path, folder: Path) -> Path:
         archive.extractall(folder, filter="data")
     for library in (folder / "thresholdnet").glob("_csrc*.so"):
         (ROOT / "thresholdnet" / library.name).write_bytes(library.read_bytes())
+    for group in (folder / "triton").glob("*/__grp__*.json"):  # Triton notes a kernel's files with their whole paths
+        files = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
     return folder / "triton"
 
 

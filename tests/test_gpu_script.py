@@ -146,13 +146,19 @@ def test_a_kit_takes_the_place_of_building(script, tmp_path, monkeypatch, capsys
     (checkout / "thresholdnet").mkdir(parents=True)
     (kit / "triton" / "key").mkdir(parents=True)
     (kit / "triton" / "key" / "conv.cubin").write_text("a kernel")
+    there = json.dumps({"child_paths": {"conv.cubin": str(kit / "triton" / "key" / "conv.cubin")}})
+    (kit / "triton" / "key" / "__grp__conv.json").write_text(there)
     monkeypatch.setattr(script.gpu_kit, "ROOT", checkout)
     library = checkout / "thresholdnet" / "_csrc.abi3.so"
     library.write_text("a library")
     assert script.gpu_kit.pack(kit) == (kit / "kit.tar.xz", ["_csrc.abi3.so"])
     assert sorted(path.name for path in kit.iterdir()) == ["kit.tar.xz", "triton"]
     library.unlink()
-    code = "import os, pathlib; print(pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'key', 'conv.cubin').read_text())"
+    code = """import json, os, pathlib
+key = pathlib.Path(os.environ["TRITON_CACHE_DIR"], "key")
+(file,) = json.loads((key / "__grp__conv.json").read_text())["child_paths"].values()
+assert file == str(key / "conv.cubin")
+print(pathlib.Path(file).read_text())"""
     steps = [step(script, "build", "raise SystemExit('nothing to build')"), step(script, "use", code)]
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # put back behind the test
     assert call(script, monkeypatch, steps, tmp_path / "out", "--kit", kit) == 0

@@ -69,6 +69,10 @@ def test_the_same_bits(unit, way, monkeypatch):
     block = block_of("threshold_ab", unit, "triton", torch.bfloat16).cuda()
     for size in ((4, 7, 12, 10), (32, 7, 56, 56)):
         x = torch.randn(size, dtype=torch.bfloat16, device="cuda")
+        monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
+        for switch in ("0", "1"):  # the kernels, some thirty a time, compiled side by side: `ahead.py`
+            monkeypatch.setenv("THRESHOLDNET_PDL", switch)
+            trained(block, x)
         monkeypatch.setenv("THRESHOLDNET_REPLAY", way)
         monkeypatch.setenv("THRESHOLDNET_PDL", "0")
         wanted = trained(block, x)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -99,7 +100,9 @@ class Together:
             free.append(own)
         return _executable(graph, self._graphs.pop()[1] if len(self._graphs) == KEPT else None)
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():  # this module's names are gone by then, and the driver's contexts end by themselves
+            return
         for _, executable in self._graphs:
             _driver().cuGraphExecDestroy(executable)  # when it has run
 
