@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = "kit.tar.xz"
+KEY = "triton.key"  # of the Triton that compiled: it finds no kernels under another one
 MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 OVERLAP = {"THRESHOLDNET_PDL": "1"}
 
@@ -74,13 +75,17 @@ def pack(folder: Path) -> tuple[Path, list[str]]:
         pass
     with tarfile.open(made.name, "w:xz") as archive:
         archive.add(folder / "triton", "triton")
+        with tempfile.NamedTemporaryFile("w") as key:
+            key.write(triton_key())
+            key.flush()
+            archive.add(key.name, KEY)
         for library in libraries:
             archive.add(library, f"thresholdnet/{library.name}")
     return Path(made.name).replace(folder / KIT), [library.name for library in libraries]
 
 
 def unpack(kit: Path, folder: Path) -> Path:
-    """Put a kit's libraries into this checkout and its kernels into `folder`; where Triton finds them.
+    """Put a kit's libraries into this checkout and its kernels into `folder`; where Triton finds them, if it does.
 
     Raises:
         OSError, tarfile.TarError: it is not there, or no kit.
@@ -92,7 +97,17 @@ def unpack(kit: Path, folder: Path) -> Path:
     for group in (folder / "triton").glob("*/__grp__*.json"):  # Triton notes a kernel's files with their whole paths
         files = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
+    if (folder / KEY).read_text() != triton_key():
+        print("the kit's kernels are compiled again: they were made by another build of Triton", file=sys.stderr)
     return folder / "triton"
+
+
+def triton_key() -> str:
+    """What Triton's files here are to its cache."""
+    from triton.runtime import cache
+
+    key: str = cache.triton_key()
+    return key
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -445,7 +445,7 @@ def _packed(
     table: DeviceTable,
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """(weights, affine) in the order of K: as they are if that is what they are packed for, else by a launch for both."""
+    """(weights, affine) in the order of K: as they are where they are packed for it, else by a launch for both."""
     scale_shift, packed_affine = None, None
     if isinstance(affine, PackedAffine):
         if affine.matrix != matrix or affine.values.dtype != accumulator_of(out):

@@ -42,7 +42,8 @@ def test_what_travels(kit, tmp_path, monkeypatch):
     assert asked == [("overlap thresholdnet_v1 224", "10.0"), ("overlap thresholdnet_v1 32", "10.0")]
     with tarfile.open(tmp_path / "kit.tar.xz") as archive:
         names = archive.getnames()
-    assert sorted(names) == ["thresholdnet/_csrc.abi3.so", "triton", *(f"triton/{name}.cubin" for name, _ in asked)]
+    kernels = [f"triton/{name}.cubin" for name, _ in asked]
+    assert sorted(names) == ["thresholdnet/_csrc.abi3.so", "triton", "triton.key", *kernels]
 
 
 def test_errors(kit, tmp_path, monkeypatch, capsys):

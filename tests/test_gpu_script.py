@@ -142,6 +142,7 @@ def test_the_steps_of_a_gpu(script, tmp_path, monkeypatch):
 
 def test_a_kit_takes_the_place_of_building(script, tmp_path, monkeypatch, capsys):
     """Libraries come into the checkout, kernels where Triton looks for them, and nothing is built."""
+    pytest.importorskip("triton")
     checkout, kit = tmp_path / "checkout", tmp_path / "kit"
     (checkout / "thresholdnet").mkdir(parents=True)
     (kit / "triton" / "key").mkdir(parents=True)
@@ -166,6 +167,10 @@ print(pathlib.Path(file).read_text())"""
     assert row["name"] == "use" and "a kernel" in row["tail"] and library.read_text() == "a library"
     with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
         assert logs.getnames() == ["01-use.log"]
+    assert "another build of Triton" not in capsys.readouterr().err
+    monkeypatch.setattr(script.gpu_kit, "triton_key", lambda: "another")
+    assert call(script, monkeypatch, steps, tmp_path / "out", "--kit", kit) == 0
+    assert "made by another build of Triton" in capsys.readouterr().err
     (kit / "kit.tar.xz").write_text("no archive")
     for wrong in (kit, tmp_path):
         assert call(script, monkeypatch, steps, tmp_path / "none", "--kit", wrong) == 2
