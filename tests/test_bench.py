@@ -142,11 +142,63 @@ def test_without_rounds_there_are_bytes_and_no_times(tmp_path):
     assert file.with_name("run-train.png").stat().st_size > 1000
 
 
-def test_another_machine_does_not_go_on_in_the_same_file(measured, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("torch", "1.1.0"), ("instructions", "none"), ("cuda", "1.0"), ("changes", "0123456789ab"),
+        ("libraries", {"_csrc": "0123456789ab"}), ("environment", {"THRESHOLDNET_CPU": "baseline"}),
+    ],
+)  # fmt: skip
+def test_another_machine_or_code_does_not_go_on_in_the_same_file(key, other, measured, tmp_path):
     content, _, _ = measured
     file = tmp_path / "other.json"
-    file.write_text(json.dumps(content | {"machine": content["machine"] | {"torch": "1.1.0"}}))
-    assert "was measured with torch '1.1.0', now it is" in run("bench", "--out", file, "--dry-run", code=2)[1]
+    file.write_text(json.dumps(content | {"machine": content["machine"] | {key: other}}))
+    assert f"was measured with {key} {other!r}, now it is" in run("bench", "--out", file, "--dry-run", code=2)[1]
+
+
+def test_switches_of_the_environment_are_noted(monkeypatch):
+    for name, value in (("THRESHOLDNET_WINOGRAD", "1"), ("TORCHINDUCTOR_FREEZING", "1"), ("TRITON_CACHE_DIR", "x")):
+        monkeypatch.setenv(name, value)
+    found = bench.machine()["environment"]
+    assert found["THRESHOLDNET_WINOGRAD"] == found["TORCHINDUCTOR_FREEZING"] == "1" and "TRITON_CACHE_DIR" not in found
+
+
+def test_a_file_keeps_all_of_its_commands(tmp_path, monkeypatch):
+    here, row = bench.machine(), {"provider": "eager", "model": TINY, "mode": "train"}
+    (tmp_path / "run.json").write_text(json.dumps({"machine": here | {"command": "thresholdnet first"}, "rows": [row]}))
+    for command in ("thresholdnet second", "thresholdnet first", "thresholdnet second"):
+        found = bench.Results(tmp_path / "run.json", here | {"command": command})
+        found.add(one_case("infer"), [])
+    assert found.machine["command"] == "thresholdnet first && thresholdnet second"
+
+
+def test_bytes_alone_are_no_times(tmp_path):
+    """A run without rounds, then one with rounds into the same file."""
+    arguments = ("bench", "--model", TINY, "--mode", "train", *options("eager"), "--out", tmp_path / "run.json")
+    for rounds in (0, 1):
+        run(*arguments, "--rounds", rounds, "--warmup", 0)
+        (row,) = json.loads((tmp_path / "run.json").read_text())["rows"]
+        assert row["runs"] == rounds
+    assert row["warmup"] == 0
+
+
+def test_rows_of_graphs_stay_when_others_are_added(tmp_path, monkeypatch):
+    """What is measured again without --cuda-graph is measured as graphs, too, where the file holds graphs."""
+    asked = []
+
+    def measure(case, providers, settings, tell):
+        asked.append(settings.cuda_graph)
+        return [{**case.fields, "provider": name, "graph": graph} for graph in settings.graphs for name in providers]
+
+    monkeypatch.setattr(bench.jobs, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    results, case = bench.Results(tmp_path / "run.json", bench.machine()), one_case("train")
+    graphed, plain = (bench.Settings(device="cuda", cuda_graph=graph) for graph in (True, False))
+    bench.run(case, ["eager"], graphed, results, print)
+    bench.run(case, ["fused_native"], plain, results, print)
+    assert asked == [True, True] and len(results.rows) == 4
+    bench.run(one_case("infer"), ["eager"], plain, results, print)
+    assert asked[-1] is False
 
 
 # ---------------------------------------------------------------- blocks alone

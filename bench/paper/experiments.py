@@ -219,7 +219,7 @@ def _describe(run: Run) -> None:
     here = machine(device="cuda" if _on_gpu(run.config.accelerator) else "cpu")
     del here["command"]  # of `thresholdnet bench`; config.json says all that was asked for
     machines = json.loads(file.read_text())["machines"] if file.exists() else []
-    if all(any(known[key] != here[key] for key in SAME) for known in machines):
+    if all(any(known.get(key) != here[key] for key in SAME) for known in machines):
         machines.append(here)
     run.folder.mkdir(parents=True, exist_ok=True)
     text = {"part": run.experiment.part, "label": run.experiment.label, "machines": machines}

@@ -103,13 +103,17 @@ def providers_of(job: Job, names: Sequence[str]) -> list[str]:
 
 def is_done(job: Job, names: Sequence[str], settings: Settings, results: Results) -> bool:
     """Whether a file of results holds a job's rows for all of these providers."""
-    return results.has(job, providers_of(job, names), settings.graphs)
+    return results.has(job, providers_of(job, names), settings.graphs, timed=settings.rounds > 0)
 
 
 def run(job: Job, names: Sequence[str], settings: Settings, results: Results, tell: Tell) -> None:
-    """Measure one job and write the file: again with the providers that it holds for the job, which are its rounds."""
-    earlier = [row["provider"] for row in results.of(job)]
-    providers = list(dict.fromkeys([*providers_of(job, names), *earlier]))
+    """Measure one job and write the file: again with the providers that it holds for the job, which are its rounds.
+
+    As graphs too where the file holds those: the job's rows take the place of the earlier ones.
+    """
+    held = results.of(job)
+    providers = list(dict.fromkeys([*providers_of(job, names), *(row["provider"] for row in held)]))
+    settings = replace(settings, cuda_graph=settings.cuda_graph or any(row["graph"] for row in held))
     if isinstance(job, Case):
         results.add(job, measure(job, providers, settings, tell))
         return

@@ -1,6 +1,8 @@
 """The file of a run, bench/results/<machine>/<date>-<name>.json, whole after every case, and taken up where it ends.
 
-{"machine": {...}, "rows": [...], "layers": [...], "peaks": {...}}. A row has
+{"machine": {...}, "rows": [...], "layers": [...], "peaks": {...}}. "machine" says what must be the same for all rows
+(`SAME`): hardware and releases, commit with a digest of local changes, digests of the compiled libraries, environment
+variables that change what runs; and all the commands. A row has
 - model (with its block where that alone ran: "thresholdnet_v1/stages.3"), image, batch, dtype, mode, provider, graph;
   device, threads, backend;
 - ms_median, ms_p20, ms_p80 over its runs (null without a time: none was asked for, or "reason" says why); ms, a round
@@ -8,8 +10,8 @@
 - ratios {label of a baseline: {median, p20, p80}}, above 1 where the row is faster than that;
 - peak_bytes and saved_bytes; peak_by and saved_by, which say how they were found;
 - check (errors and their bounds); first_call_s, compile_cache_hits;
-- load_before and load_after (load averages), other_load (share of the CPU that other processes took while it was
-  timed), and a warning where that is much;
+- warmup (rounds that were not timed), load_before and load_after (load averages), other_load (share of the CPU that
+  other processes took while it was timed), and a warning where that is much;
 - flops of its convolutions and tflops, of a block alone.
 
 "layers" holds single operations: model with its block, image, batch, dtype, layer, kernel, operation, provider, graph,
@@ -21,7 +23,9 @@ where they are from. Files without operations lack both.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -32,14 +36,26 @@ from typing import Any
 
 import torch
 
-from .. import info
+from .. import __version__, info
 from ..checkpoint import write_atomic
 from .cases import Case
 from .layers import Operation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SAME = ("name", "cpu", "cores", "threads", "gpu", "torch", "triton", "commit")
+SAME = (
+    "name", "cpu", "cores", "threads", "instructions", "gpu", "driver", "cuda", "cudnn", "torch", "triton", "python",
+    "version", "commit", "changes", "libraries", "environment",
+)  # fmt: skip
 """What must not differ between the rows of one file."""
+
+SWITCHES = re.compile(
+    "(THRESHOLDNET|TRITON|TORCHINDUCTOR|TORCH|PYTORCH|CUBLAS|CUDNN|NVIDIA_TF32|CUDA_LAUNCH|CUDA_DEVICE|CUDA_MODULE|OMP|"
+    "GOMP|KMP|MKL|ONEDNN|DNNL|MALLOC)_|LD_PRELOAD$"
+)
+"""Beginnings of environment variables that change what runs, or how fast."""
+
+NO_SWITCHES = re.compile("_(DIR|HOME|PATH|TRACEBACK|LOGS|ARCH_LIST)$")
+"""Endings of those among them that do not."""
 
 
 def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -50,6 +66,7 @@ def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """
     cpu = info.cpu()
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    changes = _digest((_git("diff", "HEAD", "--", ":!bench/results") or "").encode())
     return {
         "name": name or machine_name(gpu, cpu["model"], cpu["logical cores"]),
         "cpu": cpu["model"],
@@ -59,11 +76,20 @@ def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
         "gpu": gpu,
         "driver": info.driver(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "torch": torch.__version__,
         "triton": info.version_of("triton"),
         "python": sys.version.split()[0],
+        "version": __version__,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": changes is not None,
+        "changes": changes,
+        "libraries": {file.name.partition(".")[0]: _digest(file.read_bytes()) for file in _libraries()},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if SWITCHES.match(name) and not NO_SWITCHES.search(name)
+        },
         "command": shlex.join(["thresholdnet", *sys.argv[1:]]),
     }
 
@@ -76,6 +102,13 @@ def machine_name(gpu: str | None, cpu: str, cores: int) -> str:
     family = re.search(r"epyc|xeon|ryzen|threadripper|core|neoverse|graviton|apple m\d", cpu.lower())
     word = family[0] if family else next(iter(re.findall(r"\w+", cpu.lower())), "cpu")
     return f"{word.replace(' ', '-')}-{cores}core"
+
+
+def _both(earlier: str | None, now: str) -> str:
+    """The commands that a file is from, as one line of a shell."""
+    if earlier is None or now in earlier.split(" && "):
+        return earlier or now
+    return f"{earlier} && {now}"
 
 
 def path_for(out: Path, machine_folder: str, name: str) -> Path:
@@ -94,7 +127,7 @@ class Results:
         machine: see `machine`.
 
     Raises:
-        ValueError: the file is none of ours, or its rows come from another machine, torch or commit.
+        ValueError: the file is none of ours, or its rows come from another machine, torch, code or environment.
     """
 
     def __init__(self, path: Path, machine: dict[str, Any]):
@@ -112,10 +145,19 @@ class Results:
                         "give this run another --name"
                     )
             self.rows, self.layers, self.peaks = found["rows"], found["layers"], found["peaks"]
+            self.machine = machine | {"command": _both(found["machine"].get("command"), machine["command"])}
 
-    def has(self, job: Case | Operation, providers: Iterable[str], graphs: Iterable[bool]) -> bool:
-        """Whether a step or an operation is finished for all of these providers."""
-        done = {(row["provider"], row["graph"]) for row in self.of(job)}
+    def has(self, job: Case | Operation, providers: Iterable[str], graphs: Iterable[bool], timed: bool = True) -> bool:
+        """Whether a step or an operation is finished for all of these providers.
+
+        Args:
+            timed: a row without a time is finished only where it says why it has none.
+        """
+        done = {
+            (row["provider"], row["graph"])
+            for row in self.of(job)
+            if not timed or row["ms_median"] is not None or "reason" in row
+        }
         return done.issuperset((name, graph) for name in providers for graph in graphs)
 
     def of(self, job: Case | Operation) -> list[dict[str, Any]]:
@@ -156,6 +198,16 @@ def read(path: Path) -> dict[str, Any]:
     if not rows and not found["layers"]:
         raise ValueError(f"{path} must hold at least one row, got none")
     return found
+
+
+def _digest(content: bytes) -> str | None:
+    """A few characters that tell contents apart, None for nothing."""
+    return hashlib.sha256(content).hexdigest()[:12] if content else None
+
+
+def _libraries() -> list[Path]:
+    """The compiled libraries of the package: builds of other sources or flags are other code."""
+    return sorted(Path(__file__).resolve().parents[1].glob("_csrc*.so"))
 
 
 def _git(*arguments: str) -> str | None:

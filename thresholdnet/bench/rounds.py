@@ -141,7 +141,12 @@ def run(entries: Sequence[Entry], settings: Settings, clock: Clock, tell: Tell, 
                 if number >= 0:
                     entry.times.append(elapsed)
     others = watched.share()
-    conditions: Row = {"load_before": load, "load_after": os.getloadavg()[0], "other_load": others}
+    conditions: Row = {
+        "warmup": settings.warmup,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+        "other_load": others,
+    }
     if others is not None and others > NOISY:
         conditions["warning"] = f"other processes took {others:.0%} of the CPU while this case was timed"
     return conditions
