@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from test_cli import run
 
 from thresholdnet import bench
 from thresholdnet.backends import native
-from thresholdnet.bench import arithmetic, baselines
+from thresholdnet.bench import arithmetic, baselines, providers
 from thresholdnet.bench.clock import Neighbours, ProcessorClock, largest_cache
 from thresholdnet.bench.measure import network
 from thresholdnet.bench.stages import stages
+from thresholdnet.models import Network
 
 TINY = "thresholdnet_ab:width_mult=0.25,layers=[2,3],transitions=[16,16],growth_rates=[6,10],threshold=2"
 FEW = ("eager", "eager_channels_last", "fused_native")
@@ -288,6 +290,39 @@ def test_who_fails_in_a_round_leaves_its_reason(monkeypatch):
     rows = by_provider(bench.measure(one_case("infer"), FEW, settings))
     assert rows["fused_native"]["ms_median"] is None and rows["fused_native"]["reason"] == "RuntimeError: out of memory"
     assert rows["eager"]["runs"] == 2
+
+
+def test_a_network_compiled_in_pieces_is_no_rival(monkeypatch):
+    forward = Network.forward
+
+    def broken(self, x):
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    monkeypatch.setattr(Network, "forward", broken)
+    rows = by_provider(bench.measure(one_case("infer"), ("eager_channels_last", "compile"), replace(ONCE, rounds=0)))
+    assert rows["compile"]["reason"].startswith("Unsupported: ") and "check" in rows["eager_channels_last"]
+
+
+def test_cudnn_measures_its_convolutions_for_one_provider_alone(monkeypatch):
+    (row,) = bench.measure(one_case("train"), ["eager_cudnn_benchmark"], ONCE)
+    assert row["reason"] == "cuDNN runs on a GPU alone"
+    monkeypatch.setattr(providers, "Runner", lambda *made, within: within)
+    monkeypatch.setattr(providers, "_channels_last", lambda *given: given)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with providers.PROVIDERS["eager_cudnn_benchmark"].make(None, on_gpu, one_case("train"))():
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_frozen_weights_are_compiled_with_batch_norms_folded(monkeypatch):
+    """Inductor lays frozen weights out itself: the rival of prepacked ones."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (asked.append(options), model)[1])
+    (row,) = bench.measure(one_case("infer"), ["compile_frozen"], ONCE)
+    assert row["ms_median"] > 0 and asked == [{"fullgraph": True, "options": {"freezing": True}}]
+    (row,) = bench.measure(one_case("train"), ["compile_frozen"], ONCE)
+    assert row["reason"] == "BatchNorm folds into weights in inference alone"
 
 
 def test_padding_keeps_the_weights():

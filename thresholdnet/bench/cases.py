@@ -98,8 +98,8 @@ PRESETS = {
         ("fp32",),
         MODES,
         (
-            "eager", "eager_channels_last", "eager_folded", "compile", "checkpoint", "fused_native",
-            "fused_native_recompute", "fused_winograd",
+            "eager", "eager_channels_last", "eager_folded", "compile", "compile_frozen", "checkpoint", "fused_native",
+            "fused_native_recompute", "fused_native_prepacked", "fused_winograd",
         ),
     ),
     "gpu": Preset(
@@ -108,9 +108,9 @@ PRESETS = {
         ("bf16",),
         MODES,
         (
-            "eager", "eager_channels_last", "eager_padded8", "eager_folded", "compile", "compile_folded",
-            "compile_max_autotune", "checkpoint", "fused_native", "fused_native_recompute", "fused_triton",
-            "fused_triton_recompute",
+            "eager", "eager_channels_last", "eager_cudnn_benchmark", "eager_padded8", "eager_folded", "compile",
+            "compile_folded", "compile_max_autotune", "checkpoint", "fused_native", "fused_native_recompute",
+            "fused_triton", "fused_triton_recompute",
         ),
     ),
     "quick": Preset(

@@ -185,12 +185,31 @@ def _eager_folded(model: nn.Module, images: Tensor, case: Case) -> Runner:
     return Runner(*_channels_last(baselines.folded(model), images), False)
 
 
-def _compiled(model: nn.Module, images: Tensor, case: Case, mode: str = "default", folded: bool = False) -> Runner:
+def _eager_benchmarked(model: nn.Module, images: Tensor, case: Case) -> Runner:
+    if images.device.type != "cuda":
+        raise Unavailable("cuDNN runs on a GPU alone")
+    return Runner(*_channels_last(model, images), _train(case), within=_cudnn_benchmark)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _compiled(
+    model: nn.Module, images: Tensor, case: Case, mode: str | None = None, folded: bool = False, frozen: bool = False
+) -> Runner:
     if folded:
         _inference_only(case)
         model = baselines.folded(model)
     model, images = _channels_last(model, images)
-    return Runner(model, images, _train(case), call=torch.compile(model, mode=mode))
+    options: dict[str, Any] = {"options": {"freezing": True}} if frozen else {"mode": mode}
+    # fullgraph: pieces, or eager after too many recompilations, would be timed as less than the compiler can
+    return Runner(model, images, _train(case), call=torch.compile(model, fullgraph=True, **options))
 
 
 def _inference_only(case: Case) -> None:
@@ -267,10 +286,17 @@ def _with(make: Callable[..., Runner], **options: Any) -> Callable[[nn.Module, T
 PROVIDERS: dict[str, Provider] = {
     "eager": Provider("plain torch, NCHW", _eager),
     "eager_channels_last": Provider("plain torch, NHWC", _eager_channels_last),
+    "eager_cudnn_benchmark": Provider(
+        "plain torch, NHWC, convolutions chosen by torch.backends.cudnn.benchmark (GPU)", _eager_benchmarked
+    ),
     "eager_padded8": Provider("plain torch, NHWC, widths padded to multiples of 8", _eager_padded),
     "eager_folded": Provider("plain torch, NHWC, BatchNorm folded into weights (inference)", _eager_folded),
     "compile": Provider("torch.compile, NHWC", _compiled),
     "compile_folded": Provider("torch.compile, NHWC, BatchNorm folded (inference)", _with(_compiled, folded=True)),
+    "compile_frozen": Provider(
+        "the same with weights frozen, which inductor lays out once (inference)",
+        _with(_compiled, folded=True, frozen=True),
+    ),
     "compile_max_autotune": Provider(
         "torch.compile with mode max-autotune-no-cudagraphs, NHWC", _with(_compiled, mode="max-autotune-no-cudagraphs")
     ),

@@ -19,7 +19,10 @@ from .arithmetic import order, ratios, spread
 from .baselines import Unavailable
 from .clock import Clock, Neighbours, Step, no_collection
 
-BASELINES = ("eager", "eager_channels_last", "eager_folded", "compile", "compile_folded", "compile_max_autotune")
+BASELINES = (
+    "eager", "eager_channels_last", "eager_cudnn_benchmark", "eager_folded", "compile", "compile_folded",
+    "compile_frozen", "compile_max_autotune",
+)  # fmt: skip
 """Providers whose times are divided by the others': a ratio above 1 is faster than they are."""
 
 NOISY = 0.05  # share of all cores' time; where other processes took more, the rows carry a warning
