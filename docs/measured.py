@@ -71,8 +71,12 @@ def _timed(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _count(timed: Sequence[Mapping[str, Any]], what: str) -> str:
-    won = sum(row["ratios"][report.base(row)]["median"] > 1 for row in timed)
-    return f"Of {len(timed)} timed {what} of ours, {won} are faster than {BASE} and {len(timed) - won} are not."
+    ratios = [row["ratios"][report.base(row)] for row in timed]
+    won, close = sum(ratio["median"] > 1 for ratio in ratios), sum(map(report.in_the_noise, ratios))
+    return (
+        f"Of {len(timed)} timed {what} of ours, {won} are faster than {BASE} and {len(timed) - won} are not; of "
+        f"{close}, 1 lies between p20 and p80 of the rounds."
+    )
 
 
 def _ours(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,10 +1,13 @@
 """`thresholdnet bench` on tiny networks: real steps, checked before they are timed; blocks; resuming; bad input."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ from test_cli import run
 
 from thresholdnet import bench
 from thresholdnet.backends import native
-from thresholdnet.bench import arithmetic, baselines, providers
+from thresholdnet.bench import arithmetic, baselines, footprint, providers
 from thresholdnet.bench.clock import Neighbours, ProcessorClock, largest_cache
 from thresholdnet.bench.measure import network
 from thresholdnet.bench.stages import stages
@@ -323,6 +326,48 @@ def test_frozen_weights_are_compiled_with_batch_norms_folded(monkeypatch):
     assert row["ms_median"] > 0 and asked == [{"fullgraph": True, "options": {"freezing": True}}]
     (row,) = bench.measure(one_case("train"), ["compile_frozen"], ONCE)
     assert row["reason"] == "BatchNorm folds into weights in inference alone"
+
+
+def test_what_earlier_steps_left_is_not_taken_off_a_peak(monkeypatch):
+    """On a GPU, where a peak is the difference of two numbers; a cycle from before ends within the step."""
+
+    class Left:
+        """5000 bytes, as long as it is there."""
+
+    left = Left()
+    left.itself, alive = left, weakref.ref(left)
+    del left
+    peak = 0
+
+    def call(images):
+        nonlocal peak
+        gc.collect()
+        peak = (5000 if alive() else 0) + 3000
+
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5000 if alive() else 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    runner = SimpleNamespace(
+        train=False, images=SimpleNamespace(device=torch.device("cuda")), within=nullcontext, call=call,
+        clear=lambda: None,
+    )  # fmt: skip
+    assert footprint.peak_bytes(runner)[0] == 3000
+
+
+def test_a_graphs_pool_is_what_the_capture_allocated(monkeypatch):
+    """Not what the calls before it left in the allocator's cache."""
+    reserved = {"cached": 7, "pool": 0}
+
+    def capture(step):
+        reserved.update(cached=50, pool=1000)
+        return (lambda: None), step()
+
+    monkeypatch.setattr(providers.graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reserved.update(cached=0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: sum(reserved.values()))
+    runner = providers.Runner(torch.nn.Flatten(), torch.zeros(2, 10), False)
+    assert footprint.peak_bytes(providers.Graphed(runner))[0] == 1000
 
 
 def test_padding_keeps_the_weights():

@@ -54,6 +54,32 @@ def test_wins_and_losses_are_printed_alike():
     assert lines_with(text, "| eager |")[0].endswith("|  |")
 
 
+def test_a_difference_in_the_noise_is_called_that():
+    content = results(cases=CASES[:1])
+    row = next(row for row in content["rows"] if row["provider"] == "fused_native")
+    for median, verdict in ((1.05, "faster, in the noise"), (0.95, "**slower**, in the noise")):
+        row["ratios"]["eager_channels_last"] = {"median": median, "p20": 0.9, "p80": 1.1}
+        assert f"| {verdict} |" in markdown(content)
+
+
+def test_bytes_of_graphs_are_shares_of_graphs():
+    content = results(cases=CASES[:1], graphs_too=True)
+    for row in content["rows"]:
+        if row["graph"]:  # pools, which hold gradients
+            row["peak_bytes"] += 4000
+    (line,) = lines_with(markdown(content), "| fused_native+graph |")
+    assert f"({(560 + 4000) / (2000 + 4000):.3f})" in line
+
+
+@pytest.mark.parametrize("wrong", ["eager_channels_last", "fused_native"])
+def test_bytes_of_a_wrong_step_are_no_share(wrong):
+    rows = results(cases=CASES[:1])["rows"]
+    ours = next(row for row in rows if row["provider"] == "fused_native")
+    assert targets.share(ours, rows, "peak_bytes") == 0.28
+    next(row for row in rows if row["provider"] == wrong)["reason"] = "wrong: output off by 1"
+    assert targets.share(ours, rows, "peak_bytes") is None
+
+
 def test_who_has_no_time_is_listed_by_reason():
     content = results()
     content["rows"] += [

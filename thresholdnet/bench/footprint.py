@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,15 @@ def peak_bytes(runner: Runner) -> tuple[int, str]:
 
     Gradients lie ready and are added to, so that what is counted is activations, their gradients and workspaces. On a
     GPU torch's allocator counts; on a CPU the profiler reports every allocation of torch's, and the largest running sum
-    is taken (what a library allocates by itself is not seen). A captured step owns a pool, whose size is given.
+    is taken (what a library allocates by itself is not seen). A captured step owns a pool, whose size is given: it
+    holds gradients, too, so it compares with other pools alone.
     """
     if isinstance(runner, Graphed):
         return runner.pool_bytes, "size of the graph's memory pool, gradients included"
     if runner.train:
         for parameter in runner.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+    gc.collect()  # what earlier steps left in cycles would be freed within this one, and taken off its peak
     try:
         return _on_gpu(runner) if runner.images.device.type == "cuda" else _on_cpu(runner)
     finally:

@@ -108,6 +108,7 @@ class Graphed(Runner):
         torch.cuda.empty_cache()  # as the capture does: what it frees is no part of the pool
         before = torch.cuda.memory_reserved()
         self._replay, self._out = graphs.capture(super().step)
+        torch.cuda.empty_cache()  # of the calls before the capture
         self.pool_bytes = torch.cuda.memory_reserved() - before
 
     def step(self) -> Tensor:

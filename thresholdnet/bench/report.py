@@ -32,7 +32,9 @@ def markdown(results: Mapping[str, Any], name: str = "") -> str:
             "",
             "Times are medians (p20 to p80) of the rounds in ms. Against another: its time over the row's, the median "
             "of paired rounds (p20 to p80), with the same graph treatment; above 1 is faster. Kept: from forward to "
-            f"backward; peak: of the step beyond weights, gradients and images; shares are of {BASE}'s.",
+            "backward; peak: of the step beyond weights, gradients and images, and of a graph its pool, gradients "
+            f"included; shares are of {BASE}'s with the same graph treatment. In the noise: 1 lies between p20 and "
+            "p80.",
         ]
     lines += _targets(rows) + _layers(results) + _without_time([*rows, *layers])
     loads = [row["other_load"] for row in (*rows, *layers) if row.get("other_load") is not None]
@@ -85,7 +87,12 @@ def verdict(row: Row) -> str:
     ratio = row["ratios"].get(base(row))
     if not row["provider"].startswith(OURS) or ratio is None:
         return ""
-    return "faster" if ratio["median"] > 1 else "**slower**"
+    return ("faster" if ratio["median"] > 1 else "**slower**") + (", in the noise" if in_the_noise(ratio) else "")
+
+
+def in_the_noise(ratio: Mapping[str, float]) -> bool:
+    """Whether the middle 60 % of a ratio's rounds lie on both sides of 1."""
+    return ratio["p20"] <= 1 <= ratio["p80"] and ratio["p20"] < ratio["p80"]
 
 
 def _targets(rows: Sequence[Row]) -> list[str]:

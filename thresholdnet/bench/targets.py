@@ -80,11 +80,12 @@ class Target:
 
 
 def share(row: Row, rows: Sequence[Row], key: str, baseline: str = BASE) -> float | None:
-    """The row's bytes over those of another provider in the same case, ungraphed; None without both."""
-    keys = ("model", "image", "batch", "dtype", "mode")
+    """The row's bytes over those of another provider in the same case, both as graphs or neither: a graph's are its
+    pool's. None without both, or where one is wrong."""
+    keys = ("model", "image", "batch", "dtype", "mode", "graph")
     same = (other for other in rows if other["provider"] == baseline and all(other[k] == row[k] for k in keys))
-    base = next((other for other in same if not other["graph"]), None)
-    if base is None or not base[key] or row[key] is None:
+    base = next(same, None)
+    if base is None or "reason" in base or "reason" in row or not base[key] or row[key] is None:
         return None
     return float(row[key] / base[key])
 
