@@ -189,21 +189,22 @@ def test_bytes_alone_are_no_times(tmp_path):
 
 def test_rows_of_graphs_stay_when_others_are_added(tmp_path, monkeypatch):
     """What is measured again without --cuda-graph is measured as graphs, too, where the file holds graphs."""
-    asked = []
+    asked, current = [], [None]
 
     def measure(case, providers, settings, tell):
-        asked.append(settings.cuda_graph)
+        asked.append((settings.cuda_graph, current[-1]))
         return [{**case.fields, "provider": name, "graph": graph} for graph in settings.graphs for name in providers]
 
     monkeypatch.setattr(bench.jobs, "measure", measure)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: (current.append(device.index), nullcontext())[1])
     results, case = bench.Results(tmp_path / "run.json", bench.machine()), one_case("train")
-    graphed, plain = (bench.Settings(device="cuda", cuda_graph=graph) for graph in (True, False))
+    graphed, plain = (bench.Settings(device="cuda:1", cuda_graph=graph) for graph in (True, False))
     bench.run(case, ["eager"], graphed, results, print)
     bench.run(case, ["fused_native"], plain, results, print)
-    assert asked == [True, True] and len(results.rows) == 4
+    assert asked == [(True, 1)] * 2 and len(results.rows) == 4  # on the second GPU, which events are of while it is
     bench.run(one_case("infer"), ["eager"], plain, results, print)
-    assert asked[-1] is False
+    assert asked[-1] == (False, 1)
 
 
 # ---------------------------------------------------------------- blocks alone

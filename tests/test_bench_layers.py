@@ -11,7 +11,9 @@ from test_cli import run
 from thresholdnet import bench
 from thresholdnet.backends import native
 from thresholdnet.bench import check, forms, layers, micro, peaks
+from thresholdnet.bench.baselines import Unavailable
 from thresholdnet.bench.clock import ProcessorClock
+from thresholdnet.bench.rounds import Entry
 from thresholdnet.bench.stages import Stage
 from thresholdnet.plan import plan_block
 
@@ -201,6 +203,29 @@ def test_a_wrong_operation_gets_no_time(name, monkeypatch):
     plain, ours = bench.measure_operation(op, ("eager_channels_last", "fused_native"), ONCE, PEAK)
     assert plain["ms_median"] > 0 and ours["ms_median"] is None and "tflops" not in ours
     assert ours["reason"].startswith("wrong: result 1 of ")
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_graph_is_checked_as_its_form_is(adds, monkeypatch):
+    total = torch.zeros(3)
+
+    def form():
+        return [total.add_(1.0)] if adds else [torch.ones(3)]
+
+    def right(form):
+        made = form()
+        return lambda: [out.copy_(new) for out, new in zip(made, form(), strict=True)], made
+
+    for capture, reason in ((right, None), (lambda form: ((lambda: None), form()), "wrong: result 1 of the graph off")):
+        total.zero_()
+        monkeypatch.setattr(micro.graphs, "capture", capture)
+        entry = Entry("fused_triton", graph=True)
+        if reason is None:
+            micro.admit(entry, form, [torch.ones(3)], [1e-6])
+        else:
+            with pytest.raises(Unavailable, match=reason):
+                micro.admit(entry, form, [torch.ones(3)], [1e-6])
+        assert (entry.step is None) == (reason is not None)
 
 
 def test_triton_gathers_nothing(monkeypatch):

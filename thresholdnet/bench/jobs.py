@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from ..checks import one_of
 from . import micro
 from .cases import PRESETS, Case
@@ -15,7 +17,7 @@ from .measure import measure
 from .peaks import Peak, peak
 from .providers import known
 from .results import Results
-from .rounds import Settings, Tell
+from .rounds import Settings, Tell, current
 from .stages import stages
 
 LEVELS = {
@@ -114,11 +116,12 @@ def run(job: Job, names: Sequence[str], settings: Settings, results: Results, te
     held = results.of(job)
     providers = list(dict.fromkeys([*providers_of(job, names), *(row["provider"] for row in held)]))
     settings = replace(settings, cuda_graph=settings.cuda_graph or any(row["graph"] for row in held))
-    if isinstance(job, Case):
-        results.add(job, measure(job, providers, settings, tell))
-        return
-    if job.dtype not in results.peaks:
-        tell("copy and matrix product of this machine", 0.0)
-        results.peaks[job.dtype] = peak(settings.device, job.dtype).fields
-    roof = Peak(**results.peaks[job.dtype])
-    results.add(job, micro.measure_operation(job, providers, settings, roof, tell))
+    with current(torch.device(settings.device)):
+        if isinstance(job, Case):
+            results.add(job, measure(job, providers, settings, tell))
+            return
+        if job.dtype not in results.peaks:
+            tell("copy and matrix product of this machine", 0.0)
+            results.peaks[job.dtype] = peak(settings.device, job.dtype).fields
+        roof = Peak(**results.peaks[job.dtype])
+        results.add(job, micro.measure_operation(job, providers, settings, roof, tell))

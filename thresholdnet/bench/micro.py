@@ -6,7 +6,7 @@ what plain torch in channels_last does in that dtype: at most `check.FACTOR` tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,4 +99,26 @@ def admit(entry: Entry, form: Form, truth: Sequence[Tensor], allowed: Sequence[f
                 f"wrong: result {index + 1} of {len(found)} off by {error:.1e} of plain torch's root mean square, "
                 f"{bound:.1e} is allowed"
             )
-    entry.step = graphs.capture(form)[0] if entry.graph else form
+    entry.step = _captured(form, allowed) if entry.graph else form
+
+
+def _captured(form: Form, allowed: Sequence[float]) -> Callable[[], None]:
+    """What replays a form as a graph, which was seen to do what the form does where both find zeros in the results.
+
+    Raises:
+        Unavailable: it does something else, such as nothing.
+    """
+    replay, made = graphs.capture(form)
+
+    def zeros() -> None:  # forms may add to what is there
+        for tensor in made:
+            tensor.zero_()
+
+    zeros()
+    wanted = [tensor.clone() for tensor in form()]
+    zeros()
+    replay()
+    for index, (error, bound) in enumerate(zip(check_each(made, wanted), allowed, strict=True)):
+        if not error <= bound:
+            raise Unavailable(f"wrong: result {index + 1} of the graph off by {error:.1e} of what was captured")
+    return replay

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,11 @@ class Settings:
     def graphs(self) -> tuple[bool, ...]:
         """The values of `graph` among the rows of one provider."""
         return (False, True) if self.cuda_graph else (False,)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which this GPU is the current one: to that belong the events that time, streams and captures."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def default_device() -> str:
