@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -168,6 +169,27 @@ def test_sweep_report(swept, reported):
         assert sentence in text
     assert json.loads((out / "report.json").read_text())["sweep"]["rows"] == part["rows"]
     assert min(Image.open(out / "sweep.png").size) > 300
+
+
+def test_runs_that_do_not_compare_are_named(swept, monkeypatch, tmp_path):
+    out, _ = swept
+    copied = shutil.copytree(out, tmp_path / "runs")
+    differs = json.loads(run("report", "--out", copied, "--json")[0])["sweep"]["differs"]
+    assert not [text for text in differs if "do not compare" in text or "does not compare" in text or "graphs" in text]
+    for folder, change in (("ab-T00", {"cuda_graph": True, "precision": "bf16"}), ("ab-T08", {"backend": "native"})):
+        file = copied / "sweep" / folder / "seed0" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file = copied / "sweep" / "bc-T08" / "seed0" / "experiment.json"
+    about = json.loads(file.read_text())
+    about["machines"].append(about["machines"][0] | {"commit": "another"})
+    file.write_text(json.dumps(about))
+    differs = json.loads(run("report", "--out", copied, "--json")[0])["sweep"]["differs"]
+    for sentence in (
+        "Runs differ in precision, backend, cuda_graph: what they have in one row or column does not compare.",
+        "Runs were made on several machines or by several commits: their times do not compare.",
+        "Steps: CUDA graphs, optimizer included, which PyTorch 1.1.0 had not.",
+    ):
+        assert sentence in differs
 
 
 def test_tables_beside_the_paper(tmp_path):

@@ -29,6 +29,8 @@ TITLES = {
 }
 THEIRS = "GTX 3080 Ti, PyTorch 1.1.0"
 BASE = "thresholdnet_v1"
+ALIKE = ("data", "root", "image_size", "limit", "recipe", "precision", "fused", "backend", "cuda_graph")
+"""What runs must share to be compared, but for their epochs."""
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def _run(folder: Path) -> Row:
             key: config[key]
             for key in ("model", "model_args", "data", "limit", "precision", "seed", "fused", "backend")
         },
+        "cuda_graph": config.get("cuda_graph", False),  # older runs had none
         "root": Path(config["root"]).name if config["root"] else None,
         "image_size": info["image_size"],
         "classes": info["num_classes"],
@@ -233,19 +236,31 @@ def differences(part: str, runs: Sequence[Row]) -> list[str]:
         found.append(f"Epochs: {_range(epochs)}, the released recipe has {recipe.epochs}.")
     if len(epochs) > 1:
         found.append("Some runs have more epochs than others: their errors do not compare.")
+    mixed = [key for key in ALIKE if len({json.dumps(run[key]) for run in runs}) > 1]
+    if mixed:
+        found.append(f"Runs differ in {', '.join(mixed)}: what they have in one row or column does not compare.")
+    if len({_machine(m) for run in runs for m in run["machines"]}) > 1:
+        found.append("Runs were made on several machines or by several commits: their times do not compare.")
     for name in dict.fromkeys(run["recipe"]["name"] for run in runs):
         if name != recipe.name:
             found.append(f"Recipe: {name}, not the released one.")
     precisions = ", ".join(dict.fromkeys(run["precision"] for run in runs))
     engine = {f"fused ({run['backend']})" if run["fused"] else "plain" for run in runs}
     found.append(f"Precision: {precisions} (the paper names none); our blocks run {' and '.join(sorted(engine))}.")
+    if any(run["cuda_graph"] for run in runs):
+        found.append("Steps: CUDA graphs, optimizer included, which PyTorch 1.1.0 had not.")
     if part in PRINTED_RESULTS and any(run["label"].endswith("-small") for run in runs):
         found.append("The paper names no stem; '3x3 stem' is stride 1 without a pool, in place of ImageNet's 7x7.")
     if any(run["model_args"].get("width_rule") == "constant" for run in runs):
         found.append("Every layer has width k: nothing but the links changes with the threshold.")
-    others = {key: value for key, value in runs[0]["model_args"].items() if key not in ("width_rule", "threshold")}
-    if part == "sweep" and others:
-        found.append("Networks: " + ", ".join(f"{key} {value}" for key, value in others.items()) + ".")
+    others = [
+        ", ".join(
+            f"{key} {value}" for key, value in run["model_args"].items() if key not in ("width_rule", "threshold")
+        )
+        for run in runs
+    ]
+    if part == "sweep" and any(others):
+        found.append(f"Networks: {'; '.join(text or 'as in the zoo' for text in dict.fromkeys(others))}.")
     for text in dict.fromkeys(_machine(m) for run in runs for m in run["machines"]):
         found.append(f"Machine: {text}; the paper's: {THEIRS}.")
     found.append(
