@@ -12,6 +12,8 @@ from torch import nn
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
 from thresholdnet.backends import native
+from thresholdnet.bench import footprint
+from thresholdnet.bench.providers import Runner
 from thresholdnet.models import fuse_blocks
 
 
@@ -71,6 +73,28 @@ def test_a_hand_counted_network():
     # at the peak, in the ReLU's backward: its result, the network's output (4), the gradients on both of its sides
     assert (8 + 4 + 8 + 8) * pixels <= report.peak <= 28 * pixels + 16  # and two scalars
     assert report.blocks == {}
+
+
+def test_a_workspace_of_a_weights_shape_is_alive():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x.flatten(1) + self.bias, 2 * self.weight)
+
+    report = tn.memory.account(Scaled(64, 64), (1, 64, 1, 1), torch.float32)["eager"]
+    weight, vector = 4 * 64 * 64, 4 * 64
+    assert report.kept == weight + vector  # the weight as it is multiplied with, and what it is multiplied with
+    # at the peak the gradient of that, too; the weight's own does not count
+    assert 2 * weight <= report.peak <= 2 * weight + 6 * vector
+
+
+def test_a_fused_peak_is_that_of_a_real_step():
+    """Few pixels, many weights: what backward gathers of them counts."""
+    model = tn.create_model("hardnet68", num_classes=5, drop_rate=0.0)
+    x = torch.randn(1, 3, 96, 96).to(memory_format=torch.channels_last)
+    counted = tn.memory.account(model, x.shape, torch.float32)["fused"].peak
+    fuse_blocks(model, True, "native")
+    model.to(memory_format=torch.channels_last)
+    assert counted == pytest.approx(footprint.peak_bytes(Runner(model, x, train=True))[0], rel=0.2)
 
 
 @pytest.mark.parametrize("pattern", [links.harmonic(8), links.dense(4), links.threshold_ab(8, 4)])

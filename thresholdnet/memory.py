@@ -6,6 +6,7 @@ makes is followed until nothing holds it any more. Fused blocks run their engine
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -164,10 +165,9 @@ def _step(model: nn.Module, images: Tensor, own: set[int]) -> tuple[Account, tup
         for key, size in kept.items():
             if owners[key]:
                 by_block[owners[key]] += size
-        tracker.ignore_new(p for p in model.parameters())
-        forward = len(tracker.alive)
+        forward = tracker.operations
         out.sum().backward()
-    alive = tracker.alive
+    alive = tracker.alive({_key(p.grad) for p in model.parameters() if p.grad is not None})
     return Account(total, max(alive, default=0), tracker.moved, by_block), (alive[:forward], alive[forward:])
 
 
@@ -191,14 +191,22 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, own: set[int]):
         super().__init__()
         self.own = own
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}  # and since which operation
+        self.sizes: dict[int, int] = {}
         self.moved = 0
-        self.alive: list[int] = []  # bytes after each operation
-        self.parameter_shapes: set[torch.Size] = set()
+        self.operations = 0
+        self.changes: list[tuple[int, int]] = []  # at an operation, of the bytes alive behind it
 
-    def ignore_new(self, parameters: Iterator[Tensor]) -> None:
-        """From now on results of these shapes are gradients of parameters, which are no activations."""
-        self.parameter_shapes = {p.shape for p in parameters}
+    def alive(self, gradients: set[int]) -> list[int]:
+        """Bytes after each operation, but for the storages that became gradients of parameters: no activations."""
+        changes = [0] * self.operations
+        for operation, size in self.changes:
+            changes[operation] += size
+        for key in gradients.intersection(self.live):
+            storage, since = self.live[key]
+            if not storage.expired():
+                changes[since] -= self.sizes[key]
+        return list(itertools.accumulate(changes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ENGINE:
@@ -214,13 +222,16 @@ class _Tracker(TorchDispatchMode):
         return result
 
     def _follow(self, tensors: list[Tensor]) -> None:
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for key in [key for key, (storage, _) in self.live.items() if storage.expired()]:
+            del self.live[key]
+            self.changes.append((self.operations, -self.sizes.pop(key)))
         for tensor in tensors:
             key = _key(tensor)
-            if key not in self.own and key not in self.live and tensor.shape not in self.parameter_shapes:
+            if key not in self.own and key not in self.live:
                 storage = tensor.untyped_storage()
-                self.live[key] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive.append(sum(size for _, size in self.live.values()))
+                self.live[key], self.sizes[key] = (StorageWeakRef(storage), self.operations), storage.nbytes()
+                self.changes.append((self.operations, self.sizes[key]))
+        self.operations += 1
 
 
 _ENGINE: dict[Any, Callable[..., Any]] = {
