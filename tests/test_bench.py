@@ -371,6 +371,25 @@ def test_a_graphs_pool_is_what_the_capture_allocated(monkeypatch):
     assert footprint.peak_bytes(providers.Graphed(runner))[0] == 1000
 
 
+@pytest.mark.parametrize("how", ["wrong", "raises"])
+def test_who_is_wrong_in_later_calls_gets_no_time(how, monkeypatch):
+    calls, right = [], native.Verbs.leave
+
+    def later(self, nodes):
+        calls.append(1)
+        if len(calls) <= 2 * 4:  # of two blocks each: first, peak, check and the round
+            return right(self, nodes)
+        if how == "raises":
+            raise RuntimeError("no more")
+        return right(self, nodes) * 2
+
+    monkeypatch.setattr(native.Verbs, "leave", later)
+    rows = by_provider(bench.measure(one_case("infer"), FEW, ONCE))
+    row = rows["fused_native"]
+    assert row["ms_median"] is None and row["ratios"] == {} and row["reason"].endswith(", after the rounds")
+    assert "fused_native" not in rows["eager"]["ratios"] and rows["eager"]["runs"] == 1
+
+
 def test_padding_keeps_the_weights():
     model = network(one_case("train"), torch.device("cpu"))
     wide, real = baselines.padded(network(one_case("train"), torch.device("cpu")))

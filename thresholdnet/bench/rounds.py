@@ -83,6 +83,7 @@ class Entry:
     Attributes:
         provider, graph: which, and whether its step is captured as a CUDA graph.
         step: what is timed; None where it cannot run or is wrong.
+        complain: runs the step once more and says what is wrong with it, None where nothing is.
         said: what its row says beside times; "reason" why it has none.
         times: milliseconds, one a round.
     """
@@ -90,6 +91,7 @@ class Entry:
     provider: str
     graph: bool
     step: Step | None = None
+    complain: Callable[[], str | None] | None = None
     said: Row = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
 
