@@ -154,6 +154,42 @@ def test_committed_tables_are_whole():
 
 
 @pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")
+def test_the_tuner_is_not_taken_in_by_a_clock_that_rises(monkeypatch):
+    """Every call is faster than the one before: who comes last looks best, and is not when both are timed in turn."""
+    monkeypatch.syspath_prepend(str(CHECKOUT / "bench"))
+    import tune
+
+    work = tune.Work(tune._shape("forward", "float32", 3, False, 12, 8, 1, 4, 4), (8, 4), "arena")
+    monkeypatch.setattr(tune.Bench, "call", lambda self, launch, **options: lambda: None)
+    monkeypatch.setattr(tune.Bench, "result", lambda self, call: torch.ones(1))
+    calls = []
+
+    def clock(step):
+        calls.append(step)
+        return 100.0 * 0.97 ** len(calls)
+
+    monkeypatch.setattr("thresholdnet.bench.clock.clock_for", lambda device: clock)
+    monkeypatch.setattr("thresholdnet.kernels.device.capability_of", lambda device: (9, 0))
+    row = tune.measure(work, torch.device("cpu"), print)
+    rule, *_, last = row["times"]["tile"]
+    assert rule["ms"] > 1.1 * last["ms"] and row["tile"] | {"ms": rule["ms"]} == rule
+
+
+@pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")
+def test_the_tuner_times_the_best_in_turn_with_the_rule(monkeypatch):
+    monkeypatch.syspath_prepend(str(CHECKOUT / "bench"))
+    import tune
+
+    def clock(step):
+        clock.drift *= 0.97
+        return step() * clock.drift
+
+    for other, faster in ((1.0, False), (0.99, False), (0.9, True)):
+        clock.drift = 1.0
+        assert tune.stays_faster(lambda: 1.0, lambda other=other: other, clock, 20) == faster
+
+
+@pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")
 def test_the_tuner_lists_shapes_and_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # the command sets it
     monkeypatch.syspath_prepend(CHECKOUT / "bench")
