@@ -265,6 +265,17 @@ def test_help_teaches():
     assert "--minutes" in text and "width_rule=harmonic" in text
 
 
+def test_figures_say_which_epochs_errors_they_show(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    row = {"pattern": "ab", "threshold": 0, "error": [9.0], "kept_plain": 2, "kept_fused": 1, "step_ms": 3.0,
+           "parameters": 4}  # fmt: skip
+    figures.trade_off([row], tmp_path / "a.png")
+    row = {"network": "v1", "paper_error": 9.0, "error": 9.0, "paper_of_base": 1.0, "of_base": 1.0}
+    figures.beside_paper([row], "v1", tmp_path / "b.png")
+    assert drawn[0].axes[0].get_ylabel() == drawn[1].axes[0].get_xlabel() == "test error of the best epoch, %"
+
+
 def test_figures_refuse_nothing(tmp_path):
     for draw, arguments in ((figures.trade_off, ()), (figures.beside_paper, ("thresholdnet_v1",))):
         with pytest.raises(ValueError, match="needs at least one row, got none"):

@@ -119,7 +119,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
         axes.margins(x=0.12, y=0.15)
         axes.grid(color=GREY, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test error, %")
+    panels[0].set_ylabel("test error of the best epoch, %")
     panels[-1].legend(frameon=False, title="pattern")
     if title:
         figure.suptitle(title)
@@ -142,7 +142,7 @@ def beside_paper(rows: Sequence[Mapping[str, Any]], base: str, path: str | Path,
         raise ValueError("beside_paper needs at least one row, got none")
     figure = _figure(12, 1.6 + 0.55 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
-    labels = ("test error, %", f"training step, times that of {base} on the same machine")
+    labels = ("test error of the best epoch, %", f"training step, times that of {base} on the same machine")
     for axes, key, label in zip(panels, ("error", "of_base"), labels, strict=True):
         for offset, what, colour, name in ((-0.2, f"paper_{key}", GREY, "paper"), (0.2, key, TRAIN, "ours")):
             shown = [(i + offset, row[what]) for i, row in enumerate(rows) if row[what] is not None]
