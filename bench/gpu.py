@@ -163,6 +163,15 @@ def gpu_steps(out: Path) -> list[Step]:
             )
             for model in MODELS
         ),
+        # what eager gains by cuDNN's own measuring, which takes its time
+        Step(
+            "bench cudnn",
+            measured(
+                r"v1 (128x224|100x32).* train", ("eager_channels_last", "eager_cudnn_benchmark", "fused_triton"),
+                *GRAPH, file="bench-cudnn.json",
+            ),
+            120, 40,
+        ),
         Step("questions", (*questions, "--budget", "45"), 55, 20),
         # grouping or not, table kernel or gather + library, halo or implicit product: at the widths that decide it
         Step("tune 224 v1", (*tune, "--model", "thresholdnet_v1", "--size", "128x224", "--budget", "60"), 75, 20),
