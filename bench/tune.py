@@ -34,6 +34,7 @@ MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 SIZES = ((128, 224), (100, 32))  # batch, side
 MARGIN = 0.98  # of the rule's time that another choice must stay below
 REPEATS = 20
+CODE = ("torch", "triton", "commit", "changes", "libraries")  # that all rows of a file are of
 
 
 @dataclass(frozen=True)
@@ -387,6 +388,7 @@ def tune(options: argparse.Namespace, started: float) -> int:
     import torch
     from thresholdnet.kernels import tuned
 
+    from thresholdnet.bench.results import machine
     from thresholdnet.checkpoint import write_atomic
 
     if not (options.interpreter or options.dry_run or torch.cuda.is_available()):
@@ -398,9 +400,18 @@ def tune(options: argparse.Namespace, started: float) -> int:
         raise ValueError("out must be given with --interpreter, got none: its times say nothing about a GPU")
     works = distinct(_works(options), options.filter)[: options.limit]
     rows: list[dict[str, Any]] = []
+    here = machine(device=device.type)
+    head = {"gpu": gpu, "capability": capability, "interpreter": options.interpreter}
+    head |= {key: here[key] for key in CODE}
     if path.exists():
         tuned.read(path, gpu, capability)  # a damaged file, or another GPU's, is not written over
-        rows = json.loads(path.read_text())["rows"]
+        found = json.loads(path.read_text())
+        for key in CODE:
+            if found.get(key) != head[key]:
+                raise ValueError(
+                    f"{path} was measured with {key} {found.get(key)!r}, now it is {head[key]!r}: give another --out"
+                )
+        rows = found["rows"]
     done = {tuple(row[name] for name in tuned.Shape._fields) for row in rows}
     waiting = [work for work in works if options.again or tuple(work.shape) not in done]
 
@@ -419,7 +430,6 @@ def tune(options: argparse.Namespace, started: float) -> int:
             break
         row = measure(work, device, tell)
         rows = [old for old in rows if tuple(old[name] for name in tuned.Shape._fields) != tuple(work.shape)] + [row]
-        head = {"gpu": gpu, "capability": capability, "torch": torch.__version__, "interpreter": options.interpreter}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps({**head, "rows": rows}, indent=1) + "\n").encode())
         measured += 1

@@ -168,6 +168,16 @@ def test_switches_of_the_environment_are_noted(monkeypatch):
     assert found["THRESHOLDNET_WINOGRAD"] == found["TORCHINDUCTOR_FREEZING"] == "1" and "TRITON_CACHE_DIR" not in found
 
 
+def test_launch_tables_are_noted(monkeypatch, tmp_path):
+    monkeypatch.setenv("THRESHOLDNET_TUNED", str(tmp_path))
+    found = []
+    for text in ("", "1", "2"):
+        if text:
+            (tmp_path / "a-gpu.json").write_text(text)
+        found.append(bench.machine()["tuned"])
+    assert found[0] == {} and list(found[1]) == ["a-gpu.json"] and found[1] != found[2]
+
+
 def test_a_file_keeps_all_of_its_commands(tmp_path, monkeypatch):
     here, row = bench.machine(), {"provider": "eager", "model": TINY, "mode": "train"}
     (tmp_path / "run.json").write_text(json.dumps({"machine": here | {"command": "thresholdnet first"}, "rows": [row]}))

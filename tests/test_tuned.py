@@ -11,6 +11,7 @@ from thresholdnet.kernels import tuned
 from thresholdnet.kernels.configs import ConvolutionConfig, ReadersConfig, WeightGradientConfig
 
 from thresholdnet.backends import cuda_launch
+from thresholdnet.bench import machine
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 GPU, CAPABILITY = "NVIDIA H200", (9, 0)
@@ -173,6 +174,21 @@ def test_the_tuner_is_not_taken_in_by_a_clock_that_rises(monkeypatch):
     row = tune.measure(work, torch.device("cpu"), print)
     rule, *_, last = row["times"]["tile"]
     assert rule["ms"] > 1.1 * last["ms"] and row["tile"] | {"ms": rule["ms"]} == rule
+
+
+@pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")
+def test_the_tuner_goes_on_with_the_same_code_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(CHECKOUT / "bench"))
+    import tune
+
+    file = tmp_path / "table.json"
+    monkeypatch.setattr(tuned, "identity", lambda device: (GPU, CAPABILITY))
+    head = {key: machine()[key] for key in tune.CODE}
+    asked = ["--model", "hardnet68", "--size", "1x64", "--limit", "1", "--dry-run", "--out", str(file)]
+    for change, code in (({}, 0), ({"commit": "another"}, 2)):
+        file.write_text(json.dumps(document() | head | change))
+        assert tune.main(asked) == code
+    assert "was measured with commit 'another', now it is" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (CHECKOUT / "bench" / "tune.py").is_file(), reason="run outside a checkout")

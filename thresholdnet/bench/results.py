@@ -1,8 +1,8 @@
 """The file of a run, bench/results/<machine>/<date>-<name>.json, whole after every case, and taken up where it ends.
 
 {"machine": {...}, "rows": [...], "layers": [...], "peaks": {...}}. "machine" says what must be the same for all rows
-(`SAME`): hardware and releases, commit with a digest of local changes, digests of the compiled libraries, environment
-variables that change what runs; and all the commands. A row has
+(`SAME`): hardware and releases, commit with a digest of local changes, digests of the compiled libraries and of launch
+tables, environment variables that change what runs; and all the commands. A row has
 - model (with its block where that alone ran: "thresholdnet_v1/stages.3"), image, batch, dtype, mode, provider, graph;
   device, threads, backend;
 - ms_median, ms_p20, ms_p80 over its runs (null without a time: none was asked for, or "reason" says why); ms, a round
@@ -44,7 +44,7 @@ from .layers import Operation
 CHECKOUT = Path(__file__).resolve().parents[2]
 SAME = (
     "name", "cpu", "cores", "threads", "instructions", "gpu", "driver", "cuda", "cudnn", "torch", "triton", "python",
-    "version", "commit", "changes", "libraries", "environment",
+    "version", "commit", "changes", "libraries", "tuned", "environment",
 )  # fmt: skip
 """What must not differ between the rows of one file."""
 
@@ -66,7 +66,7 @@ def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """
     cpu = info.cpu()
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    changes = _digest((_git("diff", "HEAD", "--", ":!bench/results") or "").encode())
+    changes = _digest((_git("diff", "HEAD", "--", ":!bench/results", ":!kernels/tuned") or "").encode())
     return {
         "name": name or machine_name(gpu, cpu["model"], cpu["logical cores"]),
         "cpu": cpu["model"],
@@ -85,6 +85,7 @@ def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
         "dirty": changes is not None,
         "changes": changes,
         "libraries": {file.name.partition(".")[0]: _digest(file.read_bytes()) for file in _libraries()},
+        "tuned": {file.name: _digest(file.read_bytes()) for file in _launch_tables()},
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -208,6 +209,14 @@ def _digest(content: bytes) -> str | None:
 def _libraries() -> list[Path]:
     """The compiled libraries of the package: builds of other sources or flags are other code."""
     return sorted(Path(__file__).resolve().parents[1].glob("_csrc*.so"))
+
+
+def _launch_tables() -> list[Path]:
+    """What launches may be chosen by; files that git need not know."""
+    from thresholdnet.kernels import tuned
+
+    where = os.environ.get("THRESHOLDNET_TUNED", "")
+    return [] if where == "0" else sorted(Path(where or tuned.FOLDER).glob("*.json"))
 
 
 def _git(*arguments: str) -> str | None:
