@@ -92,10 +92,11 @@ def trade_off(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
     """
     if not rows:
         raise ValueError("trade_off needs at least one row, got none")
+    costs = [("kept_plain", 2**20, "kept for backward, MiB (hollow: fused)"), ("step_ms", 1, "training step, ms"),
+             ("parameters", 1e6, "parameters, millions")]  # fmt: skip
+    costs = [cost for cost in costs if all(row[cost[0]] is not None for row in rows)]
     figure = _figure(13, 4.4)
-    panels = figure.subplots(1, 3, sharey=True)
-    costs = (("kept_plain", 2**20, "kept for backward, MiB (hollow: fused)"), ("step_ms", 1, "training step, ms"),
-             ("parameters", 1e6, "parameters, millions"))  # fmt: skip
+    panels = figure.subplots(1, len(costs), sharey=True)
     for index, pattern in enumerate(dict.fromkeys(row["pattern"] for row in rows)):
         colour = LINES[index % len(LINES)]
         chosen = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: row["threshold"])

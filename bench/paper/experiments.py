@@ -183,20 +183,35 @@ def is_done(run: Run) -> bool:
     return not result["interrupted"] and result["epochs"] >= run.epochs
 
 
-def train_all(runs: Sequence[Run], minutes: float | None, say: Any) -> int:
+def deadline_of(minutes: float | None) -> float:
+    """When so many minutes from now are over, on the monotonic clock."""
+    return math.inf if minutes is None else time.monotonic() + 60 * number("--minutes", minutes, 0)
+
+
+def check_begun(runs: Sequence[Run]) -> None:
+    """Check all runs before hours are spent on the first.
+
+    Raises:
+        ValueError: one was begun with other settings.
+    """
+    for run in runs:
+        if (run.folder / "config.json").exists():
+            check_same_run(run.config, run.folder)
+
+
+def train_all(runs: Sequence[Run], minutes: float | None, say: Any, at_once: int = 1) -> int:
     """Train what is not done, in order, until the time is up.
 
     Args:
         minutes: of wall time for all runs together, from now on; None for no limit.
         say: prints one line.
+        at_once: how many runs share the machine, which the report has to know.
 
     Returns:
         The signal that ended it, 0 if none did.
     """
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * number("--minutes", minutes, 0)
-    for run in runs:
-        if (run.folder / "config.json").exists():
-            check_same_run(run.config, run.folder)  # all of them before hours are spent on the first
+    deadline = deadline_of(minutes)
+    check_begun(runs)
     begun = False
     for index, run in enumerate(runs, 1):
         if is_done(run):
@@ -206,21 +221,23 @@ def train_all(runs: Sequence[Run], minutes: float | None, say: Any) -> int:
             break
         begun = True
         say(f"[{index}/{len(runs)}] {run.name}: {len(history(run.folder))} of {run.epochs} epochs done")
-        _describe(run)
+        _describe(run, at_once)
         result = train(run.config, minutes=None if minutes is None else max(left, 0) / 60)
         if result["interrupted"] and time.monotonic() < deadline:
             return int(result["signal"])
     return 0
 
 
-def _describe(run: Run) -> None:
-    """Say in the run's folder what it is and where it has run, for the report."""
+def _describe(run: Run, at_once: int) -> None:
+    """Say in the run's folder what it is, where it has run, and beside how many others at most, for the report."""
     file = run.folder / DESCRIPTION
     here = machine(device="cuda" if _on_gpu(run.config.accelerator) else "cpu")
     del here["command"]  # of `thresholdnet bench`; config.json says all that was asked for
-    machines = json.loads(file.read_text())["machines"] if file.exists() else []
-    if all(any(known.get(key) != here[key] for key in SAME) for known in machines):
+    known = json.loads(file.read_text()) if file.exists() else {}
+    machines = known.get("machines", [])
+    if all(any(before.get(key) != here[key] for key in SAME) for before in machines):
         machines.append(here)
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = {"part": run.experiment.part, "label": run.experiment.label, "machines": machines}
+    at_once = max(at_once, known.get("at_once", 1))
+    text = {"part": run.experiment.part, "label": run.experiment.label, "machines": machines, "at_once": at_once}
     write_atomic(file, (json.dumps(text, indent=2) + "\n").encode())

@@ -134,9 +134,18 @@ def _run(folder: Path) -> Row:
         "epochs": len(epochs),
         "error": 100 * (1 - max(row["test_accuracy"] for row in epochs)),
         "last_error": 100 * (1 - epochs[-1]["test_accuracy"]),
+        **_times(epochs, about.get("at_once", 1)),
+        **costs(info["model"], info["model_args"], info["num_classes"], info["image_size"]),
+    }
+
+
+def _times(epochs: Sequence[dict[str, float]], at_once: int) -> dict[str, float | None]:
+    """None where other runs shared the machine."""
+    if at_once > 1:
+        return {"step_ms": None, "epoch_s": None}
+    return {
         "step_ms": median(1e3 * BATCH / row["images_per_second"] for row in epochs),
         "epoch_s": median(row["seconds"] for row in epochs),
-        **costs(info["model"], info["model_args"], info["num_classes"], info["image_size"]),
     }
 
 
@@ -167,7 +176,7 @@ def costs(model: str, model_args: dict[str, Any], classes: int, side: int) -> Ro
 def _table_rows(part: str, runs: Sequence[Row]) -> list[Row]:
     base = next(printed for printed in PRINTED_RESULTS[part] if printed.model == BASE)
     base_runs = [run for run in runs if run["label"] == BASE]
-    base_step = mean(run["step_ms"] for run in base_runs) if base_runs else None
+    base_step = _mean([run["step_ms"] for run in base_runs])
     rows = []
     for printed in PRINTED_RESULTS[part]:
         labels = [label for label in dict.fromkeys(run["label"] for run in runs)
@@ -208,9 +217,15 @@ def _averaged(runs: Sequence[Row]) -> Row:
     if not runs:
         empty = ("error", "last_error", "step_ms", "epoch_s", "links", "parameters", "kept_plain", "kept_fused")
         return {"seeds": 0, "epochs": [], **dict.fromkeys(empty)}
-    averages = {key: mean(run[key] for run in runs) for key in ("error", "last_error", "step_ms", "epoch_s")}
+    averages = {key: _mean([run[key] for run in runs]) for key in ("error", "last_error", "step_ms", "epoch_s")}
     fixed = {key: runs[0][key] for key in ("links", "parameters", "kept_plain", "kept_fused")}
     return {"seeds": len(runs), "epochs": [run["epochs"] for run in runs], **averages, **fixed}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 # ---------------------------------------------------------------- what differs from the paper
@@ -261,6 +276,8 @@ def differences(part: str, runs: Sequence[Row]) -> list[str]:
     ]
     if part == "sweep" and any(others):
         found.append(f"Networks: {'; '.join(text or 'as in the zoo' for text in dict.fromkeys(others))}.")
+    if any(run.get("at_once", 1) > 1 for run in runs):
+        found.append("Runs that shared the machine with others have no times here.")
     for text in dict.fromkeys(_machine(m) for run in runs for m in run["machines"]):
         found.append(f"Machine: {text}; the paper's: {THEIRS}.")
     found.append(
