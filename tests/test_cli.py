@@ -88,6 +88,9 @@ def test_memory(tmp_path):
     assert kept["fused, recompute"] < kept["fused"] < kept["eager"]
     stdout, _ = run("memory", "--model", "hardnet68", "--image-size", 64, "--figure", tmp_path / "bars.png")
     assert "kept in stages.0.block" in stdout and Image.open(tmp_path / "bars.png").width > 300
+    pyramid = ("--model-arg", "features_only=true", "--model-arg", "out_indices=[1,2]", "--image-size", 64)
+    stdout, _ = run("memory", "--model", "hardnet68", *pyramid)
+    assert "kept in stages.0.block" in stdout
 
 
 def test_models():

@@ -53,6 +53,34 @@ def test_over_time():
         assert backward[-1] < forward[-1]
 
 
+@pytest.mark.parametrize("name", ["thresholdnet_v1", "resnet18"])
+def test_a_feature_pyramid(name):
+    """Backward starts from every map: its kept bytes are those of a real step, and its stages the classifier's."""
+    model = tn.create_model(name, features_only=True)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    report = tn.memory.account(model, x.shape, torch.float32)
+    for mode, fused in (("eager", False), ("fused", True)):
+        fuse_blocks(model, fused, "native")
+        assert report[mode].kept == pytest.approx(_really_kept(model, x), rel=0.005), mode
+    classifier = tn.memory.account(tn.create_model(name, num_classes=0), x.shape, torch.float32)
+    for mode, account in report.items():
+        assert account.blocks == classifier[mode].blocks
+        assert account.moved == pytest.approx(classifier[mode].moved, rel=0.05)
+
+
+class _Named(nn.Conv2d):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"out": y, "sizes": [y.detach(), y.shape[2]], "aux": y.relu()}
+
+
+def test_outputs_of_other_kinds():
+    report = tn.memory.account(_Named(3, 4, 1), (2, 3, 8, 8), torch.float32)["eager"]
+    assert report.kept == 2 * 4 * 8 * 8 * 4  # of the ReLU
+    with pytest.raises(ValueError, match="model must return a tensor that requires a gradient, got dict without one"):
+        tn.memory.account(_Named(3, 4, 1).requires_grad_(False), (2, 3, 8, 8))
+
+
 def test_blocks_add_up_to_their_plans():
     block = ThresholdBlock(32, links.threshold_ab(8, 4), 16)
     report = tn.memory.account(block, (4, 32, 28, 28), torch.float32)

@@ -53,12 +53,14 @@ def account(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = t
     A model with blocks that `tn.convert` would fuse is counted as it is, in every mode, and a warning says so.
 
     Args:
-        model: a network or a `ThresholdBlock`; neither moved nor changed.
+        model: a network or a `ThresholdBlock`; neither moved nor changed. It may return several tensors in a list or a
+            dict, as feature pyramids do: backward starts from all of them.
         input_shape: [N, C, H, W] of the images.
         dtype: of weights and images.
 
     Raises:
-        TypeError, ValueError: not a module, a bad shape, or a shape that the model refuses.
+        TypeError, ValueError: not a module, a bad shape, a shape that the model refuses, or an output without a tensor
+            that requires a gradient.
     """
     return {name: _step(*prepared)[0] for name, prepared in _modes(model, input_shape, dtype)}
 
@@ -166,9 +168,17 @@ def _step(model: nn.Module, images: Tensor, own: set[int]) -> tuple[Account, tup
             if owners[key]:
                 by_block[owners[key]] += size
         forward = tracker.operations
-        out.sum().backward()
+        torch.autograd.backward([result.sum() for result in _differentiable(out)])
     alive = tracker.alive({_key(p.grad) for p in model.parameters() if p.grad is not None})
     return Account(total, max(alive, default=0), tracker.moved, by_block), (alive[:forward], alive[forward:])
+
+
+def _differentiable(out: Any) -> list[Tensor]:
+    """The tensors in a model's output, which may be a list or a dict of maps, from which backward starts."""
+    found = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not found:
+        raise ValueError(f"model must return a tensor that requires a gradient, got {type(out).__name__} without one")
+    return found
 
 
 def _announce(module: nn.Module, name: str, inside: list[str]) -> None:
