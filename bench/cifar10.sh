@@ -42,6 +42,7 @@ keep() { # NAME: the run's log, curve and figures, without machine paths and wit
 main() { # in one function, so that bash has read it all before it starts
   root=$1 results=$2
   shift 2
+  mkdir -p "$results"
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   common=(train --model thresholdnet_v1 --data cifar10 --root "$root" --seed 0 --no-progress)

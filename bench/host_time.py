@@ -147,7 +147,10 @@ def run(options: argparse.Namespace) -> int:
 
     from thresholdnet.bench.results import machine
     from thresholdnet.checkpoint import write_atomic
+    from thresholdnet.checks import output_file
 
+    if options.out is not None:
+        output_file("out", options.out)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +169,6 @@ def run(options: argparse.Namespace) -> int:
             rows.append(row)
             print(*(list(table(rows))[0 if len(rows) == 1 else -1 :]), sep="\n", flush=True)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         head = machine(device="cpu") | {"command": shlex.join(sys.argv)}
         write_atomic(options.out, (json.dumps({"machine": head, "rows": rows}, indent=1) + "\n").encode())
     return int(any(row["differ"] for row in rows))

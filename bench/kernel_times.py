@@ -132,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
     from thresholdnet.bench.providers import known
     from thresholdnet.bench.results import machine
     from thresholdnet.checkpoint import write_atomic
+    from thresholdnet.checks import output_file
 
     if options.out is None:
         raise ValueError("out must name a file, got none")
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
     providers = known(options.provider or PROVIDERS)
     if not torch.cuda.is_available():
         raise RuntimeError("kernel times need a CUDA device, got none")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    output_file("out", options.out)
     rows: list[dict[str, Any]] = []
     head = {"machine": machine(device="cuda") | {"command": shlex.join(sys.argv)}}
     for case in cases:

@@ -70,6 +70,9 @@ def fill(options: argparse.Namespace) -> int:
     import torch
     from rich.progress import track
 
+    from thresholdnet.checks import output_folder
+
+    output_folder("cache", options.cache)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         Silent(Path(folder)).install(capability)

@@ -120,6 +120,7 @@ def answer(options: argparse.Namespace) -> int:
     from thresholdnet.bench import rounds
     from thresholdnet.bench.results import machine
     from thresholdnet.checkpoint import write_atomic
+    from thresholdnet.checks import output_file
 
     sizes = variants.TINY if options.interpreter else variants.GPU
     asked = [case for question in variants.QUESTIONS for size in sizes for case in question(size)]
@@ -140,7 +141,7 @@ def answer(options: argparse.Namespace) -> int:
     if options.interpreter:
         print("Times of Triton's interpreter on a CPU: they say nothing about a GPU.")
     records: list[dict[str, Any]] = []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    output_file("out", options.out)
     for index, case in enumerate(asked):
         if time.monotonic() - started > options.budget:
             print(f"the budget of {options.budget:g} s is spent: {len(asked) - index} of {len(asked)} cases left")

@@ -390,6 +390,7 @@ def tune(options: argparse.Namespace, started: float) -> int:
 
     from thresholdnet.bench.results import machine
     from thresholdnet.checkpoint import write_atomic
+    from thresholdnet.checks import output_file
 
     if not (options.interpreter or options.dry_run or torch.cuda.is_available()):
         raise RuntimeError("tune needs a CUDA device, got none: --interpreter tries the tool without, --dry-run lists")
@@ -423,6 +424,7 @@ def tune(options: argparse.Namespace, started: float) -> int:
         print(json.dumps(summary, indent=2) if options.json else "\n".join(summary["shapes"]))
         tell(f"{len(waiting)} of {len(works)} shapes to measure, file: {path}")
         return 0
+    output_file("out", path)
     measured, faster = 0, 0
     for index, work in enumerate(waiting, start=1):
         if time.monotonic() - started > options.budget:
@@ -430,7 +432,6 @@ def tune(options: argparse.Namespace, started: float) -> int:
             break
         row = measure(work, device, tell)
         rows = [old for old in rows if tuple(old[name] for name in tuned.Shape._fields) != tuple(work.shape)] + [row]
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps({**head, "rows": rows}, indent=1) + "\n").encode())
         measured += 1
         gains = {kind: gain for kind, found in row["times"].items() if (gain := gain_of(found)) is not None}

@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64, help="of the images in pixels")
     parser.add_argument("--out", type=Path, help="write a picture there")
     options = parser.parse_args()
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
 
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,46 @@ def test_wrong_files_get_one_sentence_and_exit_code_2(trained, tmp_path):
     ):
         _, stderr = run(*arguments, code=2)
         assert sentence in stderr and stderr.count("\n") == 1, stderr
+
+
+def _writers(best, image, folder):
+    """A command line for every option that names a file or folder to write, and the work that must not come first."""
+    small = ("--model", "hardnet39ds", "--image-size", 64)
+    return (
+        (["eval", best, "--limit", 9, "--figure", folder / "e.png"], "thresholdnet.inference.evaluate_data"),
+        (["predict", best, image, "--figure", folder / "p.png"], "thresholdnet.inference.pick_device"),
+        (["memory", *small, "--batch-size", 2, "--figure", folder / "m.png"], "thresholdnet.memory.account"),
+        (["tables", "I", "--out", folder / "t.txt"], "thresholdnet.tables.table"),
+        (["links", "--out", folder / "l.svg"], "thresholdnet.diagrams.arc_diagram"),
+        (["export", folder / "n.pt2", *small], "thresholdnet.export._unfolded"),
+        (["train", *SMALL, "--epochs", 1, "--limit", 40, "--out", folder / "run"], "thresholdnet.train.run.load_data"),
+        (["bench", "--rounds", 0, "--provider", "eager", "--device", "cpu", "--out", folder / "b.json"],
+         "thresholdnet.bench.run"),
+    )  # fmt: skip
+
+
+def test_folders_of_outputs_are_made(trained, tmp_path):
+    Image.new("RGB", (40, 50)).save(tmp_path / "in.png")
+    folder = tmp_path / "new" / "folder"
+    best = trained[0] / "checkpoints" / "best.ckpt"
+    for arguments, _ in _writers(best, tmp_path / "in.png", folder):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        run(*arguments)
+        assert len(list(folder.iterdir())) == 1, arguments
+
+
+def test_outputs_without_a_place_are_refused_before_any_work(trained, tmp_path):
+    Image.new("RGB", (40, 50)).save(tmp_path / "in.png")
+    (tmp_path / "file").touch()
+    best = trained[0] / "checkpoints" / "best.ckpt"
+    for arguments, work in _writers(best, tmp_path / "in.png", tmp_path / "file"):
+        with mock.patch(work, side_effect=AssertionError("too late")):
+            _, stderr = run(*arguments, code=2)
+        assert f"{tmp_path / 'file'} is a file" in stderr and stderr.count("\n") == 1, stderr
+    with mock.patch("thresholdnet.inference.evaluate_data", side_effect=AssertionError("too late")):
+        _, stderr = run("eval", best, "--figure", tmp_path, code=2)
+        assert f"figure must be a file, got the folder {tmp_path}" in stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "file"}
 
 
 def test_typer_usage_errors_have_code_2_too():

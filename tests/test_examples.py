@@ -93,8 +93,10 @@ def test_serve_onnx_in_opencv(served):
 
 
 def test_segment_shapes(tmp_path):
-    stdout = example("segment_shapes.py", "--steps", 30, "--batch-size", 8, "--side", 32, "--out", tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
+    stdout = example(
+        "segment_shapes.py", "--steps", 30, "--batch-size", 8, "--side", 32, "--out", tmp_path / "new" / "a.png"
+    )
+    with Image.open(tmp_path / "new" / "a.png") as picture:
         assert picture.size[0] > 500
     share = re.search(r"background ([\d.]+)%", stdout)
     assert float(share[1]) > 60, stdout

@@ -48,6 +48,7 @@ print([host_time.differing([one], [line]) for line in (same, moved, odd, other, 
     ("arguments", "environment", "message"),
     [
         (("--model", "thresholdnet_v9"), {}, "error: "),
+        (("--quick", "--out", f"{__file__}/times.json"), {}, "error: out must lead to a folder, got "),
         ((), {"TRITON_INTERPRET": "1"}, "error: TRITON_INTERPRET must not be 1"),
     ],
 )

@@ -104,6 +104,16 @@ def test_bad_input_gets_one_sentence(loaded: LoadedCheckpoint, tmp_path: Path) -
         evaluate(other)
 
 
+def test_a_folder_that_cannot_be_written_is_said_first(
+    loaded: LoadedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thresholdnet.checks.os.access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr("thresholdnet.inference.evaluate_data", None)
+    with pytest.raises(ValueError, match=f"figure must lead to a folder that can be written, got {tmp_path}"):
+        evaluate(loaded, figure=tmp_path / "new" / "c.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_confusion_figure(tmp_path: Path, classes: int) -> None:
     rng = np.random.default_rng(0)

@@ -240,6 +240,10 @@ WRONG = [
     (["sweep", "--data", "digits", "--device", "abacus"], "accelerator 'abacus' is unknown"),
     (["sweep", "--data", "digits", "--backend", "natif"], "did you mean native"),
     (["sweep", "--model-arg", "width"], "--model-arg must be KEY=VALUE"),
+    (
+        ["report", "--out", "nothing", "--to", f"{__file__}/report"],
+        f"--to must lead to a folder, got {__file__}/report",
+    ),
     (["report", "--out", "nothing"], "--out must hold at least one run with a finished epoch, got nothing"),
 ]
 

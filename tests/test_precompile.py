@@ -33,6 +33,7 @@ def test_a_later_process_finds_the_kernels(tmp_path):
         (("--model", "thresholdnet_v9"), {}, "error: "),
         (("--model", "thresholdnet_v1", "--batch", 0), {}, "error: batch must be at least 1, got 0"),
         (("--model", "thresholdnet_v1", "--capability", "7.5"), {}, "error: capability must be 8.0 or newer, such as"),
+        (("--model", "thresholdnet_v1", "--cache", __file__), {}, "error: cache must lead to a folder, got "),
         (("--model", "thresholdnet_v1"), {"TRITON_INTERPRET": "1"}, "error: TRITON_INTERPRET must not be 1"),
     ],
 )

@@ -100,6 +100,11 @@ def test_what_it_needs_is_said(tmp_path, monkeypatch, capsys):
         (("--list", "--filter", "("), "filter must be a regular expression, got '('"),
     ):
         assert questions.main(list(arguments)) == 2 and words in capsys.readouterr().err
+    blocked = ["--out", f"{__file__}/questions.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(questions, "measure", None)  # what fails in it is said of one case, and the others go on
+        assert questions.main(["--interpreter", *blocked]) == 2
+        assert f"out must lead to a folder, got {__file__}: {__file__} is a file" in capsys.readouterr().err
     assert questions.main(["--list"]) == 0
     assert {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()} == set(VARIANTS)
     assert questions.main(["--interpreter", "--out", out, "--budget", "0", "--filter", "activated"]) == 0

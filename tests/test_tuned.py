@@ -231,6 +231,9 @@ def test_the_tuner_lists_shapes_and_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2 and "tune needs a CUDA device, got none" in capsys.readouterr().err
     assert tune.main(["--interpreter"]) == 2 and "out must be given with --interpreter" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "measure", None)
+    assert tune.main(["--interpreter", "--out", f"{__file__}/tuned.json"]) == 2
+    assert f"out must lead to a folder, got {__file__}: {__file__} is a file" in capsys.readouterr().err
     sys.modules.pop("tune")
 
 

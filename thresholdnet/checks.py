@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -40,6 +42,35 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(choices)}"
     raise ValueError(f"{name} {value!r} is unknown; {hint}")
+
+
+def output_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path where a folder lies there or could be made, without making it.
+
+    Raises:
+        ValueError: a file lies there or on the way, or nothing may be written there.
+    """
+    path = Path(path)
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name} must lead to a folder, got {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must lead to a folder that can be written, got {path}: {there} can not")
+    return path
+
+
+def output_file(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path, with its folder made: called before the work whose result is to be written there.
+
+    Raises:
+        ValueError: a folder lies there, a file lies where its folder should, or nothing may be written there.
+        OSError: the folder cannot be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}")
+    output_folder(name, path.parent).mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _inside(name: str, value: float, low: float | None, high: float | None) -> float:

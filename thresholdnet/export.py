@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.utils._pytree import tree_leaves
 
-from .checks import integer, one_of
+from .checks import integer, one_of, output_file
 from .convert import difference, to_reference
 from .layers import Unlike, hooked
 from .recognise import recognise
@@ -135,7 +135,7 @@ def export(
 
     Args:
         model: any model of images; it is left alone.
-        path: the file.
+        path: the file; its folder is made first.
         to: by default what the path ends in.
             "onnx" (.onnx): opset 18; runs in onnxruntime, OpenCV, TensorRT.
             "pt2" (.pt2): a program for `torch.export.load`.
@@ -149,7 +149,7 @@ def export(
         The path.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError, ValueError: an argument of the wrong type or out of range; no place for the file.
         RuntimeError: ONNX without the packages for it; "aoti" without a C++ compiler.
     """
     if not isinstance(model, nn.Module):
@@ -165,6 +165,7 @@ def export(
         raise ValueError(f"path must end in .pt2 for an AOTInductor package, got {str(path)!r}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     shape = (2, integer("channels", channels, 1), integer("height", height, 1), integer("width", width, 1))
+    output_file("path", path)
     twin = _folded(_unfolded(model).float().cpu(), shape)
     images = torch.zeros(shape)
     if to == "torchscript":

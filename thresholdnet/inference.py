@@ -42,7 +42,7 @@ def evaluate(
         data: data set; None takes the one it was trained on.
         root, download, limit: as in `thresholdnet.data.load_data`.
         device: None takes the GPU when there is one.
-        figure: write the confusion matrix as a PNG there.
+        figure: write the confusion matrix as a PNG there; its folder is made first.
 
     Returns:
         `accuracy`, `loss` (cross entropy), `classes` (a list of dicts: name, precision, recall,
@@ -50,9 +50,11 @@ def evaluate(
         `images`, `seconds`, `images_per_second`.
 
     Raises:
-        TypeError, ValueError: bad checkpoint or data; classes that do not match.
+        TypeError, ValueError: bad checkpoint or data; classes that do not match; no place for `figure`.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else load_checkpoint(checkpoint)
+    if figure is not None:
+        checks.output_file("figure", figure)
     images = load_data(data or loaded.info["data"], root, download=download, image_size=loaded.image_size, limit=limit)
     report = evaluate_data(loaded, images, batch_size=batch_size, device=device, workers=workers, progress=progress)
     if figure is not None:
@@ -137,7 +139,7 @@ def predict(
         checkpoint: a file, or what `load_checkpoint` returned.
         paths: image files and folders (searched recursively).
         top_k: how many classes to list per image, at most all.
-        figure: write a contact sheet of the first images there.
+        figure: write a contact sheet of the first images there; its folder is made first.
 
     Returns:
         Per image: `path`, `class`, `probability`, and `top`, a list of {class, index, probability}
@@ -145,12 +147,15 @@ def predict(
         likeliest first.
 
     Raises:
-        TypeError, ValueError: bad checkpoint, a missing path, an empty folder, a corrupt image (names it).
+        TypeError, ValueError: bad checkpoint, a missing path, an empty folder, a corrupt image (names it); no place
+            for `figure`.
     """
     checks.integer("top_k", top_k, 1)
     checks.integer("batch_size", batch_size, 1)
     files = list_images(paths)
     loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else load_checkpoint(checkpoint)
+    if figure is not None:
+        checks.output_file("figure", figure)
     where = pick_device(device)
     model = loaded.model.to(where).eval()
     mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(where) for values in (loaded.mean, loaded.std))

@@ -22,7 +22,7 @@ import side_by_side
 import typer
 from experiments import Experiment, Run, Settings
 
-from thresholdnet.checks import integer
+from thresholdnet.checks import integer, output_folder
 from thresholdnet.cli import main
 from thresholdnet.cli._shared import JsonFlag, pairs
 from thresholdnet.tables import Table, to_text
@@ -168,6 +168,7 @@ def report_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Set the runs so far beside the paper: errors, times, links, parameters, kept bytes, and what differs."""
+    output_folder("--out" if to is None else "--to", to or out)
     parts = reports.collect(out)
     files = reports.write(parts, to or out)
     if as_json:

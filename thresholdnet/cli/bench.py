@@ -96,6 +96,7 @@ def bench_command(
 ) -> None:
     """See `HELP`."""
     from .. import bench
+    from ..checks import output_file
 
     if report:
         _tell_reports(files or [], as_json)
@@ -120,6 +121,7 @@ def bench_command(
             print(f"{job}: {', '.join(bench.providers_of(job, providers))}{'' if job in waiting else ' (done)'}")
         print(f"{len(waiting)} of {len(jobs)} cases to measure, file: {results.path}")
         return
+    output_file("--out", results.path)
     _run_bench(waiting, providers, settings, results, quiet=as_json)
     if as_json:
         print(json.dumps(results.document, indent=2))

@@ -44,9 +44,11 @@ def tables_command(
 ) -> None:
     """The paper's tables beside ours: links, architecture, parameters, FLOPS and MAdds."""
     from .. import tables
-    from ..checks import one_of
+    from ..checks import one_of, output_file
 
     render = tables.FORMATS[one_of("--format", style, tables.FORMATS)]
+    if out is not None:
+        output_file("--out", out)
     chosen = [tables.table(name) for name in names or tables.TABLES]
     if style == "json":
         text = json.dumps([json.loads(render(table)) for table in chosen], indent=2)
@@ -70,9 +72,12 @@ def memory_command(
     Counted by running the step without computing it (torch's meta device): no GPU is needed and no time is spent.
     """
     from .. import figures, memory
+    from ..checks import output_file
     from ..models import create_model
 
     network = create_model(model, device="meta", **pairs("--model-arg", model_arg))
+    if figure is not None:
+        output_file("--figure", figure)
     report = memory.account(network, (batch_size, 3, image_size, image_size), memory.dtype_of(dtype))
     if figure is not None:
         figures.memory_bars(report, figure, f"{model}, batch {batch_size} at {image_size}x{image_size}, {dtype}")
@@ -126,12 +131,13 @@ def links_command(
     made = [links.make(name, layers, threshold=threshold, above=above, n=n) for name in names]
     files: list[Path] = []
     if draw:
+        from ..checks import output_file
         from ..diagrams import arc_diagram
 
         stem = Path(f"links-{'compare' if compare else names[0]}-{layers}")
         files = [out] if out is not None else [stem.with_suffix(".png"), stem.with_suffix(".svg")]
         for file in files:
-            arc_diagram(made, file, names)
+            arc_diagram(made, output_file("--out", file), names)
     if as_json:
         rows = [
             {"pattern": name, "threshold": pattern.threshold, "links": pattern, "total": pattern.total}

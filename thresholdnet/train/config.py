@@ -146,8 +146,7 @@ def start_point(config: TrainConfig, out: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run; refuses whatever would lose or mix runs."""
     # best.ckpt stands alone after a kill between the two in the first epoch, or where somebody made room
     files = [out / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out_dir {out} is a file; give a folder")
+    checks.output_folder("out_dir", out)
     found = next((file for file in files if file.exists()), None)
     if found is None:
         return None
