@@ -192,6 +192,12 @@ WRONG = [
     (["memory", "--dtype", "int8"], "dtype 'int8' is unknown"),
     (["memory", "--image-size", "16"], "images must be at least 29x29"),
     (["train", "--data", "digits", "--fused", "--backend", "triton"], "backend 'triton' cannot run here"),
+    (["train", "--data", "cifar10", "--backend", "tritton"], "did you mean triton"),
+    (["train", "--recompute", "bottleneck"], "recompute needs fused=True, got recompute='bottleneck' without it"),
+    (
+        ["train", "--fused", "--model", "hardnet39ds", "--recompute", "bottleneck"],
+        "hardnet39ds, which has no bottleneck",
+    ),
     (["links", "--pattern", "harmonik"], "did you mean harmonic"),
     (["links", "--layers", "0"], "layers must be from 1 to 1024, got 0"),
     (["links", "--threshold", "-3"], "threshold must be at least 0, got -3"),

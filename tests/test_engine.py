@@ -631,6 +631,8 @@ def test_bad_arguments_of_a_fused_block(backend):
     for arguments, message in (({"backend": "cuda"}, "backend 'cuda' is unknown"), ({"recompute": "all"}, "recompute")):
         with pytest.raises(ValueError, match=message):
             ThresholdBlock(4, links.dense(1), 4, fused=True, **arguments)
+    with pytest.raises(ValueError, match="recompute needs fused=True, got recompute='bottleneck' without it"):
+        ThresholdBlock(4, links.dense(1), 4, unit="bottleneck", recompute="bottleneck")
     block = ThresholdBlock(4, links.dense(1), 4, fused=True, backend=backend)
     with pytest.raises(ValueError, match="more than one value per channel when training"):
         block(torch.zeros(1, 4, 1, 1))

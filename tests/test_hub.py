@@ -58,6 +58,9 @@ def test_dtype_fused_and_recompute_come_back(dtype, tmp_path):
     plain = tn.from_pretrained(tmp_path, fused=False, recompute=None, dtype=torch.float32)
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     assert not any(block.fused or block.recompute for block in blocks(plain)) and not plain.fused
+    assert not any(block.fused or block.recompute for block in blocks(tn.from_pretrained(tmp_path, fused=False)))
+    with pytest.raises(ValueError, match="recompute needs fused=True, got recompute='bottleneck' without it"):
+        tn.from_pretrained(tmp_path, fused=False, recompute="bottleneck")
     by_name = tn.from_pretrained(tmp_path, backend="native", dtype=torch.float32)
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(by_name(x), plain(x), rtol=1e-3, atol=1e-3)

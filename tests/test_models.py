@@ -330,6 +330,11 @@ def test_copies_and_pickles():
             "recompute must be None for hardnet68, which has no bottleneck blocks, got 'bottleneck'",
         ),
         (
+            lambda: tn.create_model("thresholdnet_v1", recompute="bottleneck"),
+            ValueError,
+            "recompute needs fused=True, got recompute='bottleneck' without it",
+        ),
+        (
             lambda: tn.create_model("thresholdnet_v1")(torch.zeros(1, 1, 32, 32)),
             ValueError,
             "images must have 3 channels, got 1",

@@ -93,7 +93,8 @@ class ThresholdBlock(LinkedBlock):
             plain torch.
         backend: "auto" (the best that can run here and takes the input; where none does, plain torch, with one warning
             that says why), or a name of `tn.backends()`, which works or raises.
-        recompute: None, or "bottleneck": backward makes the bottleneck outputs again instead of keeping them.
+        recompute: None, or, where fused, "bottleneck": backward makes the bottleneck outputs again instead of keeping
+            them.
         device, dtype: of the parameters.
 
     Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; channels_last when fused, in plain torch
@@ -153,6 +154,8 @@ class ThresholdBlock(LinkedBlock):
             self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
         )
         self.fuse(fused, backend, recompute)
+        if recompute is not None and not fused:
+            raise ValueError(f"recompute needs fused=True, got recompute={recompute!r} without it")
 
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
         plan, activation = self.plan, self.activation

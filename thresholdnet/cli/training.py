@@ -55,7 +55,10 @@ def train_command(
     ] = False,
     backend: Annotated[str, typer.Option(help="Of the engine: auto, or a name that works or raises.")] = "auto",
     recompute: Annotated[
-        str | None, typer.Option(help="bottleneck: make bottleneck outputs again in backward, for less memory still.")
+        str | None,
+        typer.Option(
+            help="With --fused, bottleneck: make bottleneck outputs again in backward, for less memory still."
+        ),
     ] = None,
     sync_batchnorm: Annotated[bool, typer.Option("--sync-batchnorm", help="Statistics over all GPUs.")] = False,
     cuda_graph: Annotated[

@@ -113,9 +113,10 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module
             f"got {os.fspath(source)!r}: {reason}"
         ) from error
     network = hub.network.to(dtype=dtype).eval()
-    recompute = own.get("recompute", hub.recompute)
-    check_recompute(vars(network)["config"]["model"], network, recompute)
-    fuse_blocks(network, hub.fused if fused is None else fused, own.get("backend", "auto"), recompute)
+    fused = hub.fused if fused is None else fused
+    recompute = own.get("recompute", hub.recompute if fused else None)  # what was saved means nothing in plain torch
+    check_recompute(vars(network)["config"]["model"], network, fused, recompute)
+    fuse_blocks(network, fused, own.get("backend", "auto"), recompute)
     return network
 
 

@@ -65,7 +65,7 @@ def create_model(
         out_indices: which of those maps, ascending; None for all.
         device, dtype: of all parameters.
         fused, backend, recompute: run the blocks in the engine (see `ThresholdBlock`); same state dict either way.
-            recompute="bottleneck" is for networks with bottleneck blocks.
+            recompute="bottleneck" is for fused networks with bottleneck blocks.
         arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
 
     Returns:
@@ -93,7 +93,7 @@ def create_model(
         dtype=dtype,
         **arguments,
     )
-    check_recompute(name, model, recompute)
+    check_recompute(name, model, fused, recompute)
     fuse_blocks(model, fused, backend, recompute)
     config = {"model": name, "num_classes": num_classes, "in_chans": in_chans, "arguments": arguments}
     if features_only:
@@ -129,13 +129,15 @@ def fuse_blocks(model: nn.Module, fused: bool = True, backend: str = "auto", rec
     return running
 
 
-def check_recompute(name: str, model: nn.Module, recompute: str | None) -> None:
-    """Raise TypeError or ValueError unless `recompute` is None, or "bottleneck" and the model has such blocks."""
+def check_recompute(name: str, model: nn.Module, fused: bool, recompute: str | None) -> None:
+    """Raise TypeError or ValueError unless `recompute` is None, or "bottleneck" for such blocks, to be fused."""
     if recompute is None:
         return
     one_of("recompute", recompute, ("bottleneck",))
     if not any(isinstance(m, LinkedBlock) and m.plan.unit == "bottleneck" for m in model.modules()):
         raise ValueError(f"recompute must be None for {name}, which has no bottleneck blocks, got {recompute!r}")
+    if not fused:
+        raise ValueError(f"recompute needs fused=True, got recompute={recompute!r} without it")
 
 
 def _as_pyramid(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:

@@ -50,7 +50,8 @@ class TrainConfig:
         precision: `"32"`, `"bf16"` or `"16"` (mixed).
         ema: decay of averaged weights, which evaluation then uses; None for none.
         channels_last: memory format of weights and images.
-        fused, backend, recompute: run the blocks in the engine (`ThresholdBlock`); a run may be resumed either way.
+        fused, backend, recompute: run the blocks in the engine, as in `thresholdnet.create_model`; a run may be
+            resumed either way.
         sync_batchnorm: batch statistics over all GPUs.
         cuda_graph: a whole step, optimizer and loss included, as one CUDA graph, and so a step of evaluation, for small
             images on one GPU; a run may be resumed either way.

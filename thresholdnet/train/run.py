@@ -32,7 +32,7 @@ from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
 from ..loaders import make_loader
-from ..models import check_arguments, create_model, fuse_blocks
+from ..models import check_arguments, create_model
 from ..weights import load_released
 from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
 from .classifier import AtomicCheckpointIO, Classifier
@@ -76,7 +76,8 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
         raise ValueError(f"batch_size must be a multiple of the {processes[0]} processes, got {recipe.batch_size}")
     resume_from = start_point(config, out)
     check_arguments(config.model, config.model_args)  # create_model's own are settings of the run
-    create_model(config.model, device="meta", **config.model_args)  # a wrong value shows before any download
+    engine: dict[str, Any] = {"fused": config.fused, "backend": config.backend, "recompute": config.recompute}
+    create_model(config.model, device="meta", **engine, **config.model_args)  # a wrong value shows before any download
     data = load_data(
         config.data,
         config.root,
@@ -91,8 +92,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
     _probe(config, data, recipe.batch_size, processes[0])
     torch.manual_seed(config.seed)
-    model = create_model(config.model, num_classes=len(data.classes), **config.model_args)
-    fuse_blocks(model, config.fused, config.backend, config.recompute)
+    model = create_model(config.model, num_classes=len(data.classes), **engine, **config.model_args)
     if config.weights is not None and resume_from is None:
         load_released(model, config.weights, head=None)
     with _quiet_lightning(), _alone(out, processes[1]):
