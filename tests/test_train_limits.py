@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -152,6 +153,14 @@ def test_a_run_that_fits_can_be_resumed(tmp_path: Path, monkeypatch: pytest.Monk
     train(tiny(tmp_path, epochs=2, resume=True))
     with pytest.raises(OSError, match="too little room"):
         train(tiny(tmp_path / "new"))
+
+
+def test_a_checkpoint_is_checked_at_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny(tmp_path))
+    read = mock.Mock(side_effect=read_checkpoint)
+    monkeypatch.setattr("thresholdnet.train.config.read_checkpoint", read)
+    assert train(tiny(tmp_path, epochs=2, resume=True))["epochs"] == 2
+    read.assert_called_once_with(tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_resume_with_the_recipe_named_again_keeps_its_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

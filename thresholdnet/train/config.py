@@ -143,8 +143,10 @@ class TrainConfig:
         return json.loads(json.dumps(plain, default=str))
 
 
-def start_point(config: TrainConfig, out: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; refuses whatever would lose or mix runs."""
+def start_point(config: TrainConfig, out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from with what it says of its run, or None for a new one; refuses whatever would lose or
+    mix runs.
+    """
     # best.ckpt stands alone after a kill between the two in the first epoch, or where somebody made room
     files = [out / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
     checks.output_folder("out_dir", out)
@@ -154,8 +156,7 @@ def start_point(config: TrainConfig, out: Path) -> Path | None:
     if not config.resume:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out")
     check_same_run(config, out)
-    read_checkpoint(found)
-    return found
+    return found, read_checkpoint(found)[INFO_KEY]
 
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
@@ -183,9 +184,8 @@ def _same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(f"cannot resume with another recipe {key}: the run has {had!r}, given {value!r}")
 
 
-def check_same_data(resume_from: Path, data: ImageData) -> None:
-    """Raise ValueError unless a checkpoint was trained on images of the same classes, and as many of them."""
-    info = read_checkpoint(resume_from)[INFO_KEY]
+def check_same_data(resume_from: Path, info: dict[str, Any], data: ImageData) -> None:
+    """Raise ValueError unless a checkpoint says it was trained on images of the same classes, and as many of them."""
     count = info.get("train_images", len(data.train))  # older checkpoints do not say
     if tuple(info["classes"]) != data.classes or count != len(data.train):
         raise ValueError(

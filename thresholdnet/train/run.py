@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     processes = process_counts(config)
     if recipe.batch_size % processes[0]:
         raise ValueError(f"batch_size must be a multiple of the {processes[0]} processes, got {recipe.batch_size}")
-    resume_from = start_point(config, out)
+    start = start_point(config, out)
     check_arguments(config.model, config.model_args)  # create_model's own are settings of the run
     engine: dict[str, Any] = {"fused": config.fused, "backend": config.backend, "recompute": config.recompute}
     create_model(config.model, device="meta", **engine, **config.model_args)  # a wrong value shows before any download
@@ -85,19 +85,19 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
         image_size=config.image_size,
         limit=config.limit,
     )
-    if resume_from is not None:
-        check_same_data(resume_from, data)
+    if start is not None:
+        check_same_data(*start, data)
     # A step never holds more images than there are, and its learning rate is that of what it holds.
     most = -(-len(data.train) // processes[0]) * processes[0]
     recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
     _probe(config, data, recipe.batch_size, processes[0])
     torch.manual_seed(config.seed)
     model = create_model(config.model, num_classes=len(data.classes), **engine, **config.model_args)
-    if config.weights is not None and resume_from is None:
+    if config.weights is not None and start is None:
         load_released(model, config.weights, head=None)
     with _quiet_lightning(), _alone(out, processes[1]):
         run = _Run(config, recipe, data, model, out, processes, stop)
-        return run.fit(resume_from)
+        return run.fit(None if start is None else start[0])
 
 
 def advice_for(config: TrainConfig, device: torch.device, processes: int) -> str | None:
