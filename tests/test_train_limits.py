@@ -19,7 +19,8 @@ from PIL import Image
 from thresholdnet import cli, figures
 from thresholdnet.checkpoint import INFO_KEY, read_checkpoint
 from thresholdnet.data import find_images, load_data
-from thresholdnet.loaders import make_loader
+from thresholdnet.loaders import make_loader, share_sizes
+from thresholdnet.models import create_model
 from thresholdnet.train import TrainConfig, make_recipe, train
 
 TINY: dict[str, Any] = {
@@ -88,6 +89,17 @@ def test_settings_are_refused_before_any_work(tmp_path: Path, changes: dict[str,
     with pytest.raises((TypeError, ValueError), match=sentence):
         train(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_network_on_the_meta_device_is_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mock.Mock(side_effect=create_model)
+    monkeypatch.setattr("thresholdnet.train.run.create_model", made)
+    sizes = share_sizes(17, 4, 1)
+    train(tiny(tmp_path, limit=17, batch_size=4, fused=True, backend="native"))
+    assert [call.kwargs.get("device") for call in made.call_args_list] == ["meta", None] and min(sizes) == 3
+    monkeypatch.setattr("thresholdnet.train.run.share_sizes", lambda *_: [17, 1])
+    with pytest.raises(ValueError, match="got batches of 1 from 17 images at batch_size 4"):
+        train(tiny(tmp_path / "other", limit=17, batch_size=4))
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="needs a machine without")

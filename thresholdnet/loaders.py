@@ -30,6 +30,20 @@ def mix_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def share_sizes(count: int, batch_size: int, world_size: int) -> list[int]:
+    """Images of every batch of an epoch on one rank, the same on all of them.
+
+    They differ by one image at most: a last batch of a few images would blow batch norm up.
+
+    Args:
+        count: images of the split.
+        batch_size: the most images of a step over all ranks, a multiple of `world_size`.
+    """
+    rounds, batches = -(-count // world_size), -(-count // batch_size)
+    small, larger = divmod(rounds, batches)
+    return [small + 1] * larger + [small] * (batches - larger)
+
+
 def random_flips(count: int, generator: torch.Generator) -> Tensor:
     """bool[count], true with probability 1/2."""
     return torch.rand(count, generator=generator) < 0.5
@@ -102,11 +116,12 @@ class _Position:
             raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
         self.count, self.batch_size, self.train = count, batch_size, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.share_sizes = share_sizes(count, batch_size, world_size)
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
-        return -(-self.count // self.batch_size)
+        return len(self.share_sizes)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The next iteration runs epoch `epoch` (from 0) from batch `start` on."""
@@ -134,13 +149,9 @@ class _Position:
         return order.repeat(1 + -(-extra // self.count))[: self.count + extra]
 
     def shares(self) -> Iterator[Tensor]:
-        """int64[B] image numbers of this rank, batch after batch, from the current position.
-
-        Batches differ by one image per rank at most: a last batch of a few images would blow batch norm up.
-        """
+        """int64[B] image numbers of this rank, batch after batch, from the current position."""
         self.begin()
-        rounds = self.order().view(-1, self.world_size)
-        chunks = rounds.tensor_split(len(self))
+        chunks = self.order().view(-1, self.world_size).split(self.share_sizes)
         while self.batch < len(self):
             self.batch += 1
             yield chunks[self.batch - 1][:, self.rank]

@@ -31,8 +31,8 @@ from .. import __version__, checks, figures
 from ..checkpoint import FORMAT, load_checkpoint, write_atomic
 from ..data import ImageData, load_data
 from ..inference import evaluate_data
-from ..loaders import make_loader
-from ..models import check_arguments, create_model
+from ..loaders import make_loader, share_sizes
+from ..models import check_arguments, create_model, fuse_blocks
 from ..weights import load_released
 from .callbacks import Bar, Checkpoints, EpochLog, StopSignal, TrainingInterrupted
 from .classifier import AtomicCheckpointIO, Classifier
@@ -77,7 +77,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     start = start_point(config, out)
     check_arguments(config.model, config.model_args)  # create_model's own are settings of the run
     engine: dict[str, Any] = {"fused": config.fused, "backend": config.backend, "recompute": config.recompute}
-    create_model(config.model, device="meta", **engine, **config.model_args)  # a wrong value shows before any download
+    network = create_model(config.model, device="meta", **engine, **config.model_args)  # wrong values show here
     data = load_data(
         config.data,
         config.root,
@@ -90,7 +90,7 @@ def train(config: TrainConfig, *, minutes: float | None = None) -> dict[str, Any
     # A step never holds more images than there are, and its learning rate is that of what it holds.
     most = -(-len(data.train) // processes[0]) * processes[0]
     recipe = replace(recipe, batch_size=min(recipe.batch_size, most))
-    _probe(config, data, recipe.batch_size, processes[0])
+    _probe(network, data, recipe.batch_size, processes[0])
     torch.manual_seed(config.seed)
     model = create_model(config.model, num_classes=len(data.classes), **engine, **config.model_args)
     if config.weights is not None and start is None:
@@ -127,7 +127,7 @@ class _Run:
         self.mean, self.std = (data.mean, data.std) if recipe.normalize else plain
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        steps = -(-len(data.train) // recipe.batch_size)
+        steps = len(share_sizes(len(data.train), recipe.batch_size, processes[0]))
         self.module = Classifier(
             model, recipe, steps, self._info(), seed=config.seed, ema_decay=config.ema, cuda_graph=config.cuda_graph
         )
@@ -312,16 +312,13 @@ class _Run:
         return {name: str(path) for name, path in files.items()}
 
 
-def _probe(config: TrainConfig, data: ImageData, batch_size: int, processes: int) -> None:
-    """The epoch's smallest batch through the network, on the meta device: what it cannot take is refused before any
-    work.
-    """
-    shares = -(-len(data.train) // processes)
-    smallest = shares // -(-len(data.train) // batch_size)
-    model = create_model(config.model, num_classes=len(data.classes), device="meta", **config.model_args)
-    model.eval()(torch.zeros(1, 3, data.image_size, data.image_size, device="meta"))
+def _probe(network: nn.Module, data: ImageData, batch_size: int, processes: int) -> None:
+    """An epoch's smallest batch through a network on the meta device: what it cannot take is refused here."""
+    smallest = min(share_sizes(len(data.train), batch_size, processes))
+    fuse_blocks(network, False)  # the engine runs where tensors have values
+    network.eval()(torch.zeros(1, 3, data.image_size, data.image_size, device="meta"))
     try:
-        model.train()(torch.zeros(smallest, 3, data.image_size, data.image_size, device="meta"))
+        network.train()(torch.zeros(smallest, 3, data.image_size, data.image_size, device="meta"))
     except ValueError as error:
         raise ValueError(
             f"batch_size must give each step more than one image for BatchNorm at {data.image_size}x{data.image_size} "
