@@ -123,6 +123,16 @@ def test_threshnet79_of_its_authors():
     torch.testing.assert_close(converted.eval()(x), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_list_of_dense_layers_is_no_block():
+    """Nobody says what runs them, and in which order: a list has no forward."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([ThreshLayer(12, 8), ThreshLayer(20, 8)])
+    model.blocks = nn.ModuleDict(torchvision.models.DenseNet(8, (3,), 12).features.denseblock1.items())
+    lines = []
+    assert len(blocks(tn.convert(model, report=lines.append))) == 2
+    assert [line.partition(":")[0] for line in lines] == ["fused layers.0", "fused layers.1"]
+
+
 def test_a_dense_layer_keeps_its_place():
     """What else looks like one computes something else, and stays."""
 

@@ -54,6 +54,8 @@ def recognise(block: nn.Module) -> Found | None:
     Raises:
         Unlike: a rule knows it, but the engine has no form for it; the message is the reason.
     """
+    if type(block).forward is nn.Module.forward:  # nn.ModuleList's and nn.ModuleDict's: they run nothing
+        return None
     for rule in RULES:
         if found := rule(block):
             if patched := [name for name, module in block.named_modules() if "forward" in vars(module)]:
