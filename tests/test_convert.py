@@ -143,7 +143,7 @@ def test_a_dense_layer_keeps_its_place():
     lines = []
     model = nn.Sequential(ThreshLayer(8, 4), Residual(12, 12), nn.Sequential(*ThreshLayer(12, 4)))
     tn.convert(model, report=lines.append)
-    assert [type(child) is ConvertedBlock for child in model] == [True, False, False]
+    assert [isinstance(child, ConvertedBlock) for child in model] == [True, False, False]
     assert lines[0] == "fused 0: dense layer, 1 layers, 1 links"
     assert lines[1] == "left 1: its forward must return a tensor of shape (2, 24, 6, 5), got (2, 12, 6, 5)"
 
@@ -251,6 +251,47 @@ def test_a_module_put_in_later_is_used():
     torch.testing.assert_close(fused, tn.to_reference(model)(x))
 
 
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_block_is_read_as_the_container_that_it_was(library):
+    if library == "torchvision":
+        model = torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)
+    else:
+        model = pytest.importorskip("timm").create_model("densenet121", num_classes=4)
+    original = dict(model.features.denseblock1.items())
+    block = quiet(model).features.denseblock1
+    assert isinstance(block, ConvertedBlock) and not isinstance(block, nn.ModuleDict)
+    for twin in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert len(twin) == len(original) and list(twin) == list(twin.keys()) == list(original)
+        assert "denselayer2" in twin and "denselayer99" not in twin and bool(twin)
+        assert [*twin.items()] == [(name, getattr(twin, name)) for name in original]
+    assert dict(block.items()) == original and list(block.values()) == list(original.values())
+    with pytest.raises(KeyError):
+        block["denselayer99"]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        block["denselayer2"] = nn.Identity()
+    layer = copy.deepcopy(block.denselayer2)
+    block.denselayer2 = layer  # what is put in later is what is read
+    assert block["denselayer2"] is layer and dict(block.items())["denselayer2"] is layer
+    seen = []
+    block["denselayer2"].register_forward_hook(lambda *_: seen.append(1))
+    block(torch.randn(2, block.in_channels, 6, 6))
+    assert seen == [1]
+    assert tn.to_reference(model).features.denseblock1["denselayer2"] is layer
+
+
+def test_ways_into_other_blocks():
+    block = quiet(nn.ModuleList([HarDBlock(12, 8, 1.6, 4)]))[0]
+    layers = block.layers
+    assert isinstance(block, ConvertedBlock) and layers[3] is block.get_submodule("layers.3") and len(layers) == 4
+    assert block  # where the class has no length
+    for wrong in (len, iter, lambda module: module[0]):
+        with pytest.raises(TypeError):
+            wrong(block)
+    layer = quiet(nn.ModuleList([ThreshLayer(12, 8)]))[0]
+    assert isinstance(layer, ConvertedBlock) and len(layer) == 6 and [*layer] == [*layer.children()]
+    assert layer[0] is layer.norm1 and layer[-1] is layer.conv2
+
+
 def test_hooks_are_called():
     model = quiet(torchvision.models.DenseNet(8, (3, 2), 12, num_classes=4)).eval()
     seen = []
@@ -349,7 +390,7 @@ def test_it_says_what_it_did_and_why_not():
 
     lines = []
     model = tn.convert(Extra(), report=lines.append)
-    assert [type(child) is ConvertedBlock for child in model.children()] == [True, False, False, False, True]
+    assert [isinstance(child, ConvertedBlock) for child in model.children()] == [True, False, False, False, True]
     said = {line.split(":")[0]: line for line in lines}
     assert said.keys() == {"fused good", "fused harmonic", "left odd", "left strided", "left gelu"}
     assert "computes something else" in said["left odd"]

@@ -49,10 +49,9 @@ class ConvertedBlock(LinkedBlock):
         try:
             return super().__getattr__(name)
         except AttributeError:  # what the foreign class has beside its modules
-            original = self.__dict__.get("_original")
-            if original is None or name.startswith("__"):
+            if "_original" not in self.__dict__ or name.startswith("__"):
                 raise
-            return getattr(original[0], name)
+            return getattr(self.original(), name)
 
     def original(self) -> nn.Module:
         """The block as it was, with today's modules and mode."""
@@ -105,6 +104,24 @@ class ConvertedBlock(LinkedBlock):
         block = self.original()
         y: Tensor = type(block).forward(block, x)  # its hooks were called around this one
         return y
+
+
+class ConvertedContainer(ConvertedBlock):
+    """A block whose class is one of torch's containers, as DenseNet's nn.ModuleDict: it is read as that is, by today's
+    modules. Its methods, such as `items`, come from the original as those of any block do.
+    """
+
+    def __len__(self) -> int:
+        return len(self.original())  # type: ignore[arg-type]  # a container, and so below
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.original())  # type: ignore[call-overload]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.original()[key]  # type: ignore[index]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.original()  # type: ignore[operator]
 
 
 def convert(
@@ -204,7 +221,8 @@ def _replacement(module: nn.Module, backend: str, recompute: str | None) -> Conv
         raise Unlike(f"it has a tensor {own[0]!r} of its own")
     if any(sharded(parameter) for parameter in module.parameters()):
         raise Unlike("its weights are sharded: convert the model before fully_shard")
-    block = ConvertedBlock(module, found).fuse(True, backend, recompute)
+    kind = ConvertedContainer if isinstance(module, nn.ModuleDict | nn.ModuleList | nn.Sequential) else ConvertedBlock
+    block = kind(module, found).fuse(True, backend, recompute)
     _check(module, block)
     return block
 
