@@ -190,8 +190,8 @@ def all_forms(every_way: bool = False) -> list[Form]:
         slot_rows = [f for f in convolution_forms(architecture, "bfloat16", 4) if dict(f.constants)["SLOT_ROWS"]]
         ieee = [*convolution_forms(architecture, "float32", 1, tf32=False)][::8]  # FFMA: minutes to compile them all
         forms |= {form.name: form for form in (*slot_rows[::4], *ieee)}
-        some = (*[*convolution_forms(architecture, "bfloat16")][::6], *other_forms(architecture, "bfloat16"))
-        forms |= {form.name: form for form in overlapping(some)}
+        early = (*[*convolution_forms(architecture, "bfloat16")][::6], *other_forms(architecture, "bfloat16"))
+        forms |= {form.name: form for form in overlapping(early)}
     return list(forms.values())
 
 
@@ -223,7 +223,8 @@ def compile_form(form: Form) -> Report:
     module, function = form.kernel.split(".")
     kernel = getattr(importlib.import_module(f"thresholdnet.kernels.{module}"), function)
     constants = {"PDL": False, **dict(form.constants)}
-    signature, aligned = {}, {}
+    signature: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
@@ -275,7 +276,8 @@ def overlap_faults(asm: Mapping[str, str], operations: Sequence[str]) -> Iterato
 
     asm: Triton's "ttir" and "ptx"; operations: the machine code's, in order.
     """
-    waited, around = False, []  # here, and in the regions around this one
+    waited = False  # here
+    around: list[bool] = []  # in the regions around this one
     for line in asm["ttir"].splitlines():
         code = re.sub(r" loc\(#loc\w*\)$", "", line).strip()
         if code.startswith("}"):
@@ -305,20 +307,21 @@ def _read(cubin: bytes, tensor_core: tuple[str, ...]) -> tuple[Report, list[str]
         file.write(cubin)
         file.flush()
 
-        def run(*command):
+        def run(*command: str | Path) -> str:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = run(tools / "cuobjdump", "--dump-resource-usage", file.name)
         code = run(tools / "nvdisasm", "-c", file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, stack = (int(match[1]), int(match[2])) if match else (0, 0)
-    labels, operations = {}, []  # label -> index of its instruction; (operation, target of a branch)
+    labels: dict[str, int] = {}  # of its instruction
+    operations: list[tuple[str, str | None]] = []  # with the target of a branch
     for line in code.splitlines():
         if match := re.match(r"\s*(\.L_\S+):", line):
             labels[match[1]] = len(operations)
         elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(.*);", line):
-            target = re.search(r"`\((\.L_\S+?)\)", match[2]) if match[1].startswith("BRA") else None
-            operations.append((match[1], target[1] if target else None))
+            label = re.search(r"`\((\.L_\S+?)\)", match[2]) if match[1].startswith("BRA") else None
+            operations.append((match[1], label[1] if label else None))
     loops = []
     for end, (_, target) in enumerate(operations):
         start = labels.get(target, end + 1) if target else end + 1

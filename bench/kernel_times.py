@@ -123,8 +123,8 @@ def case_of(text: str, dtype: str) -> Any:
 def run(options: argparse.Namespace) -> int:
     """Measure, or read."""
     if options.read is not None:
-        for row in json.loads(options.read.read_text())["rows"]:
-            print(*table(row, options.longest), sep="\n")
+        for found in json.loads(options.read.read_text())["rows"]:
+            print(*table(found, options.longest), sep="\n")
         return 0
     import torch
 

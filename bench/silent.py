@@ -52,12 +52,16 @@ class Silent:
 
         driver.set_active(Driver())
         way = functools.partial(os.environ.get, "THRESHOLDNET_REPLAY")
-        replay._wanted = lambda arguments: way() != "0"
-        replay.wanted = lambda device: way() == "graph"
-        overlap.able = lambda device: capability >= (9, 0)
+        instead: list[tuple[Any, str, Callable[..., Any]]] = [
+            (replay, "_wanted", lambda arguments: way() != "0"),
+            (replay, "wanted", lambda device: way() == "graph"),
+            (overlap, "able", lambda device: capability >= (9, 0)),
+        ]
         for module in (launch, gathered_readers, weight_gradients):
-            module.check_device = lambda name, tensor: None
-            module.capability_of = lambda device: capability
+            instead.append((module, "check_device", lambda name, tensor: None))
+            instead.append((module, "capability_of", lambda device: capability))
+        for module, name, function in instead:
+            setattr(module, name, function)
         load = CompiledKernel._init_handles
 
         def loaded(kernel: Any) -> None:

@@ -420,8 +420,9 @@ def tune(options: argparse.Namespace, started: float) -> int:
         print(text, file=sys.stderr, flush=True)
 
     if options.dry_run:
-        summary = {"file": str(path), "shapes": [str(work) for work in waiting], "of": len(works)}
-        print(json.dumps(summary, indent=2) if options.json else "\n".join(summary["shapes"]))
+        shapes = [str(work) for work in waiting]
+        listed = {"file": str(path), "shapes": shapes, "of": len(works)}
+        print(json.dumps(listed, indent=2) if options.json else "\n".join(shapes))
         tell(f"{len(waiting)} of {len(works)} shapes to measure, file: {path}")
         return 0
     output_file("out", path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ def tile(op: Operation, o: Operands, grouped: bool = True) -> configs.Convolutio
 
 
 @triton.jit
-def read_blocks(source, sums, blocks, total, BLOCK: tl.constexpr):
+def read_blocks(source, sums, blocks, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's to type
     """sums[program]: over every programs-th of `total` blocks, round a source of `blocks`, past the L1 cache."""
     found = tl.zeros((BLOCK,), tl.int32)
     for number in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -302,7 +303,7 @@ def readers(size: Size) -> Iterator[Comparison]:
         ops = [of(size, model, layer, 1, "data_gradient") for layer in range(1, last + 1)]
         work = sum(op.flops for op in ops) / 1e9
         case = f"{model} {size.batch}x{size.image}x{size.image} {size.dtype} {last} layers"
-        yield Comparison("readers", case, "TFLOP/s", work, lambda device, ops=ops: _sent(ops, device))
+        yield Comparison("readers", case, "TFLOP/s", work, partial(_sent, ops))
 
 
 def _sent(ops: Sequence[Operation], device: torch.device) -> Asked:
