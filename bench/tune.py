@@ -281,8 +281,8 @@ def measure(work: Work, device: Any, tell: Callable[[str], None]) -> dict[str, A
         found, rule = pick(times), next(iter(times), None)
         if found is None or found == rule or times[rule] is None:
             return found
-        steps = [captured(call_of(candidate)) for candidate in (rule, found)]
-        return found if stays_faster(*steps, clock, repeats) else rule
+        before, after = (captured(call_of(candidate)) for candidate in (rule, found))
+        return found if stays_faster(before, after, clock, repeats) else rule
 
     def formed(form: str) -> Callable[[], Any]:
         call = bench.call(cuda_launch)

@@ -37,8 +37,8 @@ def train_all(runs: Sequence[Run], minutes: float | None, jobs: int, say: Callab
     experiments.check_begun(runs)
     deadline = experiments.deadline_of(minutes)
     waiting = [run for run in runs if not experiments.is_done(run)]
-    spawn, active, failed = get_context("spawn"), {}, []
-    begun = False
+    spawn, begun, failed = get_context("spawn"), False, []
+    active: dict[Any, Run] = {}
     with _stops(active) as stop, _bars(waiting, say) as tell:
         while active or (waiting and not stop and (not begun or time.monotonic() < deadline)):
             begun = True  # every call trains a batch at least, however short its time
