@@ -208,6 +208,7 @@ def test_compiles_to_one_graph():
         ({"norm_eps": -1.0}, ValueError, "norm_eps must be at least 0, got -1.0"),
         ({"norm_momentum": 2}, ValueError, "norm_momentum must be from 0 to 1, got 2.0"),
         ({"in_channels": "64"}, TypeError, "in_channels must be an integer, got '64'"),
+        ({"fused": "no"}, TypeError, "fused must be True or False, got 'no'"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

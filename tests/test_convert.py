@@ -404,6 +404,8 @@ def test_it_says_what_it_did_and_why_not():
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         tn.convert(3)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
+        tn.to_reference(3)
     with pytest.raises(ValueError, match="backend 'cuda' is unknown"):
         quiet(torchvision.models.DenseNet(8, (3,), 12), backend="cuda")
 

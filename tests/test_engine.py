@@ -604,7 +604,11 @@ def test_linked_conv2d_bad_input():
         (([x[0]], w), ValueError, "source 0 must have 4 dimensions, got 3"),
         (([x.to("meta")], w), ValueError, "source 0 must lie on the weight's device cpu, got meta"),
         (([3], w), TypeError, "source 0 must be a torch.Tensor, got int"),
+        ((x, w), TypeError, "sources must be a list of tensors, got Tensor"),
+        ((3, w), TypeError, "sources must be a list of tensors, got int"),
         (([x], w, torch.zeros(3)), ValueError, "bias must have shape (2,), got (3,)"),
+        (([x], w, 3), TypeError, "bias must be a torch.Tensor, got int"),
+        (([x], w, torch.zeros(2, device="meta")), ValueError, "bias must lie on the weight's device cpu, got meta"),
         (([x], w, None, "trition"), ValueError, "did you mean triton"),
     ]
     for arguments, error, message in cases:

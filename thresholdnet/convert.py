@@ -181,7 +181,12 @@ def to_reference(model: nn.Module) -> nn.Module:
     """Undo `convert`, and switch the engine off in our own blocks: plain torch modules everywhere, for export.
 
     Returns the model itself; the original block, where the model is a converted one.
+
+    Raises:
+        TypeError: the model is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, ConvertedBlock):
             model = _put(model, name, module.original())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,14 @@ def linked_conv2d(
         backend: "auto" or a name of `tn.backends()`.
 
     Returns:
-        [N, O, H, W], channels_last.
+        [N, O, H, W], channels_last; in plain torch ("reference") in the sources' own memory format.
 
     Raises:
         TypeError, ValueError: operands that do not fit together, each named.
         RuntimeError: a backend asked for by name that cannot run here.
     """
+    if isinstance(sources, Tensor) or not isinstance(sources, Iterable):
+        raise TypeError(f"sources must be a list of tensors, got {type(sources).__name__}")
     tensors = list(sources)
     _check(tensors, weight, bias)
     dtype = ops.autocast_dtype(weight.device)
@@ -71,5 +73,11 @@ def _check(sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> None:
     channels = sum(source.shape[1] for source in sources)
     if weight.shape[1] != channels or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise ValueError(f"weight must have shape [O, {channels}, k, k] with k = 1 or 3, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a torch.Tensor, got {type(bias).__name__}")
+    if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias must lie on the weight's device {weight.device}, got {bias.device}")

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
-from .checks import one_of
+from .checks import boolean, one_of
 from .layers import hooked, states_inside
 from .links import Links
 from .plan import BlockPlan
@@ -40,7 +40,7 @@ class LinkedBlock(nn.Module):
         one_of("backend", backend, CHOICES)
         if recompute is not None:
             one_of("recompute", recompute, ("bottleneck",))
-        self.fused, self.recompute = bool(fused) and self.can_fuse, recompute
+        self.fused, self.recompute = boolean("fused", fused) and self.can_fuse, recompute
         self._choice = backend if self.fused else "reference"
         self._candidates = candidates(self._choice)
         self._plan_text = self.plan.to_text()
