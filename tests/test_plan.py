@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released import harmonic_width
 from saved import saved_tensors, storage_bytes
 
 from thresholdnet import ThresholdBlock, links, plan_block
@@ -44,6 +45,16 @@ def test_other_width_rules():
     assert plan_block(8, rows, 21, width_rule="constant").widths == (21,) * 6
     assert plan_block(8, rows, (1, 2, 3, 4, 5, 6)).widths == (1, 2, 3, 4, 5, 6)
     assert plan_block(8, links.harmonic(3), 15).widths == (16, 26, 16)  # k itself is rounded to even
+    assert plan_block(8, rows, 15, width_rule="even").widths == (16, 26, 16, 26, 16, 26)
+
+
+@pytest.mark.parametrize("m", [1.6, 1.7])
+def test_harmonic_widths_round_as_the_released_code_does(m):
+    """It multiplies by m once for every factor 2: 100 x 1.7 x 1.7 stays below 289, which 100 x 1.7^2 does not."""
+    for k in range(1, 300):
+        assert plan_block(8, links.harmonic(16), k, compression=m).widths == tuple(
+            harmonic_width(i, k, m) for i in range(1, 17)
+        )
 
 
 def test_output_nodes():

@@ -210,7 +210,8 @@ def plan_block(
         compression: m, the width multiplier of layers that many later ones read (HarDNet's multiplier), above 0.
         unit: "conv_bn_relu" or "bottleneck".
         width_rule: "harmonic" (k up to the threshold, above it k m^e for the largest 2^e dividing i), "even" (k for odd
-            layers, k m for even ones: the paper's wording) or "constant" (k).
+            layers, k m for even ones: the paper's wording) or "constant" (k). k m^e is rounded to an even number, k
+            itself (e = 0) too.
         outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": all nodes for bottleneck units; else the
             layers up to the threshold, the odd layers above it, and the last one.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
