@@ -6,7 +6,7 @@
 
 Per form: registers, stack and shared memory from cuobjdump, and the instructions of the loop that holds the tensor-core
 instructions from nvdisasm; both tools ship inside Triton. A form fails if it uses local memory inside that loop, more
-than 128 bytes of stack, more shared memory than the GPU gives a program, no tensor-core instruction of its generation,
+than 192 bytes of stack, more shared memory than the GPU gives a program, no tensor-core instruction of its generation,
 or no 16-byte asynchronous copies where a convolution promises them. Forms with PDL start while their predecessor ends
 (kernels/dependent.py): one fails if it writes, or reads anything but tables, before it has waited. Nothing here says
 anything about time.

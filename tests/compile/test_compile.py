@@ -1,5 +1,7 @@
 """Offline compilation of a handful of launch forms, with bench/compile_report.py's checks of their machine code."""
 
+from dataclasses import replace
+
 import compile_report
 import pytest
 
@@ -10,6 +12,23 @@ def test_form(form):
     assert report.faults == []
     if form.tensor_core:
         assert report.loop and report.registers <= 255
+
+
+def test_each_fault_is_named():
+    form = next(form for form in compile_report.quick_forms() if form.tensor_core and form.async_copies)
+    limit = compile_report.SHARED_LIMIT[form.architecture]
+    right = compile_report.Report(255, compile_report.STACK_LIMIT, limit, 900, 300, {"LDGSTS.128": 4})
+    assert list(compile_report._faults(form, right)) == []
+    for change, fault in (
+        ({"stack": 193}, "stack of 193 bytes"),
+        ({"shared": limit + 1}, f"{limit + 1} bytes of shared memory"),
+        ({"loop": 0}, "no tensor-core instruction in a loop"),
+        ({"loop_counts": {"LDGSTS.128": 4, "LDL": 1}}, "1 LDL and 0 STL in the main loop"),
+        ({"loop_counts": {"LDGSTS.128": 4, "STL": 2}}, "0 LDL and 2 STL in the main loop"),
+        ({"loop_counts": {"LDGSTS.64": 4}}, "no 16-byte asynchronous copy in the main loop"),
+    ):
+        assert list(compile_report._faults(form, replace(right, **change))) == [fault]
+    assert f"{compile_report.STACK_LIMIT} bytes of stack" in compile_report.__doc__
 
 
 WAIT = 'tt.elementwise_inline_asm "griddepcontrol.wait; // dummy $0" {constraints = "=r"} -> i32 loc(#loc2)'
