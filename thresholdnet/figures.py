@@ -265,7 +265,7 @@ def _save(figure: Figure, path: str | Path) -> None:
     figure.savefig(str(path), **options)
 
 
-def _short(name: str, length: int = 14) -> str:
+def _short(name: str) -> str:
     """A name as matplotlib can write it: no formula between dollars, no bytes that are no text."""
-    shown = name if len(name) <= length else name[: length - 1] + "…"
+    shown = name if len(name) <= 14 else name[:13] + "…"
     return shown.encode(errors="replace").decode().replace("$", r"\$")

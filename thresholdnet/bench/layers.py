@@ -13,7 +13,6 @@ from .cases import Case
 from .stages import Stage, stages
 
 PRODUCTS = ("convolution", "data_gradient", "weight_gradient")
-PASSES = ("gather", "statistics", "normalise", "norm_backward")
 OPERATIONS = {
     "convolution": "over the linked sources, with BatchNorm and activation first where the layer has them in front",
     "data_gradient": "of a layer's output, gathered from all its readers; in a 1x1 layer of a bottleneck, of what it "
