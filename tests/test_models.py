@@ -14,10 +14,14 @@ from thresholdnet.models import Network, _registry, model_arguments
 PARAMETERS = {
     "thresholdnet_v1": 15_323_248,
     "thresholdnet_v2": 17_140_592,
+    "thresholdnet_ab": 10_451_148,  # these two with the defaults of SPEC section 4, counted by hand from its rules
+    "thresholdnet_bc": 10_327_560,
     "densenet121": 7_978_856,
     "densenet169": 14_149_480,
     "densenet201": 20_013_928,
     "densenet161": 28_681_000,
+    "log_densenet121": 5_229_096,
+    "sparse_densenet121": 7_338_216,
     "hardnet68": 17_565_348,
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
@@ -73,6 +77,7 @@ def test_structure_of_v1_and_v2(name, block_outputs, transitions, convolutions):
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
     sides = [stage.reduction for stage in model.stages]
     assert [224 // r for r in sides] == [56, 28, 14, 14, 7]
+    assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {(1e-5, 0.1)}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -139,6 +144,19 @@ def test_torchvision_densenet_has_our_initialisation():
     assert torch.count_nonzero(ours.head.bias) == 0
     weight = ours.stages[2].block.layers[3].conv1.weight
     assert weight.std().item() == pytest.approx((2 / weight[0].numel()) ** 0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["thresholdnet_v1", "thresholdnet_ab"])
+def test_thresholdnets_have_torchs_default_initialisation(name):
+    """Convolutions uniform up to 1 / sqrt(fan in), BatchNorms the identity."""
+    torch.manual_seed(0)
+    for module in tn.create_model(name, 10).modules():
+        if isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.9 * bound < module.weight.abs().max().item() <= 1.001 * bound
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
 
 
 def test_classifier_can_be_left_out_and_replaced():

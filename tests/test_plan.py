@@ -46,6 +46,7 @@ def test_other_width_rules():
     assert plan_block(8, rows, (1, 2, 3, 4, 5, 6)).widths == (1, 2, 3, 4, 5, 6)
     assert plan_block(8, links.harmonic(3), 15).widths == (16, 26, 16)  # k itself is rounded to even
     assert plan_block(8, rows, 15, width_rule="even").widths == (16, 26, 16, 26, 16, 26)
+    assert plan_block(8, links.harmonic(4), 1, compression=0.1).widths == (2,) * 4  # a layer has channels
 
 
 @pytest.mark.parametrize("m", [1.6, 1.7])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from poisoned import fill, padding, rows, whole
-from thresholdnet.kernels import launch
+from thresholdnet.kernels import launch, operands
 from thresholdnet.kernels.configs import ConvolutionConfig
 from tolerances import assert_near
 
@@ -213,3 +213,15 @@ def test_weights_are_read_where_they_lie(form, kernel_size):
     launch.gradient([out], [weight], back)
     wanted = torch.nn.grad.conv2d_input(back.shape, weight.double(), out.double(), padding=kernel_size // 2)
     assert_near(back, wanted, out.dtype)
+
+
+def test_tf32_is_used_where_torch_allows_it_and_for_float32_alone():
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        for allowed in (False, True):
+            cudnn.allow_tf32 = allowed
+            assert operands.uses_tf32(torch.zeros(1)) is allowed
+            assert not any(operands.uses_tf32(torch.zeros(1, dtype=dtype)) for dtype in DTYPES if dtype.itemsize != 4)
+    finally:
+        cudnn.allow_tf32 = before
