@@ -278,6 +278,8 @@ def test_released_recipe_is_the_papers() -> None:
 
 def test_modern_recipe_rises_then_falls_to_zero() -> None:
     recipe = make_recipe("modern", epochs=10, batch_size=200)
+    assert (recipe.optimizer, recipe.momentum, recipe.schedule) == ("sgd", 0.9, "cosine") and recipe.normalize
+    assert recipe.flip and min(recipe.weight_decay, recipe.label_smoothing, recipe.crop_padding) > 0
     rates = [recipe.lr_at(step, 50) for step in range(500)]
     peak = max(rates)
     assert peak == pytest.approx(2 * RECIPES["modern"].lr) and rates.index(peak) == 24

@@ -221,6 +221,14 @@ def test_hardnet_uses_relu6_and_dropout():
     assert [m.p for m in tn.create_model("hardnet85").stages[-1].modules() if isinstance(m, nn.Dropout)] == [0.1]
 
 
+def test_dropout_stands_before_the_head():
+    """At a rate of 1 its bias alone is left in training, and all of it in eval mode."""
+    model = tn.create_model("hardnet68", 5, drop_rate=1.0)
+    features = torch.rand(2, model.num_features, 3, 2)
+    assert torch.equal(model.forward_head(features), model.head.bias.expand(2, 5))
+    torch.testing.assert_close(model.eval().forward_head(features), model.head(features.mean((2, 3))))
+
+
 def test_copies_and_pickles():
     model = tn.create_model("thresholdnet_bc", 3, width_mult=0.25).eval()
     x = torch.randn(1, 3, 32, 32)

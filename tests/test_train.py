@@ -20,7 +20,7 @@ from torch import nn
 
 from thresholdnet import data as data_module
 from thresholdnet.checkpoint import INFO_KEY, load_checkpoint, read_checkpoint
-from thresholdnet.train import TrainConfig, classifier, train
+from thresholdnet.train import TrainConfig, classifier, make_recipe, train
 from thresholdnet.train.callbacks import StopSignal
 from thresholdnet.train.run import advice_for
 
@@ -338,6 +338,22 @@ def test_weight_decay_spares_norms_and_biases() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     decayed, plain = classifier.split_decay(model)
     assert [p.ndim for p in decayed] == [4, 2] and len(plain) == 4
+
+
+def test_recipes_choose_their_optimizers() -> None:
+    """Adam, whose decay is none, and SGD with Nesterov momentum and decay of weights alone."""
+
+    def optimizer(name: str) -> torch.optim.Optimizer:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+        return classifier.Classifier(model, make_recipe(name), 500, {}).configure_optimizers()
+
+    released, modern = optimizer("released"), optimizer("modern")
+    assert type(released) is torch.optim.Adam and type(modern) is torch.optim.SGD
+    assert [group["lr"] for group in released.param_groups] == [1e-3] * 2
+    assert released.defaults["betas"] == (0.9, 0.999) and released.defaults["eps"] == 1e-8
+    assert modern.defaults["nesterov"] and modern.defaults["momentum"] == 0.9
+    decays = [[group["weight_decay"] for group in each.param_groups] for each in (released, modern)]
+    assert decays == [[0, 0], [make_recipe("modern").weight_decay, 0]]
 
 
 def test_average_follows_the_model() -> None:
