@@ -356,6 +356,15 @@ def test_recipes_choose_their_optimizers() -> None:
     assert decays == [[0, 0], [make_recipe("modern").weight_decay, 0]]
 
 
+def test_labels_are_smoothed_in_training_alone() -> None:
+    model, images, labels = nn.Linear(3, 4), torch.randn(5, 3), torch.tensor([0, 3, 1, 1, 2])
+    module = classifier.Classifier(model, make_recipe("modern", label_smoothing=0.3), 1, {})
+    smoothed, plain = (nn.functional.cross_entropy(model(images), labels, label_smoothing=s) for s in (0.3, 0.0))
+    torch.testing.assert_close(module.loss_of(images, labels), smoothed)
+    module.judge(images, labels)
+    assert module.test_sums[0].item() == pytest.approx(5 * plain.item())
+
+
 def test_average_follows_the_model() -> None:
     model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     with torch.no_grad():

@@ -109,6 +109,18 @@ def test_accelerators_that_are_not_here(tmp_path: Path, name: str) -> None:
         train(tiny(tmp_path, accelerator=name))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "flip", "crop"), [("released", {}, True, 0), ("modern", {"flip": False}, False, 4)]
+)
+def test_a_run_augments_as_its_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, changes: dict[str, Any], flip: bool, crop: int
+) -> None:
+    made = mock.Mock(side_effect=make_loader)
+    monkeypatch.setattr("thresholdnet.train.run.make_loader", made)
+    train(tiny(tmp_path, recipe=recipe, recipe_args=changes))
+    assert {(call.kwargs["flip"], call.kwargs["crop_padding"]) for call in made.call_args_list} == {(flip, crop)}
+
+
 def test_the_rate_is_that_of_the_images_in_a_step(tmp_path: Path) -> None:
     result = train(tiny(tmp_path, recipe="modern", batch_size=10_000, recipe_args={"schedule": "constant"}))
     assert result["history"][0]["lr"] == pytest.approx(0.02 * 24 / 100)
