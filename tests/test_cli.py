@@ -193,6 +193,7 @@ WRONG = [
     (["memory", "--image-size", "16"], "images must be at least 29x29"),
     (["train", "--data", "digits", "--fused", "--backend", "triton"], "backend 'triton' cannot run here"),
     (["train", "--data", "cifar10", "--backend", "tritton"], "did you mean triton"),
+    (["train", "--data", "digits", "--backend", "native"], "--backend needs --fused, got --backend native without it"),
     (["train", "--recompute", "bottleneck"], "recompute needs fused=True, got recompute='bottleneck' without it"),
     (
         ["train", "--fused", "--model", "hardnet39ds", "--recompute", "bottleneck"],

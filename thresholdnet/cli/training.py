@@ -53,7 +53,7 @@ def train_command(
     fused: Annotated[
         bool, typer.Option("--fused", help="Run the blocks in the engine: equal up to rounding, less memory.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="Of the engine: auto, or a name that works or raises.")] = "auto",
+    backend: Annotated[str, typer.Option(help="With --fused: auto, or a name that works or raises.")] = "auto",
     recompute: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +79,8 @@ def train_command(
 
     Several processes:  torchrun --nproc-per-node 4 -m thresholdnet train ...  (tested on a CPU, not on several GPUs)
     """
+    from ..backends import CHOICES
+    from ..checks import one_of
     from ..train import TrainConfig, train
 
     given: dict[str, Any] = {
@@ -102,6 +104,8 @@ def train_command(
         config = replace(saved, **given)
     else:
         config = TrainConfig(**given)
+    if one_of("backend", config.backend, CHOICES) != "auto" and not config.fused:
+        raise ValueError(f"--backend needs --fused, got --backend {config.backend} without it")
     result = train(config)
     if result["rank"] == 0:
         print(json.dumps(result, indent=2)) if as_json else _tell_training(result)
