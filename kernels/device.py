@@ -31,6 +31,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def capability_of(device: torch.device) -> Capability:
+    """Of a GPU; None in the interpreter, whose tiles are its own."""
     return None if INTERPRETED else torch.cuda.get_device_capability(device)
 
 

@@ -13,6 +13,8 @@ from .tables import Group, Source, column_table, k_table, pixel_table
 
 
 class DeviceTable(NamedTuple):
+    """`tables.KTable` on a device."""
+
     entries: Tensor
     row8: Tensor
     weight_index: Tensor
@@ -32,6 +34,7 @@ def device_table(
     transposed: bool,
     device: torch.device,
 ) -> DeviceTable:
+    """`tables.k_table` there."""
     table = k_table(sources, width, kernel_size, chunk, group, transposed)
     return DeviceTable(
         upload(table.entries, device),
@@ -71,6 +74,7 @@ def device_halo_table(
 
 @device_constant(maxsize=256)
 def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(taps_inside, first_pixel) of `tables.pixel_table` there."""
     table = pixel_table(batch, height, width, group)
     return upload(table.taps_inside, device), upload(table.first_pixel, device)
 
@@ -79,12 +83,14 @@ def device_pixels(batch: int, height: int, width: int, group: Group, device: tor
 def device_columns(
     outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`tables.column_table` there."""
     out_at8, feature_at8, column_channel = column_table(outs, features, multiple)
     return upload(out_at8, device), upload(feature_at8, device), upload(column_channel, device)
 
 
 @device_constant(maxsize=4096)
 def device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [offsets] there."""
     return upload(np.array(offsets, np.int32), device)
 
 

@@ -31,6 +31,11 @@ class Layout(NamedTuple):
 
 
 def lay_out(name: str, sources: Sequence[Tensor], out: Tensor, *others: Tensor, out_name: str = "out") -> Layout:
+    """Check the slots that a launcher reads, writes (`out`) and reads raw (`others`), and say where they lie.
+
+    Raises:
+        TypeError, ValueError: see `launch`; sources in several allocations, or of other images than `out`.
+    """
     named = [(f"{name}[{i}]", source) for i, source in enumerate(sources)]
     slots, pixels = check_slots([(out_name, out), *named, *(("mask.z", other) for other in others)])
     batch, _, height, width = out.shape
@@ -148,6 +153,7 @@ def _refuse(name: str, tensor: Tensor, row: int, end: int) -> None:
 
 
 def padded_width(channels: int) -> int:
+    """Channels that a slot takes."""
     return -(-channels // LANES) * LANES
 
 
@@ -163,6 +169,7 @@ def check_weight(name: str, weight: Tensor, out_channels: int, channels: int) ->
 
 
 def check_same_images(name: str, tensor: Tensor, out: Tensor) -> None:
+    """Raise ValueError unless both have one shape."""
     if tensor.shape != out.shape:
         raise ValueError(f"{name} must have the shape {tuple(out.shape)}, got {tuple(tensor.shape)}")
 
@@ -195,16 +202,19 @@ def check_rows(name: str, rows: Tensor, length: int, like: Tensor) -> None:
 
 
 def activation_code(name: str | None) -> int:
+    """Its number in the kernels; ValueError for an unknown one."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be 'relu', 'relu6' or None, got {name!r}")
     return ACTIVATIONS[name]
 
 
 def accumulator_of(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums and of vectors of channels."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """Without "torch."; asking torch takes longer."""
     return _name(tensor.dtype)
 
 
