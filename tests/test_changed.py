@@ -130,6 +130,11 @@ def wrapped(block):
     setattr(around, name, Wrapped(conv))
 
 
+def wrapped_first(block):
+    path = next(name for name, module in block.named_modules() if isinstance(module, nn.Conv2d))
+    block.set_submodule(path, Wrapped(block.get_submodule(path)))
+
+
 def put_norm(make):
     def change(block):
         around, name, old = norm_of(block)
@@ -146,7 +151,7 @@ def pruned(block):
 
 CHANGES = {
     "leaky": activations, "bias": put_convolution(bias=True), "dilation": dilation, "padding": padding_mode,
-    "patched": patched, "wrapped": wrapped, "lora": lora, "ghost": put_norm(GhostNorm),
+    "patched": patched, "wrapped": wrapped, "first": wrapped_first, "lora": lora, "ghost": put_norm(GhostNorm),
     "group norm": put_norm(lambda width: nn.GroupNorm(2, width)), "identity": put_norm(lambda width: nn.Identity()),
     "pruned": pruned,
 }  # fmt: skip

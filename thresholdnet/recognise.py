@@ -85,7 +85,7 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     widths: list[int] = []
     inner: list[int] = []
     activations, drops = set(), set()
-    read = layers[0][1].conv1.in_channels
+    read = getattr(layers[0][1].conv1, "in_channels", 0)  # what is no convolution is refused below
     for prefix, layer in layers:
         known = {*_DENSE, "relu1", "relu2"}
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
