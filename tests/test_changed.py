@@ -203,6 +203,20 @@ def test_a_changed_block_computes_what_its_modules_say(kind, change, training):
     assert_steps_equal(found, expected)
 
 
+@pytest.mark.parametrize("before", (True, False), ids=("compiled before", "compiled after"))
+@pytest.mark.parametrize("change", ("leaky", "bias", "wrapped", "lora"))
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_changed_block_is_compiled_as_its_modules_say(kind, change, before):
+    """No call in between: the compiler asks for the forms, and again where a module has become another."""
+    torch.compiler.reset()
+    block, x = filled(BLOCKS[kind]()).eval(), torch.randn(2, 8, 6, 7, dtype=torch.float64)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    if before:
+        compiled(x)
+    CHANGES[change](block)
+    assert_close(compiled(x).detach(), plain_of(copy.deepcopy(block))(x).detach(), torch.float64)
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_is_fused_again_when_the_change_is_undone(kind):
     block, x = BLOCKS[kind](), torch.randn(2, 8, 6, 7, dtype=torch.float64)

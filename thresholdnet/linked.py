@@ -110,12 +110,18 @@ class LinkedBlock(nn.Module):
 
     def _modules_fit(self) -> bool:
         """Whether the engine computes what the modules inside would, were they called."""
-        if torch.compiler.is_compiling():  # a graph asks for hooks again, and keeps the forms that it was compiled for
-            return self._checked[1] and not any(map(hooked, itertools.islice(self.modules(), 1, None)))
+        if torch.compiler.is_compiling() and any(map(hooked, itertools.islice(self.modules(), 1, None))):
+            return False  # a graph asks for hooks and classes again, and keeps the attributes that it was compiled for
+        return self._forms_fit()
+
+    def _forms_fit(self) -> bool:
         states = states_inside(self)
         if states is not None and states != self._checked[0]:
             self._checked = states, self._fits()
         return states is not None and self._checked[1]
+
+    # As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls it while it records
+    _forms_fit.__dict__["_dynamo_marked_constant"] = True
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
