@@ -92,6 +92,38 @@ def test_a_trace_of_a_fused_model(name):
         torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchs_own_onnx_export_of_a_fused_model(name, tmp_path):
+    model, x = NETWORKS[name], torch.randn(2, 3, 40, 40)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchs_own_export_of_a_fused_model(name, tmp_path):
+    """The package's operators are in the program, which is saved, and loaded where they are known."""
+    model = NETWORKS[name]
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (torch.randn(2, 3, 40, 40),), dynamic_shapes=({0: batch},))
+    assert "thresholdnet.block" in str(program.graph)
+    torch.export.save(program, tmp_path / "model.pt2")
+    x = torch.randn(5, 3, 40, 40)
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_scripting():
+    """Of models of the zoo it is refused, in plain torch too: docs/tools.md says so."""
+    x = torch.randn(2, 3, 40, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(tn.to_reference(copy.deepcopy(NETWORKS["converted"])))
+        with pytest.raises(ValueError, match="BlockPlan"):
+            torch.jit.script(tn.to_reference(copy.deepcopy(NETWORKS["threshold"])))
+    torch.testing.assert_close(scripted(x), NETWORKS["converted"](x), rtol=1e-4, atol=1e-4)
+
+
 def test_aotinductor_package(tmp_path):
     model = nn.Sequential(tn.ThresholdBlock(3, tn.links.dense(2), 8, fused=True), nn.Conv2d(16, 4, 1)).eval()
     package = torch._inductor.aoti_load_package(str(export(model, tmp_path / "a.pt2", "aoti", image_size=9)))

@@ -204,10 +204,12 @@ class LinkedBlock(nn.Module):
 
 
 def traced() -> bool:
-    """Whether torch.jit.trace is recording: plain operations alone, so that its file runs without this package.
+    """Whether torch.jit.trace or torch.onnx.export is recording: plain operations alone, for who has no such package.
 
     Sizes are tensors meanwhile, and a comparison of them is warned of.
     """
+    if torch.compiler.is_exporting():
+        return torch.onnx.is_in_onnx_export()
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]  # public, but not exported by name
 
 
@@ -272,7 +274,6 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@torch.no_grad()
 def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pixels: int | Tensor) -> None:
     """What nn.BatchNorm2d does to its buffers in training, once per call; nothing where the call is a recomputation.
 
@@ -286,6 +287,15 @@ def update_running(norms: Sequence[_BatchNorm], statistics: Sequence[Tensor], pi
     for norm, used in zip(norms, statistics, strict=True):
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
             tracked.setdefault((norm.momentum, norm.running_mean.dtype), []).append((norm, used))
+    if tracked:  # torch.export cannot save a program with nothing in a torch.no_grad
+        _update_tracked(tracked, unbiased, empty)
+
+
+@torch.no_grad()
+def _update_tracked(
+    tracked: dict[tuple[float | None, torch.dtype], list[tuple[Any, Tensor]]], unbiased: float | Tensor, empty: bool
+) -> None:
+    """BatchNorms with what their batch had, by momentum and dtype."""
     alone = torch.compiler.is_compiling() or transforms.active()
     for (momentum, _), some in tracked.items():
         counters = [norm.num_batches_tracked for norm, _ in some if norm.num_batches_tracked is not None]
