@@ -291,7 +291,11 @@ def test_a_weight_that_outlives_the_module(monkeypatch):
     ("model", "error", "message"),
     [
         (3, TypeError, "model must be a torch.nn.Module, got int"),
-        (nn.Conv2d(1, 1, 1), ValueError, "model must have fused blocks, got none in Conv2d: fused=True makes them"),
+        (
+            nn.Conv2d(1, 1, 1),
+            ValueError,
+            "model must have fused blocks, got none in Conv2d: fused=True or tn.convert makes them",
+        ),
         (
             ThresholdBlock(4, links.dense(1), 4, fused=True, device="meta"),
             ValueError,

@@ -397,7 +397,8 @@ transforms.differentiable(linked_conv2d, _setup_linked, _backward_linked)
 
 def _once_only(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "a fused block can be differentiated once: for gradients of gradients (create_graph=True) use fused=False"
+        "a fused block can be differentiated once: for gradients of gradients (create_graph=True) use fused=False "
+        "or tn.to_reference(model)"
     )
 
 

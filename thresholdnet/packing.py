@@ -49,7 +49,9 @@ def prepack(model: Model, packed: bool = True) -> Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not any(getattr(module, "fused", False) for module in model.modules()):
-        raise ValueError(f"model must have fused blocks, got none in {type(model).__name__}: fused=True makes them")
+        raise ValueError(
+            f"model must have fused blocks, got none in {type(model).__name__}: fused=True or tn.convert makes them"
+        )
     if any(weight.is_inference() for weight in weights):
         raise ValueError("model must be made outside torch.inference_mode to be prepacked, got weights made inside")
     elsewhere = {str(weight.device) for weight in weights if weight.device.type != "cpu"}
