@@ -401,6 +401,17 @@ def test_it_says_what_it_did_and_why_not():
     assert lines == ["nothing to fuse: no block of DenseNet, HarDNet or VoVNet was found"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused_or_left():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    with pytest.raises(TypeError, match="model must not be TorchScript to be converted, got RecursiveScriptModule"):
+        tn.convert(scripted, report=None)
+    model, lines = nn.Sequential(scripted, *torchvision.models.DenseNet(4, (2,), 8).features), []
+    tn.convert(model, report=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["fused 5", "fused the model"]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 16, 8, 8)
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         tn.convert(3)

@@ -47,7 +47,8 @@ class Chain(nn.Sequential):
 
 def _leaves(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for module in modules:
-        if type(module).forward is nn.Sequential.forward and not hooked(module):
+        plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        if plain and not hooked(module):
             yield from _leaves(module.children())
         else:
             yield module

@@ -146,11 +146,13 @@ def convert(
         The model itself; the new block, where the model is a block.
 
     Raises:
-        TypeError: the model is no nn.Module.
+        TypeError: the model is no nn.Module, or TorchScript.
         ValueError, RuntimeError: `backend` or `recompute` is unknown, or the backend cannot run here.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must not be TorchScript to be converted, got {type(model).__name__}")
     say = report or (lambda line: None)
     own = [module for module in model.modules() if isinstance(module, LinkedBlock) and not module.fused]
     for name, module in list(model.named_modules(remove_duplicate=False)):

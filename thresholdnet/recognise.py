@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import links
@@ -54,6 +55,8 @@ def recognise(block: nn.Module) -> Found | None:
     Raises:
         Unlike: a rule knows it, but the engine has no form for it; the message is the reason.
     """
+    if isinstance(block, torch.jit.ScriptModule):  # its modules are run by its own code
+        return None
     if type(block).forward is nn.Module.forward:  # nn.ModuleList's and nn.ModuleDict's: they run nothing
         return None
     for rule in RULES:
