@@ -5,6 +5,7 @@ import gc
 import pickle
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -306,3 +307,20 @@ def test_a_weight_that_outlives_the_module(monkeypatch):
 def test_bad_input(model, error, message):
     with pytest.raises(error, match=re.escape(message)):
         tn.prepack(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("size", [(2, 9, 11), (1, 1, 1), (32, 6, 6)])
+def test_a_model_that_is_gone_leaves_nothing(unit, size, memory_format):
+    """A weight that is its own packed form, as a 1x1 convolution's without a BatchNorm to fold, kept itself alive."""
+    gc.collect()
+    before = packing.any_declared()
+    block = tn.prepack(_block(unit).to(memory_format=memory_format))
+    block(torch.randn(size[0], 24, *size[1:]))
+    gone = [weakref.ref(parameter) for parameter in block.parameters()]
+    del block
+    gc.collect()
+    assert not before and not packing.any_declared()
+    assert all(reference() is None for reference in gone)

@@ -150,7 +150,8 @@ class Block:
 
         def packed() -> tuple[Any, Tensor | None]:
             made, bias = whole()
-            return self.verbs.packed(way, made), bias
+            made = self.verbs.packed(way, made)
+            return (made.detach() if made is weight else made), bias  # what is kept must not keep the weight alive
 
         return packing.once(forms, (way, eps), (weight, *sources), packed)
 
