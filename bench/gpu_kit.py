@@ -16,20 +16,21 @@ PYTHONPATH=. stands for an install). The libraries run in any torch from 2.10 on
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tune import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 KIT = "kit.tar.xz"
 KEY = "triton.key"  # of the Triton that compiled: it finds no kernels under another one
-MODELS = ("thresholdnet_v1", "thresholdnet_v2", "hardnet68", "densenet121")
 OVERLAP = {"THRESHOLDNET_PDL": "1"}
 
 
@@ -56,8 +57,8 @@ def sets() -> list[Kernels]:
     ]
 
 
-def compile_kernels(kernels: Kernels, cache: Path, capability: str) -> str:
-    """What precompile.py said; raises RuntimeError with its words where it failed."""
+def compile_kernels(kernels: Kernels, cache: Path, capability: str) -> None:
+    """Run precompile.py; raises RuntimeError with its words where it failed."""
     command = [sys.executable, str(ROOT / "bench" / "precompile.py"), "--cache", str(cache), "--capability", capability]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | kernels.environment
     done = subprocess.run(
@@ -65,23 +66,23 @@ def compile_kernels(kernels: Kernels, cache: Path, capability: str) -> str:
     )
     if done.returncode:
         raise RuntimeError(f"{kernels.name}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
-    return done.stdout.strip()
 
 
 def pack(folder: Path) -> tuple[Path, list[str]]:
     """FOLDER/kit.tar.xz of the compiled kernels and this checkout's libraries; its path and the libraries' names."""
+    from thresholdnet.checkpoint import write_atomic
+
     libraries = sorted((ROOT / "thresholdnet").glob("_csrc*.so"))
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as made:
-        pass
-    with tarfile.open(made.name, "w:xz") as archive:
+    key, packed = triton_key().encode(), io.BytesIO()
+    entry = tarfile.TarInfo(KEY)
+    entry.size = len(key)
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
         archive.add(folder / "triton", "triton")
-        with tempfile.NamedTemporaryFile("w") as key:
-            key.write(triton_key())
-            key.flush()
-            archive.add(key.name, KEY)
+        archive.addfile(entry, io.BytesIO(key))
         for library in libraries:
             archive.add(library, f"thresholdnet/{library.name}")
-    return Path(made.name).replace(folder / KIT), [library.name for library in libraries]
+    write_atomic(folder / KIT, packed.getbuffer())
+    return folder / KIT, [library.name for library in libraries]
 
 
 def unpack(kit: Path, folder: Path) -> Path:

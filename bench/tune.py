@@ -334,15 +334,14 @@ def stays_faster(rule: Callable[[], Any], other: Callable[[], Any], clock: Any, 
 
     The first of many candidates meets another clock of the GPU than the last, and the best of many is partly luck.
     """
-    ratios = []
+    from thresholdnet.bench.arithmetic import order, paired_ratio
+
+    steps = (other, rule)
+    times: tuple[list[float], list[float]] = ([], [])
     for index in range(repeats):
-        if index % 2:
-            before = clock(rule)
-            ratios.append(clock(other) / before)
-        else:
-            after = clock(other)
-            ratios.append(after / clock(rule))
-    return statistics.median(ratios) < MARGIN
+        for place in order(len(steps), index):
+            times[place].append(clock(steps[place]))
+    return paired_ratio(*times)["median"] < MARGIN
 
 
 @contextmanager

@@ -74,11 +74,11 @@ NOTHING = Choice()
 @lru_cache(maxsize=64)
 def table_of(device: torch.device) -> Mapping[Shape, Choice]:
     """A device's table, read at the first call; empty where there is none, or none that can be used."""
-    where = os.environ.get("THRESHOLDNET_TUNED", "")
-    if where == "0":
+    place = folder()
+    if place is None:
         return {}
     gpu, capability = identity(device)
-    path = Path(where or FOLDER) / file_name(gpu, capability)
+    path = place / file_name(gpu, capability)
     if not path.is_file():
         return {}
     try:
@@ -86,6 +86,12 @@ def table_of(device: torch.device) -> Mapping[Shape, Choice]:
     except (OSError, ValueError) as error:
         warnings.warn(f"launch table ignored: {error}", RuntimeWarning, stacklevel=2)
         return {}
+
+
+def folder() -> Path | None:
+    """Where tables lie; None where they are switched off."""
+    where = os.environ.get("THRESHOLDNET_TUNED", "")
+    return None if where == "0" else Path(where or FOLDER)
 
 
 def identity(device: torch.device) -> tuple[str, tuple[int, int]]:

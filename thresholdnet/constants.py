@@ -1,6 +1,6 @@
-"""Tables on a device: made at their first use, then kept, and longer by whoever captured a graph that reads them.
+"""What is found once: tables on a device, kept longer by whoever captured a graph that reads them; results in a graph.
 
-They are made in a thread of their own, with the caller's stream: what the caller's thread is in must not reach what
+Tables are made in a thread of their own, with the caller's stream: what the caller's thread is in must not reach what
 outlives it. torch.compile(mode="reduce-overhead") runs a first call with a memory pool that may hold its results alone,
 inference mode would mark tables as its own, and a dispatch mode would see how they are made.
 """
@@ -17,8 +17,18 @@ import torch
 
 Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _holders: list[dict[int, Any]] = []
+
+
+def compiler_constant(function: Function) -> Function:
+    """Mark a function that torch.compile calls while it records, and whose result its graph keeps.
+
+    As torch.compiler.assume_constant_result does, which would import the compiler, for seconds.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 def device_constant(maxsize: int) -> Callable[[Callable[Arguments, Table]], Callable[Arguments, Table]]:

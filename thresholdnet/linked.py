@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .checks import boolean, one_of
+from .constants import compiler_constant
 from .layers import hooked, states_inside
 from .links import Links
 from .plan import BlockPlan
@@ -114,14 +115,12 @@ class LinkedBlock(nn.Module):
             return False  # a graph asks for hooks and classes again, and keeps the attributes that it was compiled for
         return self._forms_fit()
 
+    @compiler_constant
     def _forms_fit(self) -> bool:
         states = states_inside(self)
         if states is not None and states != self._checked[0]:
             self._checked = states, self._fits()
         return states is not None and self._checked[1]
-
-    # As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls it while it records
-    _forms_fit.__dict__["_dynamo_marked_constant"] = True
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

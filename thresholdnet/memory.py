@@ -201,8 +201,7 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, own: set[int]):
         super().__init__()
         self.own = own
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}  # and since which operation
-        self.sizes: dict[int, int] = {}
+        self.live: dict[int, tuple[StorageWeakRef, int, int]] = {}  # its bytes, and since which operation
         self.moved = 0
         self.operations = 0
         self.changes: list[tuple[int, int]] = []  # at an operation, of the bytes alive behind it
@@ -213,9 +212,9 @@ class _Tracker(TorchDispatchMode):
         for operation, size in self.changes:
             changes[operation] += size
         for key in gradients.intersection(self.live):
-            storage, since = self.live[key]
+            storage, size, since = self.live[key]
             if not storage.expired():
-                changes[since] -= self.sizes[key]
+                changes[since] -= size
         return list(itertools.accumulate(changes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -232,15 +231,14 @@ class _Tracker(TorchDispatchMode):
         return result
 
     def _follow(self, tensors: list[Tensor]) -> None:
-        for key in [key for key, (storage, _) in self.live.items() if storage.expired()]:
-            del self.live[key]
-            self.changes.append((self.operations, -self.sizes.pop(key)))
+        for key in [key for key, (storage, *_) in self.live.items() if storage.expired()]:
+            self.changes.append((self.operations, -self.live.pop(key)[1]))
         for tensor in tensors:
             key = _key(tensor)
             if key not in self.own and key not in self.live:
                 storage = tensor.untyped_storage()
-                self.live[key], self.sizes[key] = (StorageWeakRef(storage), self.operations), storage.nbytes()
-                self.changes.append((self.operations, self.sizes[key]))
+                self.live[key] = StorageWeakRef(storage), storage.nbytes(), self.operations
+                self.changes.append((self.operations, storage.nbytes()))
         self.operations += 1
 
 

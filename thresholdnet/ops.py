@@ -15,6 +15,7 @@ from torch import Tensor
 from . import engine, packing, replay, transforms
 from . import transition as between
 from .backends import engine_for, load
+from .constants import compiler_constant
 from .gradients import fake_gradients, own_gradients
 from .plan import BlockPlan
 
@@ -25,12 +26,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
 
+@compiler_constant  # torch 2.11's compiler cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
-
-
-# torch 2.11's compiler cannot trace it; torch.compiler.assume_constant_result would import the compiler, for seconds
-_has_autocast.__dict__["_dynamo_marked_constant"] = True
 
 
 def _block_spec(

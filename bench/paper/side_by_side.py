@@ -21,6 +21,8 @@ import experiments
 from experiments import Run
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from thresholdnet.train.callbacks import StopSignal
+
 LOG = "log.txt"  # in a run's folder: what it prints, added to by each call
 REFRESH = 1.0  # seconds between looks at the runs' epochs
 
@@ -39,27 +41,42 @@ def train_all(runs: Sequence[Run], minutes: float | None, jobs: int, say: Callab
     waiting = [run for run in runs if not experiments.is_done(run)]
     spawn, begun, failed = get_context("spawn"), False, []
     active: dict[Any, Run] = {}
-    with _stops(active) as stop, _bars(waiting, say) as tell:
-        while active or (waiting and not stop and (not begun or time.monotonic() < deadline)):
-            begun = True  # every call trains a batch at least, however short its time
-            while waiting and len(active) < jobs and not stop:
-                run = waiting.pop(0)
-                left = None if minutes is None else max(deadline - time.monotonic(), 0) / 60
-                process = spawn.Process(target=_train, args=(run, left, jobs), name=run.name)
-                process.start()
-                active[process] = run
-                tell(run, f"begun: {len(experiments.history(run.folder))} of {run.epochs} epochs done")
-            connection.wait([process.sentinel for process in active], timeout=REFRESH)
-            for process in [process for process in active if not process.is_alive()]:
-                run = active.pop(process)
-                if process.exitcode:
-                    failed.append(f"{run.name}: {_last_words(run)}")
-                tell(run, "failed" if process.exitcode else "done" if experiments.is_done(run) else "stopped")
-            for run in active.values():
-                tell(run, None)
+
+    def look() -> None:
+        """Who has ended, and how far the others are."""
+        connection.wait([process.sentinel for process in active], timeout=REFRESH)
+        for process in [process for process in active if not process.is_alive()]:
+            run = active.pop(process)
+            if process.exitcode:
+                failed.append(f"{run.name}: {_last_words(run)}")
+            tell(run, "failed" if process.exitcode else "done" if experiments.is_done(run) else "stopped")
+        for run in active.values():
+            tell(run, None)
+
+    stop = StopSignal()
+    stop.install()
+    try:
+        with _bars(waiting, say) as tell:
+            while not stop.signum and (active or (waiting and (not begun or time.monotonic() < deadline))):
+                begun = True  # every call trains a batch at least, however short its time
+                while waiting and len(active) < jobs and not stop.signum:
+                    run = waiting.pop(0)
+                    left = None if minutes is None else max(deadline - time.monotonic(), 0) / 60
+                    process = spawn.Process(target=_train, args=(run, left, jobs), name=run.name)
+                    process.start()
+                    active[process] = run
+                    tell(run, f"begun: {len(experiments.history(run.folder))} of {run.epochs} epochs done")
+                look()
+            if stop.signum == signal.SIGTERM:  # Ctrl-C reaches the runs by itself
+                for process in active:
+                    process.terminate()
+            while active:
+                look()
+    finally:
+        stop.restore()
     if failed:
         raise RuntimeError("; ".join(failed))
-    return stop[0] if stop else 0
+    return stop.signum
 
 
 def _train(run: Run, minutes: float | None, jobs: int) -> None:
@@ -84,28 +101,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _stops(active: dict[Any, Run]) -> Iterator[list[int]]:
-    """Signals that asked for a stop. Ctrl-C reaches the runs by itself, SIGTERM is passed on; a run saves, and ends."""
-    seen: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        seen.append(signum)
-        if signum == signal.SIGTERM:
-            for process in active:
-                process.terminate()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    old = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

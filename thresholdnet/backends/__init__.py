@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
+from ..constants import compiler_constant
 from ..plan import BlockPlan
 from . import csrc, native, winograd
 
@@ -181,12 +182,8 @@ def _native_details() -> str:
     return said
 
 
+@compiler_constant  # so that a fallback in a compiled model is told as well
 def _tell(cause: str) -> None:
     if cause not in _told:
         _told.add(cause)
         warnings.warn(f"fused=True falls back to the plain modules: {cause}", RuntimeWarning, stacklevel=3)
-
-
-# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls the function while it
-# traces, so that a fallback in a compiled model is told as well.
-_tell.__dict__["_dynamo_marked_constant"] = True

@@ -93,12 +93,7 @@ def admit(entry: Entry, form: Form, truth: Sequence[Tensor], allowed: Sequence[f
     """Run and check an entry's form; it may be timed afterwards. Raises what stands against it."""
     found = check_each(form(), truth)
     entry.said["check"] = [{"error": error, "bound": bound} for error, bound in zip(found, allowed, strict=True)]
-    for index, (error, bound) in enumerate(zip(found, allowed, strict=True)):
-        if not error <= bound:  # a NaN is wrong as well
-            raise Unavailable(
-                f"wrong: result {index + 1} of {len(found)} off by {error:.1e} of plain torch's root mean square, "
-                f"{bound:.1e} is allowed"
-            )
+    _hold(found, allowed, f"of {len(found)}", "plain torch's root mean square")
     entry.step = _captured(form, allowed) if entry.graph else form
 
 
@@ -118,7 +113,14 @@ def _captured(form: Form, allowed: Sequence[float]) -> Callable[[], None]:
     wanted = [tensor.clone() for tensor in form()]
     zeros()
     replay()
-    for index, (error, bound) in enumerate(zip(check_each(made, wanted), allowed, strict=True)):
-        if not error <= bound:
-            raise Unavailable(f"wrong: result {index + 1} of the graph off by {error:.1e} of what was captured")
+    _hold(check_each(made, wanted), allowed, "of the graph", "what was captured")
     return replay
+
+
+def _hold(errors: Sequence[float], allowed: Sequence[float], where: str, truth: str) -> None:
+    """Raise Unavailable with the first result that is off by more than is allowed; a NaN is, too."""
+    for index, (error, bound) in enumerate(zip(errors, allowed, strict=True)):
+        if not error <= bound:
+            raise Unavailable(
+                f"wrong: result {index + 1} {where} off by {error:.1e} of {truth}, {bound:.1e} is allowed"
+            )

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from .. import __version__, info
+from ..backends.libraries import NAMES, file_of
 from ..checkpoint import write_atomic
 from .cases import Case
 from .layers import Operation
@@ -84,7 +85,7 @@ def machine(name: str | None = None, device: str = "cpu") -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": changes is not None,
         "changes": changes,
-        "libraries": {file.name.partition(".")[0]: _digest(file.read_bytes()) for file in _libraries()},
+        "libraries": {name: _digest(file.read_bytes()) for name in NAMES if (file := file_of(name))},
         "tuned": {file.name: _digest(file.read_bytes()) for file in _launch_tables()},
         "environment": {
             name: value
@@ -206,17 +207,12 @@ def _digest(content: bytes) -> str | None:
     return hashlib.sha256(content).hexdigest()[:12] if content else None
 
 
-def _libraries() -> list[Path]:
-    """The compiled libraries of the package: builds of other sources or flags are other code."""
-    return sorted(Path(__file__).resolve().parents[1].glob("_csrc*.so"))
-
-
 def _launch_tables() -> list[Path]:
     """What launches may be chosen by; files that git need not know."""
     from thresholdnet.kernels import tuned
 
-    where = os.environ.get("THRESHOLDNET_TUNED", "")
-    return [] if where == "0" else sorted(Path(where or tuned.FOLDER).glob("*.json"))
+    folder = tuned.folder()
+    return [] if folder is None else sorted(folder.glob("*.json"))
 
 
 def _git(*arguments: str) -> str | None:
