@@ -78,7 +78,7 @@ def measure(model: str, silent: Silent, folder: Path) -> dict[str, Any]:
     step = step_of(blocks_of(model), activation_of(model))
     taken: dict[str, list[float]] = {switch: [] for switch in WAYS}
     launched = {}
-    for round_ in range(-replay.CALLS, ROUNDS):  # in pairs: a machine's pace changes over seconds
+    for round_ in range(-replay.FIRST["cuda"], ROUNDS):  # in pairs: a machine's pace changes over seconds
         for switch in WAYS:
             os.environ["THRESHOLDNET_REPLAY"] = switch
             began = time.perf_counter()

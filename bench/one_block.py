@@ -21,7 +21,7 @@ def main() -> int:
         block = ThresholdBlock(20, rows, 12, unit=unit, fused=True, backend=backend).cuda().bfloat16()
         for images, high, wide in SIZES:
             x = torch.randn(images, 20, high, wide, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(replay.CALLS):  # run, recorded, replayed
+            for _ in range(replay.FIRST["cuda"]):  # run, recorded, replayed
                 y = block.train()(x)
                 y.backward(torch.ones_like(y))
                 with torch.no_grad():

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -10,3 +12,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.install()
     watched.install()
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """A test may replace what a call of another one was recorded with."""
+    from thresholdnet import replay
+
+    replay.forget()

@@ -20,7 +20,9 @@ def checked(function: Callable[..., Any], *arguments: Any) -> Any:
     made = list(tensors_in([function(*arguments)]))  # tables are there from now on
     recorded, recording = replay._recorded(function, arguments, tensors)
     assert isinstance(recording, Recording), recording
-    result = recording.replay(tensors)
+    forms = recording.forms(tensors)
+    assert forms is not None
+    result = recording.replay(tensors, forms)
     for first, second, third in zip(made, tensors_in([recorded]), tensors_in([result]), strict=True):
         for other in (second, third):
             assert other.dtype == first.dtype and other.stride() == first.stride()

@@ -29,10 +29,10 @@ HEAVY = {
 }
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "constants", "ahead", "recording", "pooling", "together", "recorder", "overlap", "replay", "packing",
-    "links", "plan", "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine", "transition",
-    "transforms", "ops", "functional", "layers", "linked", "blocks", "chain", "graphs", "models", "recognise",
-    "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data", "loaders",
+    "checks", "constants", "packing", "ahead", "recording", "straight", "pooling", "together", "recorder", "overlap",
+    "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine",
+    "transition", "transforms", "ops", "functional", "layers", "linked", "blocks", "chain", "graphs", "models",
+    "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data", "loaders",
     "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 

@@ -222,9 +222,9 @@ def test_weights_that_an_optimizer_has_written(optimizer, fused):
             found = block.eval()(x)
             wanted = tn.prepack(tn.prepack(block, False))(x)
         assert largest_error(found, wanted) <= RELATIVE[torch.float32]
-        forms = {number: dict(known) for number, (_, known) in packing._declared.items()}
+        forms = {number: dict(known._made) for number, known in packing._declared.items()}
         other.step()
-        assert forms == {number: dict(known) for number, (_, known) in packing._declared.items()}
+        assert forms == {number: dict(known._made) for number, known in packing._declared.items()}
 
 
 def test_models_made_in_inference_mode():
@@ -316,11 +316,11 @@ def test_bad_input(model, error, message):
 def test_a_model_that_is_gone_leaves_nothing(unit, size, memory_format):
     """A weight that is its own packed form, as a 1x1 convolution's without a BatchNorm to fold, kept itself alive."""
     gc.collect()
-    before = packing.any_declared()
+    before = list(packing._declared)
     block = tn.prepack(_block(unit).to(memory_format=memory_format))
     block(torch.randn(size[0], 24, *size[1:]))
     gone = [weakref.ref(parameter) for parameter in block.parameters()]
     del block
     gc.collect()
-    assert not before and not packing.any_declared()
+    assert not before and not packing._declared
     assert all(reference() is None for reference in gone)

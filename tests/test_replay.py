@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,13 +15,16 @@ import pytest
 import torch
 from on_gpu import needs_gpu
 from test_blocks import PATTERNS, UNITS
+from tolerances import RELATIVE, largest_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import pair
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, constants, engine, functional, replay
+from thresholdnet import ThresholdBlock, constants, engine, functional, packing, replay
+from thresholdnet.backends.winograd import use as use_winograd
 from thresholdnet.pooling import ALIGNMENT
-from thresholdnet.recording import Launch, Operation, Recording
+from thresholdnet.recording import Launch, Operation, Recording, tensors_in
 
 BACKENDS = [name for name, reason in tn.backends().items() if reason is None and name != "reference"]
 
@@ -257,10 +262,25 @@ def test_switched_off(monkeypatch):
     monkeypatch.setenv("THRESHOLDNET_REPLAY", "0")
     for _ in range(4):
         trained(block_of("dense", "conv_bn_relu", "native"), torch.randn(1, 7, 3, 3))
-    monkeypatch.delenv("THRESHOLDNET_REPLAY")  # and on a CPU nobody asked
+    monkeypatch.delenv("THRESHOLDNET_REPLAY")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which is there to see kernels run
     for _ in range(4):
         trained(block_of("dense", "conv_bn_relu", "native"), torch.randn(1, 7, 3, 3))
     assert not replay._known
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replays where it is told to")
+def test_a_cpu_waits_for_the_tenth_call(monkeypatch):
+    monkeypatch.delenv("THRESHOLDNET_REPLAY")
+    block, x = block_of("dense", "bottleneck", "native").eval(), torch.randn(1, 7, 3, 3)
+    with torch.no_grad():
+        expected = block(x)
+        for number in range(2, 10):
+            assert torch.equal(block(x), expected) and [*replay._known.values()] == [number]
+        block(x)
+        assert len(recordings()) == 1
+        monkeypatch.setattr(engine.Bottleneck, "forward", None)
+        assert torch.equal(block(x), expected)
 
 
 def test_fake_tensors_are_not_replayed():
@@ -270,12 +290,46 @@ def test_fake_tensors_are_not_replayed():
     assert not replay._known
 
 
-def test_packed_weights_are_not_replayed():
-    block = tn.prepack(block_of("dense", "conv_bn_relu", "native").eval())
-    with torch.no_grad():
-        first = [block(torch.ones(1, 7, 3, 3)) for _ in range(4)][-1]
-        next(block.parameters()).mul_(2)
-        assert not replay._known and not torch.equal(block(torch.ones(1, 7, 3, 3)), first)
+def forms_in(forms: packing.Forms) -> list[Tensor]:
+    return list(tensors_in([made for _, made in forms._made.values()]))
+
+
+@pytest.mark.parametrize("winograd", (False, True))
+@pytest.mark.parametrize("unit", UNITS)
+def test_packed_weights(unit, winograd, monkeypatch):
+    """A recording asks for them at every replay, whichever block of its kind they belong to, and holds none."""
+    use_winograd(winograd)
+    try:
+        first, second = (tn.prepack(block_of("sparse_dense", unit, "native").eval()) for _ in range(2))
+        x, made = torch.randn(2, 7, 20, 20), []
+        with torch.no_grad():
+            next(second.parameters()).mul_(2)
+            monkeypatch.setenv("THRESHOLDNET_REPLAY", "0")
+            expected = [block(x) for block in (first, second)]
+            monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
+            for block, wanted in zip(
+                (first, first, first, second, first), (*expected[:1] * 3, *expected[::-1]), strict=True
+            ):
+                assert torch.equal(block(x), wanted)
+            (recording,) = recordings()
+            assert recording.late
+            for parameter in (*first.parameters(), *(b for b in first.buffers() if b.is_floating_point())):
+                parameter.add_(0.5)
+                for _ in range(2):  # it is packed again, and then replayed
+                    made.append(first(x))
+                    assert torch.equal(made[-1], tn.prepack(copy.deepcopy(first))(x))
+            assert not torch.equal(made[-1], expected[0])
+            assert torch.equal(second(x), expected[1])
+            tn.prepack(first, False)
+            assert largest_error(first(x), made[-1]) <= RELATIVE[torch.float32]
+            gone = [weakref.ref(parameter) for parameter in second.parameters()]
+            gone += [weakref.ref(tensor) for forms in packing._declared.values() for tensor in forms_in(forms)]
+            assert len(gone) > len(list(second.parameters()))
+            del second, block
+            gc.collect()
+            assert recordings() and not any(reference() is not None for reference in gone)
+    finally:
+        use_winograd(False)
 
 
 def test_the_last_used_kinds_are_kept(monkeypatch):
@@ -419,6 +473,49 @@ class TestFunctions:
         moved = torch.arange(20.0)[11:]  # its memory begins elsewhere, which is no other kind
         view, _ = replay.call(function, moved[1:], parts)
         assert view.tolist() == [[14.0, 15.0], [2.0, 4.0]] and len(recordings()) == 1
+
+    def test_memories_end_with_their_last_reader(self):
+        """So do the views of them, which are made once for all who read them."""
+        made: dict[str, Any] = {}
+        alive: dict[str, set[str]] = {}
+
+        class Noting(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = function.overloadpacket.__name__
+                alive[name] = {name for name, each in made.items() if each() is not None}
+                result = function(*args, **(kwargs or {}))
+                made[name] = weakref.ref(next(tensors_in(result)))
+                return result
+
+        def function(x: Tensor) -> list[Tensor]:
+            large = torch.empty(1 << 19).copy_(x)
+            first, _ = torch.aminmax(large[1:])
+            second = large[1:].exp()
+            del large
+            values, order = second.sort()
+            return [first, values, order.sum(0, keepdim=True).to(torch.float64)]
+
+        x = torch.linspace(0, 1, 1 << 19)
+        expected = function(x)
+        for found in self.run(function, x):
+            assert all(map(torch.equal, found, expected))
+        with Noting():
+            assert all(map(torch.equal, replay.call(function, x), expected))
+        assert alive["aminmax"] >= {"empty_strided", "as_strided"} and alive["exp"] >= {"as_strided", "aminmax"}
+        assert alive["sort"] & {"empty_strided", "as_strided", "exp"} == {"exp"} and "exp" not in alive["sum"]
+
+    def test_numbers_of_all_kinds(self):
+        """Some of which code cannot spell."""
+
+        def function(x: Tensor, numbers: list[float]) -> list[Tensor]:
+            made = [torch.clamp(x, *numbers[:2]), x * numbers[2], torch.full_like(x, numbers[3], dtype=torch.complex64)]
+            return [*made, x.to(torch.float16, memory_format=torch.preserve_format), x.sum(()), x.sum(dim=(0, 1))]
+
+        x, numbers = torch.randn(2, 3), [-float("inf"), 1e-300, float("nan"), 2.5]
+        for found in self.run(function, x, numbers):
+            for ours, theirs in zip(found, function(x, numbers), strict=True):
+                assert ours.dtype == theirs.dtype and torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+        assert len(recordings()) == 1
 
     def test_two_inputs_in_one_memory(self):
         """How inputs lie to each other is part of the kind: written through one, read through the other."""

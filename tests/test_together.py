@@ -18,9 +18,10 @@ from on_gpu import needs_gpu
 from test_blocks import UNITS
 from test_replay import block_of, recordings, trained
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thresholdnet import replay, together
-from thresholdnet.recording import Allocation, Operation, Pool
+from thresholdnet.recorder import ALLOCATIONS
 
 OWN = 77  # the stream that is captured
 
@@ -128,6 +129,22 @@ def kernel(driver: Driver) -> Kernel:
     return Kernel(driver)
 
 
+ADD = torch.ops.aten.add.Tensor
+
+
+class Noting(TorchDispatchMode):
+    """Tells of each of torch's operations what it made."""
+
+    def __init__(self, note: Callable[[Any, Any], object]):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.note(function, made)
+        return made
+
+
 def launches(kernel: Kernel, x: Tensor, count: int = together.SMALLEST) -> Tensor:
     for number in range(count):
         replay.start(kernel, (1,), x, number)
@@ -184,15 +201,10 @@ def test_an_operation_parts_graphs_and_sees_what_ran_before(driver, kernel):
         launches(kernel, y)
         return y
 
-    def noted(self: Operation, call: Any, run: Any = Operation.run) -> None:
-        seen.append(len(driver.ran))
-        run(self, call)
-
     x = torch.zeros(1)
     for _ in range(2):
         replay.call(function, x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Operation, "run", noted)
+    with Noting(lambda function, made: function is ADD and seen.append(len(driver.ran))):
         y = replay.call(function, x)
     assert seen == [together.SMALLEST] and driver.ran == [*expected(x), *expected(y)]
 
@@ -210,12 +222,9 @@ def test_memory_ends_when_the_graph_is_submitted(driver, kernel):
         del y
         return out
 
-    def noted(self: Any, *arguments: Any, run: Any) -> Any:
-        result = run(self, *arguments)
-        (call,) = arguments
-        tensor = result if isinstance(result, Tensor) else call.memory[self.makes[0]]
-        made.append(weakref.ref(tensor))
-        return result
+    def noted(function: Any, tensor: Tensor) -> None:
+        if function in (ADD, *ALLOCATIONS):
+            made.append(weakref.ref(tensor))
 
     def submitted(self: Any, *arguments: Any, run: Any) -> Any:
         alive.append([each() is not None for each in made])
@@ -223,9 +232,7 @@ def test_memory_ends_when_the_graph_is_submitted(driver, kernel):
 
     for _ in range(2):
         replay.call(function, torch.zeros(1))
-    with pytest.MonkeyPatch.context() as patch:
-        for kind, name in ((Operation, "run"), (Pool, "allocate"), (Allocation, "run")):
-            patch.setattr(kind, name, partialmethod(noted, run=getattr(kind, name)))
+    with pytest.MonkeyPatch.context() as patch, Noting(noted):
         patch.setattr(Driver, "_cuGraphLaunch", partialmethod(submitted, run=Driver._cuGraphLaunch))
         out = replay.call(function, torch.zeros(1))
     assert alive == [[True] * len(made)] and len(made) == 4  # pools of the call and the part, x + 1, out

@@ -28,8 +28,8 @@ ENVIRONMENT = {
     "THRESHOLDNET_CONV": "own or library: every convolution of the CUDA engine by our kernels, or by torch's library",
     "THRESHOLDNET_TUNED": "0: no measured launch tables; else the folder that holds them, instead of the package's own",
     "THRESHOLDNET_REPLAY": (
-        "0: every call of a fused operator runs, none is replayed; 1: replayed on a CPU too; "
-        "graph: its launches submitted at once"
+        "0: every call of a fused operator runs, none is replayed; "
+        "1: replayed from the third on, in Triton's interpreter too; graph: its launches submitted at once"
     ),
     "THRESHOLDNET_PDL": "1: on sm_90 and newer Triton's kernels start while their predecessors end; off until measured",
     "TRITON_INTERPRET": "1: the Triton backend runs in the interpreter, on the CPU, slowly",

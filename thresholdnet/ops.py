@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine, packing, replay, transforms
+from . import engine, replay, transforms
 from . import transition as between
 from .backends import engine_for, load
 from .constants import compiler_constant
@@ -41,10 +41,9 @@ def _block_spec(
     return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
 
 
-def _run(function: Callable[..., Any], like: Tensor, group: str, *arguments: Any) -> Any:
-    """`function(*arguments)`, replayed where it may be: not what talks to other processes or reads packed weights."""
-    direct = group or (like.device.type == "cpu" and packing.any_declared())
-    return function(*arguments) if direct else replay.call(function, *arguments)
+def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:
+    """`function(*arguments)`, replayed where it may be: not what talks to other processes."""
+    return function(*arguments) if group else replay.call(function, *arguments)
 
 
 def run_block(
@@ -65,7 +64,7 @@ def run_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
     spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
-    return _run(engine.forward, x, group, spec, x, parameters, running, engine.Extras(masks, counts))
+    return _run(engine.forward, group, spec, x, parameters, running, engine.Extras(masks, counts))
 
 
 block = torch.library.custom_op("thresholdnet::block", run_block, mutates_args=())
@@ -125,7 +124,7 @@ def run_block_backward(
     """`engine.backward`: gradients of x and of every parameter; empty tensors where `needs` is False."""
     spec = _block_spec(x, plan, eps, fixed, activation, backend, True, recompute, drop, group)
     extras = engine.Extras(masks, counts)
-    return _run(engine.backward, x, group, spec, grad, x, parameters, statistics, saved, needs, extras)
+    return _run(engine.backward, group, spec, grad, x, parameters, statistics, saved, needs, extras)
 
 
 block_backward = torch.library.custom_op("thresholdnet::block_backward", run_block_backward, mutates_args=())
@@ -217,7 +216,7 @@ def run_transition(
 ) -> tuple[Tensor, Tensor]:
     """`transition.forward`; `window` is the pooling's kernel, stride and padding, ceil_mode and count_include_pad."""
     spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
-    return _run(between.forward, z, group, spec, z, gamma, beta, weight, running, counts)
+    return _run(between.forward, group, spec, z, gamma, beta, weight, running, counts)
 
 
 transition = torch.library.custom_op("thresholdnet::transition", run_transition, mutates_args=())
@@ -265,7 +264,7 @@ def run_transition_backward(
 ) -> list[Tensor]:
     """`transition.backward`: gradients of z, gamma, beta, weight; empty tensors where `needs` is False."""
     spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
-    return _run(_transition_gradients, z, group, spec, grad, z, gamma, beta, weight, statistics, counts, needs)
+    return _run(_transition_gradients, group, spec, grad, z, gamma, beta, weight, statistics, counts, needs)
 
 
 def _transition_gradients(
@@ -325,7 +324,7 @@ transforms.differentiable(transition, _setup_transition, _backward_transition)
 @torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
 def linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     """conv2d of the concatenated sources, padding kernel // 2."""
-    return _run(_linked_forward, weight, "", sources, weight, backend)
+    return _run(_linked_forward, "", sources, weight, backend)
 
 
 def _linked_forward(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
@@ -345,7 +344,7 @@ def linked_conv2d_backward(
     grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of every source and of the weight; empty tensors where `needs` is False."""
-    return _run(_linked_gradients, weight, "", grad, sources, weight, backend, needs)
+    return _run(_linked_gradients, "", grad, sources, weight, backend, needs)
 
 
 def _linked_gradients(

@@ -6,22 +6,82 @@ its own, both at each call: work that does not shrink with the batch.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=nn.Module)
 
-Forms = dict[Hashable, tuple[list[Any], Any]]
-"""Form -> what it was made of, and the result."""
 
-# by the weight's id, which the reference proves to be this weight's
-_declared: dict[int, tuple[weakref.ref[Tensor], Forms]] = {}
+class Forms:
+    """What was made of a weight that its owner declared constant."""
+
+    def __init__(self, weight: Tensor, forget: Callable[[Any], None]):
+        self.weight = weakref.ref(weight, forget)
+        self._made: dict[Hashable, tuple[list[Any], Any]] = {}  # form -> what it was made of, and the result
+
+    def once(self, form: Hashable, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+        """`make()`, which reads these tensors, or its last result if none of them has been written since."""
+        result: Made | None = self.find(form, sources)
+        if result is None:
+            with _disable_current_modes():  # a recording must not take this for what every call does
+                result = make()
+            if any(source.is_inference() for source in sources):  # loaded there: nothing counts writes
+                return result
+            self._made[form] = [(weakref.ref(source), _state(source)) for source in sources], result
+        uses = getattr(_here, "uses", None)
+        if uses is not None:
+            uses.append(Use(self, form, sources, result))
+        return result
+
+    def find(self, form: Hashable, sources: Sequence[Tensor]) -> Any:
+        """The last result of `once`, None if there is none or one of these tensors has been written since."""
+        found = self._made.get(form)
+        if found is None:
+            return None
+        stamps, result = found
+        for (reference, state), source in zip(stamps, sources, strict=True):
+            if reference() is not source or state != _state(source):
+                return None
+        return result
+
+    def forget_of(self, tensors: set[int]) -> None:
+        """Let go of what was made of any of the tensors with these ids."""
+        for form, (stamps, _) in [*self._made.items()]:
+            if any(id(reference()) in tensors for reference, _ in stamps):
+                self._made.pop(form, None)
+
+
+class Use(NamedTuple):
+    """A form that a call has read."""
+
+    forms: Forms
+    form: Hashable
+    sources: Sequence[Tensor]
+    result: Any
+
+
+_declared: dict[int, Forms] = {}  # by the weight's id, which `Forms.weight` proves to be this weight's
+_here = threading.local()  # `uses`: of the call that this thread notes
+
+
+@contextmanager
+def noting() -> Iterator[list[Use]]:
+    """Note every form that this thread reads within."""
+    uses: list[Use] = []
+    _here.uses = uses
+    try:
+        yield uses
+    finally:
+        del _here.uses
 
 
 def prepack(model: Model, packed: bool = True) -> Model:
@@ -71,7 +131,7 @@ def _declare(weight: Tensor) -> None:
     def forget(_: Any) -> None:
         pop(key, None)
 
-    _declared[key] = weakref.ref(weight, forget), {}
+    _declared[key] = Forms(weight, forget)
 
 
 @lru_cache(maxsize=1)
@@ -83,38 +143,20 @@ def _watch_optimizers() -> None:
 def _forget_stepped(optimizer: Optimizer, *_: Any) -> None:
     """Let go of what was made of weights that an optimizer has written."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for declared in [*_declared.values()]:
-        forms = declared[1]
-        for form, (stamps, _) in [*forms.items()]:
-            if any(id(reference()) in stepped for reference, _ in stamps):
-                forms.pop(form, None)
+    for forms in [*_declared.values()]:
+        forms.forget_of(stepped)
 
 
 def forms_of(weight: Tensor) -> Forms | None:
-    """What was made of a weight whose owner asked for `prepack`, for `once`; None for any other."""
-    found = _declared.get(id(weight))
-    ours = found is not None and found[0]() is weight and weight.device.type == "cpu"  # it may have moved since
-    return found[1] if found is not None and ours else None
+    """What was made of a weight whose owner asked for `prepack`; None for any other."""
+    forms = _declared.get(id(weight))
+    ours = forms is not None and forms.weight() is weight and weight.device.type == "cpu"  # it may have moved since
+    return forms if ours else None
 
 
-def any_declared() -> bool:
-    """Whether any weight of the process is declared constant."""
-    return bool(_declared)
-
-
-def once(forms: Forms, form: Hashable, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
-    """`make()`, which reads these tensors, or its last result if none of them has been written since."""
-    if form in forms:
-        stamps, result = forms[form]
-        pairs = zip(stamps, sources, strict=True)
-        if all(ref() is source and state == _state(source) for (ref, state), source in pairs):
-            known: Made = result
-            return known
-    result = make()
-    if any(source.is_inference() for source in sources):  # statistics that were loaded there: nothing counts writes
-        return result
-    forms[form] = [(weakref.ref(source), _state(source)) for source in sources], result
-    return result
+def declared(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The positions of weights whose owner asked for `prepack`."""
+    return tuple([at for at, tensor in enumerate(tensors) if forms_of(tensor) is not None]) if _declared else ()
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .packing import Use
 from .pooling import pooled
-from .recording import Allocation, Interpreted, Launch, Operation, Recording, Step, View, tensors_in, views_in
+from .recording import Allocation, Interpreted, Late, Launch, Operation, Recording, Step, View, tensors_in, views_in
+from .straight import straight
 from .together import together
 
 SMALL = 1 << 20  # bytes of a memory that may lie in a call's pool; larger ones are better left to torch's allocator
@@ -42,9 +44,12 @@ class Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         self.constants: dict[int, Tensor] = {}
         self.tables: dict[int, Any] = {}
+        self.uses: list[Use] = []  # forms of declared weights, noted while the call runs
+        self._late: list[Late] = []
+        self._places = {id(tensor): at for at, tensor in enumerate(tensors)}
         self._launching = False
         self._words = _Words()
-        self._numbers: dict[tuple[int, torch.dtype], tuple[int, tuple[Any, ...]]] = {}
+        self._numbers: dict[Hashable, tuple[int, tuple[Any, ...]]] = {}
         self._storages: dict[int, StorageWeakRef] = {}  # while this is held, no other storage takes its number
         for tensor in tensors:  # of several over one storage the first stands for it: how they lie is part of the kind
             self._number(tensor)
@@ -53,7 +58,7 @@ class Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not self._launching and not self.refused:
             with self._noting():
-                self._note(function, args, kwargs or {}, list(tensors_in(result)))
+                self._note(function, args, kwargs or {}, result)
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -79,15 +84,18 @@ class Recorder(TorchDispatchMode):
             number: [(place, behind) for behind, place in found.items()]
             for number, found in self._words.addresses.items()
         }
-        pool, steps = pooled(steps, addresses, SMALL)
+        pool, left = pooled(steps, addresses, SMALL)
+        parts = together(left, addresses)
         return Recording(
             self.size,
             self._words.values,
             addresses,
             self.constants,
             self.tables,
+            self._late,
             pool,
-            together(steps, addresses),
+            parts,
+            straight(parts, addresses),
             returned,
         )
 
@@ -101,17 +109,21 @@ class Recorder(TorchDispatchMode):
 
     def _number(self, tensor: Tensor) -> int:
         """The number of a memory that the call meets for the first time."""
-        storage, number = tensor.untyped_storage(), self.size
+        number = self.size
         self.size += 1
-        self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
-        self._numbers.setdefault((storage._cdata, tensor.dtype), (number, _lie(tensor)))
+        if not _is_opaque(tensor):
+            storage = tensor.untyped_storage()
+            self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
+        self._numbers.setdefault(_memory(tensor), (number, _lie(tensor)))
         return number
 
     def _view(self, tensor: Tensor) -> View:
-        key = (tensor.untyped_storage()._cdata, tensor.dtype)
+        key = _memory(tensor)
+        if key not in self._numbers:
+            self._note_forms()
         if key not in self._numbers:
             for constant in tensors_in(list(self.tables.values())):
-                if (constant.untyped_storage()._cdata, constant.dtype) == key:
+                if _memory(constant) == key:
                     self.constants[self._number(constant)] = constant
                     break
             else:
@@ -121,6 +133,16 @@ class Recorder(TorchDispatchMode):
         offset = start - whole[2]
         return View(number, (shape, strides, start) == whole, shape, strides, offset, offset * tensor.element_size())
 
+    def _note_forms(self) -> None:
+        """Number the tensors of the forms that the call has asked for."""
+        for use in self.uses[len(self._late) :]:
+            places = [self._places.get(id(tensor)) for tensor in (use.forms.weight(), *use.sources)]
+            weight, *sources = [place for place in places if place is not None]
+            if len(sources) < len(use.sources):
+                raise _UnknownError("a packed weight made of a tensor from elsewhere")
+            makes = tuple(self._number(tensor) for tensor in tensors_in(use.result))
+            self._late.append(Late(weight, use.form, tuple(sources), makes))
+
     def _described(self, value: Any) -> Any:
         """A value with views in the place of tensors."""
         if isinstance(value, Tensor):
@@ -129,7 +151,8 @@ class Recorder(TorchDispatchMode):
             return type(value)([self._described(each) for each in value])
         return value
 
-    def _note(self, function: Any, args: Any, options: Any, results: list[Tensor]) -> None:
+    def _note(self, function: Any, args: Any, options: Any, result: Any) -> None:
+        results = list(tensors_in(result))
         writes = function._schema.is_mutable
         known = [each.untyped_storage()._cdata in self._storages for each in results]
         if not writes and not results:
@@ -147,7 +170,8 @@ class Recorder(TorchDispatchMode):
         named = {name: self._described(value) for name, value in options.items()}
         reads = tuple({view.memory for view in views_in([*arguments, *named.values()])})
         makes = () if all(known) else tuple(self._number(each) for each in results)
-        self.steps.append(Operation(function, arguments, named, makes, reads, writes))
+        single = isinstance(result, Tensor)
+        self.steps.append(Operation(function, arguments, named, makes, reads, writes, single))
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any], compiled: Any
@@ -219,5 +243,17 @@ def _lean(steps: Sequence[Step], kept: set[int]) -> list[tuple[Step, tuple[int, 
     return lean[::-1]
 
 
+def _is_opaque(tensor: Tensor) -> bool:
+    """Whether its memory is in oneDNN's own order, which nothing else can read."""
+    return tensor.layout == torch._mkldnn  # type: ignore[attr-defined]  # torch hides it from mypy
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """The same for two tensors that one may be a view of."""
+    return id(tensor) if _is_opaque(tensor) else (tensor.untyped_storage()._cdata, tensor.dtype)
+
+
 def _lie(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    if _is_opaque(tensor):
+        return tuple(tensor.shape), (), 0
     return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())

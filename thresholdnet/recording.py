@@ -6,13 +6,14 @@ Compiled kernels take addresses, so that most views are never made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .constants import hold
+from .packing import forms_of
 
 
 class View(NamedTuple):
@@ -52,7 +53,10 @@ class Allocation(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """A torch operation whose results are memories of their own, or that writes where its arguments lie."""
+    """A torch operation whose results are memories of their own, or that writes where its arguments lie.
+
+    `single`: it returns a tensor, and no list or tuple.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
@@ -60,15 +64,7 @@ class Operation(NamedTuple):
     makes: tuple[int, ...]
     reads: tuple[int, ...]
     writes: bool
-
-    def run(self, call: Call) -> None:
-        memory = call.memory
-        result = self.function(
-            *[filled(value, memory) for value in self.arguments],
-            **{name: filled(value, memory) for name, value in self.options.items()},
-        )
-        for number, tensor in zip(self.makes, tensors_in(result), strict=False):  # made in place: no number
-            call.put(number, tensor)
+    single: bool
 
 
 class Launch(NamedTuple):
@@ -116,6 +112,26 @@ class Interpreted(NamedTuple):
 Step = Allocation | Operation | Launch | Interpreted
 
 
+class Late(NamedTuple):
+    """A form that a call reads of a weight whose owner asked for `prepack`; it is asked for at every replay.
+
+    Attributes:
+        weight, sources: positions among the call's tensors.
+        form: see `packing.Forms`.
+        makes: numbers of the form's tensors.
+    """
+
+    weight: int
+    form: Hashable
+    sources: tuple[int, ...]
+    makes: tuple[int, ...]
+
+    def found(self, tensors: Sequence[Tensor]) -> Any:
+        """The form; None where its weight is not declared any more, or was written since it was made."""
+        forms = forms_of(tensors[self.weight])
+        return None if forms is None else forms.find(self.form, [tensors[source] for source in self.sources])
+
+
 class Call:
     """One replay: its memories, the words of its launches, and whether those are submitted together."""
 
@@ -133,15 +149,6 @@ class Call:
             start = tensor.data_ptr()
             for place, behind in self._addresses[number]:
                 self.words[place] = start + behind
-
-
-def run_steps(steps: Sequence[tuple[Any, tuple[int, ...]]], call: Call) -> None:
-    """Run steps in order, each with the memories that nothing behind it needs."""
-    memory = call.memory
-    for step, ended in steps:
-        step.run(call)
-        for number in ended:
-            memory[number] = None
 
 
 class Pool(NamedTuple):
@@ -177,8 +184,10 @@ class Recording(NamedTuple):
         words, addresses: see `_Words`; the places of a memory's addresses, and bytes behind its first element.
         constants: tables of `device_constant`, by number.
         tables: what holds them, as `holding` yields it.
+        late: forms of weights that are declared constant.
         pool: the small memories that end within the call.
         steps: each with the memories that nothing behind it needs; see `together`.
+        run: those steps.
         result: what the call returns, views in the place of tensors.
     """
 
@@ -187,26 +196,36 @@ class Recording(NamedTuple):
     addresses: dict[int, list[tuple[int, int]]]
     constants: dict[int, Tensor]
     tables: dict[int, Any]
+    late: list[Late]
     pool: Pool
     steps: Sequence[tuple[Any, tuple[int, ...]]]
+    run: Callable[[Call], None]
     result: Any
 
-    def replay(self, tensors: Sequence[Tensor], together: bool = False) -> Any:
-        """The call on other tensors of the same kind; `together`: its launches submitted as graphs."""
+    def forms(self, tensors: Sequence[Tensor]) -> dict[int, Tensor] | None:
+        """The tensors of all forms that the call on these tensors reads, by number; None where one must be made."""
+        tensors_of: dict[int, Tensor] = {}
+        for late in self.late:
+            form = late.found(tensors)
+            if form is None:
+                return None
+            tensors_of.update(zip(late.makes, tensors_in(form), strict=True))
+        return tensors_of
+
+    def replay(self, tensors: Sequence[Tensor], forms: dict[int, Tensor], together: bool = False) -> Any:
+        """The call on other tensors of the same kind, with their `forms`; `together`: its launches as graphs."""
         hold(self.tables)
         device = tensors[0].device
         if device.type != "cuda":
-            return self._run(tensors, Call(self, device, 0, together))
+            return self._run(tensors, forms, Call(self, device, 0, together))
         with torch.cuda.device(device):
-            return self._run(tensors, Call(self, device, torch.cuda.current_stream().cuda_stream, together))
+            return self._run(tensors, forms, Call(self, device, torch.cuda.current_stream().cuda_stream, together))
 
-    def _run(self, tensors: Sequence[Tensor], call: Call) -> Any:
-        for number, tensor in enumerate(tensors):
-            call.put(number, tensor)
-        for number, tensor in self.constants.items():
+    def _run(self, tensors: Sequence[Tensor], forms: dict[int, Tensor], call: Call) -> Any:
+        for number, tensor in (*enumerate(tensors), *self.constants.items(), *forms.items()):
             call.put(number, tensor)
         pool = self.pool.allocate(call)
-        run_steps(self.steps, call)
+        self.run(call)
         del pool  # whose memory is taken again behind the last kernel of this stream
         return filled(self.result, call.memory)
 

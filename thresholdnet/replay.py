@@ -3,11 +3,14 @@
 A call of the engine is a fixed sequence of allocations, torch operations and kernel launches: shapes and options decide
 it, no value does. The first call of a kind runs as it is written (tables are made, and kernels compiled: `ahead.py`),
 the second is recorded while it runs, the rest replay: the same operations on the same shapes in the same order, so the
-same bits. Unlike a CUDA graph's, a replay's memory comes from torch's allocator at every call, and inputs may lie
-anywhere.
+same bits. On a CPU, where less is saved, the tenth is recorded. Unlike a CUDA graph's, a replay's memory comes from
+torch's allocator at every call, and inputs may lie anywhere.
 
-On GPUs, where a step would wait for Python; THRESHOLDNET_REPLAY=0 turns it off, 1 turns it on for CPU tensors too, and
-graph submits the launches of a replay together (`together.py`).
+THRESHOLDNET_REPLAY=0 turns it off, with 1 the third call is a replay on every device, and graph submits the launches
+of a replay together (`together.py`). Triton's interpreter, which is there to see kernels run, replays with 1 alone.
+
+Weights that their owner declared constant (`packing.py`) are asked for at every replay: where one was written since,
+the call runs, and packs it again.
 """
 
 from __future__ import annotations
@@ -24,50 +27,63 @@ from torch import Tensor, nn
 from . import overlap
 from .ahead import Ahead, compiled
 from .constants import holding
+from .packing import declared, noting
 from .recorder import Recorder
 from .recording import Recording, tensors_in
 from .together import wanted
 
-CALLS = 3  # of a kind, of which the last one is a replay
+FIRST = {"cuda": 3, "cpu": 11}
+"""Which call of a kind is the first replay. On a CPU, recording a network costs what ten to thirty replays save."""
 
-MOST = 256  # kinds kept, the last used ones: those of DenseNet121's blocks take 0.4 MB of host memory each
+MOST = 256  # kinds kept, the last used ones: those of DenseNet121's blocks take 0.6 MB of host memory each
 
 PLAIN = {Tensor, nn.Parameter}  # subclasses may mean something else by an operation
 
-SEEN = "seen once"  # of a kind; any other string says why its calls are not replayed
-
-_known: OrderedDict[Hashable, Recording | str] = OrderedDict()
+_known: OrderedDict[Hashable, Recording | int | str] = OrderedDict()  # calls so far; or why they are not replayed
 _lock = threading.Lock()
 _here = threading.local()  # `launcher`: of the call that this thread records, or runs for the first time
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, from its third call of a kind on without running it.
+    """`function(*arguments)`, without running it once a call of its kind was recorded.
 
     Args:
         function: of tensors and hashable values, on one device. What it does must depend on no tensor's values, only on
             shapes, strides and options; the tensors that it takes from elsewhere must be `constants.device_constant`s.
         arguments: tensors, hashable values, and lists and tuples of them.
     """
-    if _launcher() is not None or not _wanted(arguments):
+    leading = next(tensors_in(arguments), None) if _launcher() is None else None
+    first = None if leading is None else first_replay(leading.device)
+    if first is None:
         return function(*arguments)
     tensors: list[Tensor] = []
-    kind = _described(arguments, tensors, {})
+    kind = _described(arguments, tensors)
     if not PLAIN.issuperset(map(type, tensors)):
         return function(*arguments)
-    key = (function, kind, _surroundings(tensors[0].device))
+    key = (function, kind, _sharing(tensors), declared(tensors), _surroundings(tensors[0].device))
     found = _look_up(key)
     if isinstance(found, Recording):
-        return found.replay(tensors, wanted(tensors[0].device))
-    if found is SEEN:
+        forms = found.forms(tensors)
+        return function(*arguments) if forms is None else found.replay(tensors, forms, wanted(tensors[0].device))
+    if isinstance(found, str):
+        return function(*arguments)
+    number = (found or 0) + 1
+    if number + 1 >= first:
         made, recording = _recorded(function, arguments, tensors)
         _keep(key, recording)
         return made
-    if found is not None:
-        return function(*arguments)
-    made = compiled(lambda ahead: _launched_by(ahead, function, arguments))
-    _keep(key, SEEN)
+    made = compiled(lambda ahead: _launched_by(ahead, function, arguments)) if number == 1 else function(*arguments)
+    _keep(key, number)
     return made
+
+
+def first_replay(device: torch.device) -> int | None:
+    """Which call of a kind is the first replay on this device; None where none is."""
+    switch = os.environ.get("THRESHOLDNET_REPLAY", "")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if switch == "0" or device.type not in FIRST or (interpreted and switch != "1"):
+        return None
+    return 3 if switch == "1" else FIRST[device.type]
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -102,12 +118,12 @@ def _recorded(
     function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
 ) -> tuple[Any, Recording | str]:
     recorder = Recorder(tensors)
-    with holding() as recorder.tables, recorder:
+    with holding() as recorder.tables, noting() as recorder.uses, recorder:
         result = _launched_by(recorder, function, arguments)
     return result, recorder.recording(result)
 
 
-def _look_up(key: Hashable) -> Recording | str | None:
+def _look_up(key: Hashable) -> Recording | int | str | None:
     with _lock:
         found = _known.get(key)
         if found is not None:
@@ -115,17 +131,11 @@ def _look_up(key: Hashable) -> Recording | str | None:
         return found
 
 
-def _keep(key: Hashable, what: Recording | str) -> None:
+def _keep(key: Hashable, what: Recording | int | str) -> None:
     with _lock:
         _known[key] = what
         if len(_known) > MOST:
             _known.popitem(last=False)
-
-
-def _wanted(arguments: tuple[Any, ...]) -> bool:
-    switch = os.environ.get("THRESHOLDNET_REPLAY", "")
-    first = next(tensors_in(arguments), None) if switch != "0" else None
-    return first is not None and (first.is_cuda or (switch == "1" and first.is_cpu))
 
 
 def _surroundings(device: torch.device) -> Hashable:
@@ -136,14 +146,26 @@ def _surroundings(device: torch.device) -> Hashable:
     return autocast, precision, os.environ.get("THRESHOLDNET_CONV"), overlap.wanted()
 
 
-def _described(value: Any, tensors: list[Tensor], storages: dict[int, tuple[int, int]]) -> Hashable:
+def _described(value: Any, tensors: list[Tensor]) -> Hashable:
     """A hashable value that two arguments share if a call does the same with both; collects the tensors in order."""
     if isinstance(value, Tensor):
-        start = int(value.storage_offset()) * value.element_size()
-        number, first = storages.setdefault(value.untyped_storage()._cdata, (len(tensors), start))
         tensors.append(value)
         aligned = value.data_ptr() % 16  # Triton compiles loads of 16 bytes where it is 0
-        return value.dtype, value.shape, value.stride(), value.device, aligned, number, start - first
+        return value.dtype, value.shape, value.stride(), value.device, aligned
     if isinstance(value, list | tuple):
-        return tuple([_described(each, tensors, storages) for each in value])
+        return tuple([_described(each, tensors) for each in value])
     return value
+
+
+def _sharing(tensors: Sequence[Tensor]) -> Hashable:
+    """Which tensors lie in one memory, and how: per tensor the first of its memory, and bytes behind that."""
+    starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
+    memories = [tensor.data_ptr() - start for tensor, start in zip(tensors, starts, strict=True)]
+    if len(set(memories)) == len(memories):
+        return None
+    found: dict[int, tuple[int, int]] = {}
+    firsts = [
+        found.setdefault(tensor.untyped_storage()._cdata, (number, start))
+        for number, (tensor, start) in enumerate(zip(tensors, starts, strict=True))
+    ]
+    return tuple([(number, start - first) for start, (number, first) in zip(starts, firsts, strict=True)])

@@ -32,7 +32,7 @@ from .checks import one_of
 from .memory import DTYPES
 from .models import create_model
 from .reference import Statistics, block_forward
-from .replay import CALLS
+from .replay import FIRST
 
 BLOCKS = {
     "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block"),
@@ -134,7 +134,7 @@ def check(case: Case) -> Result:
     exact, x, cotangent, truth = _operands_and_truth(case.block, case.layers, case.shape, case.dtype)
     with full_precision():
         try:
-            for _ in range(CALLS if case.device == "cuda" else 1):  # what a user's later steps compute
+            for _ in range(FIRST["cuda"] if case.device == "cuda" else 1):  # what a user's later steps compute
                 ours = _run(copy.deepcopy(exact).fuse(True, case.backend), x, cotangent, case)
         except Exception as error:  # whatever it is, it is a finding
             result.cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['without a message'])[0]}"

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from .pooling import pooled
-from .recording import Allocation, Call, Launch, Step, run_steps
+from .recording import Allocation, Call, Launch, Step
+from .straight import straight
 
 SMALLEST = 8  # launches of a graph: fewer are submitted one by one
 KEPT = 2  # graphs of the same launches: addresses may alternate, as where two steps accumulate gradients
@@ -42,7 +43,7 @@ class Together:
     """Launches of a recording without torch operations between them, and the graphs of their last calls."""
 
     def __init__(self, steps: Steps, addresses: Mapping[int, list[tuple[int, int]]]):
-        self.steps = steps  # for calls that are not submitted together
+        self._one_by_one = straight(steps, addresses)  # for calls that are not submitted together
         self._pool, self._held = pooled(steps, dict(addresses), math.inf)
         self._graphs: list[tuple[list[Any], Any]] = []  # the words of a call, and its executable; the last used first
         self._lock = threading.Lock()
@@ -51,7 +52,7 @@ class Together:
     def run(self, call: Call) -> None:
         """As one graph, or one by one where the call is not to or another thread has the graph."""
         if self._refused or not call.together or not self._lock.acquire(blocking=False):
-            run_steps(self.steps, call)
+            self._one_by_one(call)
             return
         try:
             pool = self._pool.allocate(call)

@@ -153,7 +153,7 @@ class Block:
             made = self.verbs.packed(way, made)
             return (made.detach() if made is weight else made), bias  # what is kept must not keep the weight alive
 
-        return packing.once(forms, (way, eps), (weight, *sources), packed)
+        return forms.once((way, eps), (weight, *sources), packed)
 
     def affine(
         self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
@@ -169,7 +169,7 @@ class Block:
         if forms is None:
             return made()
         sources, eps = self.norm_sources(layer, which, running)
-        return packing.once(forms, ("affine", which, eps), sources, made)
+        return forms.once(("affine", which, eps), sources, made)
 
     def norm_sources(
         self, layer: int, which: int | None, running: Sequence[Tensor]

@@ -1,0 +1,109 @@
+"""The steps of a recording as one Python function without loops or choices: what is left of a call costs the least so.
+
+A step's memories are items of a list, views of them are made for their first reader and let go behind their last, and
+what never changes is a name of the function's module.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .recording import Allocation, Call, Operation, View, tensors_in, views_in
+
+
+def straight(steps: Sequence[tuple[Any, tuple[int, ...]]], addressed: Collection[int]) -> Callable[[Call], None]:
+    """What runs steps in order, each with the memories that nothing behind it needs.
+
+    addressed: memories of which launches take the address.
+    """
+    writer = _Writer(Counter(view for step, _ in steps for view in _made_views(step)), addressed)
+    for step, ended in steps:
+        writer.write(step)
+        writer.end(ended)
+    return writer.function()
+
+
+def _made_views(step: Any) -> Iterator[View]:
+    """The views that have to be made for a step."""
+    if isinstance(step, Operation):
+        yield from (view for view in views_in([*step.arguments, *step.options.values()]) if not view.whole)
+
+
+class _Writer:
+    def __init__(self, readers: Counter[View], addressed: Collection[int]):
+        self.lines = ["def run(call):", "    m = call.memory"]
+        self.names: dict[str, Any] = {"empty": torch.empty_strided, "tensors": tensors_in}
+        self._known: dict[int, str] = {}  # by id, of values that `names` keeps
+        self._views: dict[View, str] = {}
+        self._readers, self._addressed = readers, addressed
+        self._done: list[str] = []  # what ends behind the step that is written
+
+    def write(self, step: Any) -> None:
+        """One step."""
+        if isinstance(step, Allocation):
+            dtype, device = self._name(step.dtype), self._name(step.device)
+            made = f"empty({step.shape}, {step.strides}, dtype={dtype}, device={device})"
+            self._make(step.makes, made)
+        elif isinstance(step, Operation):
+            given = [self._written(value) for value in step.arguments]
+            given += [f"{name}={self._written(value)}" for name, value in step.options.items()]
+            made = f"{self._name(step.function)}({', '.join(given)})"
+            self._make(step.makes, made if step.single or not step.makes else f"tensors({made})", step.single)
+        else:
+            self._line(f"{self._name(step.run)}(call)")
+
+    def end(self, ended: Collection[int]) -> None:
+        """Let go of memories, and of views that nothing reads any more."""
+        names = [*self._done, *(f"m[{number}]" for number in ended)]
+        self._done.clear()
+        if names:
+            self._line(" = ".join([*names, "None"]))
+
+    def function(self) -> Callable[[Call], None]:
+        """All that was written."""
+        exec("\n".join(self.lines), self.names)  # of numbers and names that this class made
+        run: Callable[[Call], None] = self.names.pop("run")  # which holds the names, and they nothing of it
+        return run
+
+    def _line(self, text: str) -> None:
+        self.lines.append("    " + text)
+
+    def _make(self, numbers: Sequence[int], made: str, single: bool = True) -> None:
+        """Memories are there from now on: the tensor, or the tensors, that an expression gives."""
+        targets = ", ".join(f"m[{number}]" for number in numbers)
+        self._line(f"{targets}{'' if single else ','} = {made}" if numbers else made)
+        for number in numbers:
+            if number in self._addressed:
+                self._line(f"call.put({number}, m[{number}])")
+
+    def _written(self, value: Any) -> str:
+        if type(value) is View:
+            return f"m[{value.memory}]" if value.whole else self._view(value)
+        if type(value) in (list, tuple):
+            inside = ", ".join(map(self._written, value))
+            return f"[{inside}]" if type(value) is list else f"({inside},)" if value else "()"
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        return self._name(value)
+
+    def _view(self, view: View) -> str:
+        if view not in self._views:
+            name, tensor = f"v{len(self.lines)}_{len(self._views)}", f"m[{view.memory}]"
+            start = f"{tensor}.storage_offset() + {view.offset}"
+            self._line(f"{name} = {tensor}.as_strided({view.shape}, {view.strides}, {start})")
+            self._views[view] = name
+        self._readers[view] -= 1
+        if not self._readers[view]:
+            self._done.append(self._views[view])
+        return self._views[view]
+
+    def _name(self, value: Any) -> str:
+        """The name of a value that never changes."""
+        if id(value) not in self._known:
+            self._known[id(value)] = f"k{len(self.names)}"
+            self.names[self._known[id(value)]] = value
+        return self._known[id(value)]
