@@ -401,6 +401,15 @@ def test_who_is_wrong_in_later_calls_gets_no_time(how, monkeypatch):
     assert "fused_native" not in rows["eager"]["ratios"] and rows["eager"]["runs"] == 1
 
 
+def test_one_small_image_has_statistics():
+    """Of a last map of one value a channel; plain torch refuses it in training, and so does the case."""
+    deep = "thresholdnet_ab:width_mult=0.25,layers=[2,2,2],transitions=[16,16,16],growth_rates=[6,6,10],threshold=2"
+    for mode, reason in (("infer", None), ("train", "Expected more than 1 value per channel")):
+        rows = by_provider(bench.measure(one_case(mode, deep, 16, 1), FEW, ONCE))
+        assert all(row["runs"] == int(reason is None) for row in rows.values()), rows
+        assert reason is None or all(reason in row["reason"] for row in rows.values()), rows
+
+
 def test_padding_keeps_the_weights():
     model = network(one_case("train"), torch.device("cpu"))
     wide, real = baselines.padded(network(one_case("train"), torch.device("cpu")))

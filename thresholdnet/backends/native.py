@@ -317,6 +317,7 @@ class Verbs:
 
     def leave(self, nodes: Sequence[Tensor]) -> Tensor:
         """Nodes side by side, in channels_last memory of their own."""
+        self.scratch = None  # the last step of a pass: as large as the result, and nothing is gathered into it any more
         if len(nodes) == 1:
             return nodes[0].clone(memory_format=torch.channels_last)
         joined: Tensor = self.passes.gather(nodes, None, "relu")

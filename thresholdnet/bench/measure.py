@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ def network(case: Case, device: torch.device) -> nn.Module:
         for norm in norms:
             norm.bias.fill_(SHIFT)
             norm.momentum = 1.0
-        model(images_of(case, device, torch.float32))
+        several = replace(case, batch=max(case.batch, 2))  # the last map of one small image may be one value
+        model(images_of(several, device, torch.float32))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.to(dtype_of(case.dtype))
