@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,17 +31,27 @@ Step = Callable[[], list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Replay for CPU tensors too, and nothing left of other tests."""
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third call on, in Triton's interpreter too."""
     monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
-    replay.forget()
-    yield
-    replay.forget()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+class Noting(TorchDispatchMode):
+    """Tells of each of torch's operations what it made."""
+
+    def __init__(self, note: Callable[[Any, Any], object]):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.note(function, made)
+        return made
 
 
 def recordings() -> list[Recording]:
@@ -269,9 +278,9 @@ def test_switched_off(monkeypatch):
     assert not replay._known
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replays where it is told to")
 def test_a_cpu_waits_for_the_tenth_call(monkeypatch):
     monkeypatch.delenv("THRESHOLDNET_REPLAY")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     block, x = block_of("dense", "bottleneck", "native").eval(), torch.randn(1, 7, 3, 3)
     with torch.no_grad():
         expected = block(x)
@@ -479,13 +488,10 @@ class TestFunctions:
         made: dict[str, Any] = {}
         alive: dict[str, set[str]] = {}
 
-        class Noting(TorchDispatchMode):
-            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                name = function.overloadpacket.__name__
-                alive[name] = {name for name, each in made.items() if each() is not None}
-                result = function(*args, **(kwargs or {}))
-                made[name] = weakref.ref(next(tensors_in(result)))
-                return result
+        def note(operation: Any, result: Any) -> None:
+            name = operation.overloadpacket.__name__
+            alive[name] = {name for name, each in made.items() if each() is not None}
+            made[name] = weakref.ref(next(tensors_in(result)))
 
         def function(x: Tensor) -> list[Tensor]:
             large = torch.empty(1 << 19).copy_(x)
@@ -499,7 +505,7 @@ class TestFunctions:
         expected = function(x)
         for found in self.run(function, x):
             assert all(map(torch.equal, found, expected))
-        with Noting():
+        with Noting(note):
             assert all(map(torch.equal, replay.call(function, x), expected))
         assert alive["aminmax"] >= {"empty_strided", "as_strided"} and alive["exp"] >= {"as_strided", "aminmax"}
         assert alive["sort"] & {"empty_strided", "as_strided", "exp"} == {"exp"} and "exp" not in alive["sum"]

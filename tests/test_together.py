@@ -16,9 +16,8 @@ import pytest
 import torch
 from on_gpu import needs_gpu
 from test_blocks import UNITS
-from test_replay import block_of, recordings, trained
+from test_replay import Noting, block_of, recordings, trained
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from thresholdnet import replay, together
 from thresholdnet.recorder import ALLOCATIONS
@@ -130,19 +129,6 @@ def kernel(driver: Driver) -> Kernel:
 
 
 ADD = torch.ops.aten.add.Tensor
-
-
-class Noting(TorchDispatchMode):
-    """Tells of each of torch's operations what it made."""
-
-    def __init__(self, note: Callable[[Any, Any], object]):
-        super().__init__()
-        self.note = note
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        self.note(function, made)
-        return made
 
 
 def launches(kernel: Kernel, x: Tensor, count: int = together.SMALLEST) -> Tensor:

@@ -52,19 +52,19 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
             shapes, strides and options; the tensors that it takes from elsewhere must be `constants.device_constant`s.
         arguments: tensors, hashable values, and lists and tuples of them.
     """
-    leading = next(tensors_in(arguments), None) if _launcher() is None else None
+    leading = next(tensors_in(arguments), None)
     first = None if leading is None else first_replay(leading.device)
-    if first is None:
+    if leading is None or first is None or _launcher() is not None:
         return function(*arguments)
     tensors: list[Tensor] = []
     kind = _described(arguments, tensors)
     if not PLAIN.issuperset(map(type, tensors)):
         return function(*arguments)
-    key = (function, kind, _sharing(tensors), declared(tensors), _surroundings(tensors[0].device))
+    key = (function, kind, _sharing(tensors), declared(tensors), _surroundings(leading.device))
     found = _look_up(key)
     if isinstance(found, Recording):
         forms = found.forms(tensors)
-        return function(*arguments) if forms is None else found.replay(tensors, forms, wanted(tensors[0].device))
+        return function(*arguments) if forms is None else found.replay(tensors, forms, wanted(leading.device))
     if isinstance(found, str):
         return function(*arguments)
     number = (found or 0) + 1

@@ -10,9 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from .recording import Allocation, Call, Operation, View, tensors_in, views_in
+from .recording import Call, Operation, View, tensors_in, views_in
 
 
 def straight(steps: Sequence[tuple[Any, tuple[int, ...]]], addressed: Collection[int]) -> Callable[[Call], None]:
@@ -36,23 +34,27 @@ def _made_views(step: Any) -> Iterator[View]:
 class _Writer:
     def __init__(self, readers: Counter[View], addressed: Collection[int]):
         self.lines = ["def run(call):", "    m = call.memory"]
-        self.names: dict[str, Any] = {"empty": torch.empty_strided, "tensors": tensors_in}
+        self.names: dict[str, Any] = {"tensors": tensors_in}
         self._known: dict[int, str] = {}  # by id, of values that `names` keeps
         self._views: dict[View, str] = {}
-        self._readers, self._addressed = readers, addressed
+        self._readers, self._addressed = readers, frozenset(addressed)
         self._done: list[str] = []  # what ends behind the step that is written
 
     def write(self, step: Any) -> None:
         """One step."""
-        if isinstance(step, Allocation):
-            dtype, device = self._name(step.dtype), self._name(step.device)
-            made = f"empty({step.shape}, {step.strides}, dtype={dtype}, device={device})"
-            self._make(step.makes, made)
-        elif isinstance(step, Operation):
+        if isinstance(step, Operation):
             given = [self._written(value) for value in step.arguments]
             given += [f"{name}={self._written(value)}" for name, value in step.options.items()]
             made = f"{self._name(step.function)}({', '.join(given)})"
-            self._make(step.makes, made if step.single or not step.makes else f"tensors({made})", step.single)
+            targets = ", ".join(f"m[{number}]" for number in step.makes)
+            if not step.makes:
+                self._line(made)
+            elif step.single:
+                self._line(f"{targets} = {made}")
+            else:
+                self._line(f"{targets}, = tensors({made})")
+            for number in self._addressed.intersection(step.makes):
+                self._line(f"call.put({number}, m[{number}])")
         else:
             self._line(f"{self._name(step.run)}(call)")
 
@@ -71,14 +73,6 @@ class _Writer:
 
     def _line(self, text: str) -> None:
         self.lines.append("    " + text)
-
-    def _make(self, numbers: Sequence[int], made: str, single: bool = True) -> None:
-        """Memories are there from now on: the tensor, or the tensors, that an expression gives."""
-        targets = ", ".join(f"m[{number}]" for number in numbers)
-        self._line(f"{targets}{'' if single else ','} = {made}" if numbers else made)
-        for number in numbers:
-            if number in self._addressed:
-                self._line(f"call.put({number}, m[{number}])")
 
     def _written(self, value: Any) -> str:
         if type(value) is View:
