@@ -308,7 +308,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 LIBRARIES = [
-    Library("_csrc", sources("csrc/ops.cpp", "csrc/build_record.cpp", "csrc/cpu/*.cpp")),
+    Library("_csrc", sources("csrc/ops.cpp", "csrc/described.cpp", "csrc/build_record.cpp", "csrc/cpu/*.cpp")),
     Library("_csrc_cuda", sources("csrc/build_record.cpp", "csrc/*_binding.cpp", "csrc/cuda/*.cu")),
 ]
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no limited API; the libraries use no Python

@@ -51,6 +51,10 @@ STABLE_TORCH_LIBRARY(thresholdnet_csrc, m) {
       "spread_mask_sums(Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int activation, "
       "int kernel_size, Tensor(a!) out) -> Tensor");
 
+  // What decides how an operator runs on these tensors beside their values (described.cpp), and whether two of them begin
+  // in one memory.
+  m.def("described(Tensor[] tensors) -> (str, bool)");
+
   // The CPU's instructions in use: avx512, avx2 or baseline.
   m.def("instructions() -> str");
 }

@@ -21,7 +21,7 @@ from thresholdnet.backends import elementwise
 
 OPERATORS = (
     "gather", "moments", "mask_sums", "send", "linear", "batch_norm_vectors", "max_pool2d", "max_pool2d_backward",
-    "weight_gradient",
+    "weight_gradient", "linked_conv2d",
 )  # fmt: skip
 WINOGRAD_OPERATORS = ("winograd_transform", "winograd_weights", "winograd_conv", "winograd_weight_gradient")
 
@@ -50,7 +50,7 @@ def operator_cases(draw: Any, names: Sequence[str] = OPERATORS) -> OperatorCase:
     kernel = draw(st.integers(1, 5))
     padding = draw(st.integers(0, kernel // 2))
     side = st.one_of(sides, st.integers(1, 24)).map(lambda size: max(size, kernel - 2 * padding))
-    sums = name == "weight_gradient"
+    sums = name in ("weight_gradient", "linked_conv2d")
     channels = tuple(draw(st.lists(st.one_of(widths, st.integers(0, 80)), min_size=1, max_size=5)))
     return OperatorCase(
         name=name,
@@ -153,6 +153,21 @@ class Call:
         wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
         bound = conv2d_weight(read.abs(), shape, dz.double().abs(), padding=kernel // 2)
         return [sources, *(affine or [None, None]), act, dz, kernel], [], [], (wanted, bound)
+
+    def linked_conv2d(self) -> Any:
+        special = FEW if self.case.into else ALL  # the end makes a finite value of an infinite one
+        sources, outputs = [self.pixels(width, special) for width in self.case.widths], 5 * self.case.window[1] - 4
+        affine, kernel = self.vectors(2) if self.case.optional else None, self.case.window[0] | 1
+        shape = (outputs, self.total, kernel, kernel)
+        weight = on_grid(shape, self.case.seed + 500, self.case.dtype).contiguous(memory_format=LAST)
+        bias = on_grid((outputs,), self.case.seed + 501, self.case.dtype) if self.case.into else None
+        act = 0 if affine is None and bias is None else self.case.activation
+        read = elementwise.gather(double(sources), tuple(double(affine)) if affine else None, ACTIVATIONS[act])
+        wanted = F.conv2d(read, weight.double(), None if bias is None else bias.double(), padding=kernel // 2)
+        bound = F.conv2d(read.abs(), weight.double().abs(), padding=kernel // 2) + 4
+        if bias is not None:
+            wanted = wanted.clamp(0, 6 if ACTIVATIONS[act] == "relu6" else None)
+        return [sources, *(affine or [None, None]), act, weight, bias], [], [], (wanted, bound)
 
     def mask_sums(self) -> Any:
         g, z = self.pixels(self.total), self.pixels(self.total, FEW)

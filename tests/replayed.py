@@ -12,7 +12,7 @@ from thresholdnet import replay
 from thresholdnet.recording import Recording, tensors_in
 
 
-def checked(function: Callable[..., Any], *arguments: Any) -> Any:
+def checked(function: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
     """`function(*arguments)`: run, recorded and replayed, three times the same to the bit; returns the replay's."""
     tensors = list(tensors_in(arguments))
     if any(type(tensor) not in replay.PLAIN or tensor.device.type != "cpu" for tensor in tensors):

@@ -21,9 +21,11 @@ from twins import pair
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, constants, engine, functional, packing, replay
+from thresholdnet.backends import csrc
 from thresholdnet.backends.winograd import use as use_winograd
 from thresholdnet.pooling import ALIGNMENT
 from thresholdnet.recording import Launch, Operation, Recording, tensors_in
+from thresholdnet.straight import BOUND
 
 BACKENDS = [name for name, reason in tn.backends().items() if reason is None and name != "reference"]
 
@@ -52,6 +54,29 @@ class Noting(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         self.note(function, made)
         return made
+
+
+@pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")
+def test_descriptions_in_cpp_tell_the_same_apart() -> None:
+    """As those in Python, of all lists of one and two tensors out of these."""
+    room = torch.randn(2, 33, 4, 4)
+    tensors = [
+        room, room.double(), room.bfloat16(), room.contiguous(memory_format=torch.channels_last), room[:, :1],
+        room[:, :32], room[0], room[1], room.view(-1)[1:67], room.view(-1)[4:70], room[:, :, ::2], room.mT,
+        torch.randn(66, requires_grad=True), nn.Parameter(torch.randn(66)), torch.empty(0), torch.empty(0, 3),
+        torch.ones(()), torch.ones(1), torch.randn(1, 33).expand(2, 33), torch.randn(31),
+        torch.randn(32), torch.arange(66),
+    ]  # fmt: skip
+    lists = [[each] for each in tensors] + [[first, second] for first in tensors for second in tensors]
+    python, cpp = ([describe(each) for each in lists] for describe in (replay.described, csrc.described))
+    assert [shared for _, shared in cpp] == [shared for _, shared in python]
+    pairs = {(key, text) for (key, _), (text, _) in zip(python, cpp, strict=True)}
+    assert len(pairs) == len({key for key, _ in pairs}) == len({text for _, text in pairs}) > 300
+
+
+def test_bindings_are_those_of_their_operators() -> None:
+    for operator, binding in BOUND.items():
+        assert binding.__name__ == operator._schema.name.removeprefix("aten::")
 
 
 def recordings() -> list[Recording]:

@@ -50,6 +50,8 @@ def test_what_it_takes():
 @pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_equal_the_plain_block(size, unit, activation, monkeypatch):
+    """Of many images, which the C++ library leaves to these products."""
+    monkeypatch.setattr(csrc, "convolves", lambda *_: False)
     ran = set()
     for name in ("conv", "data_gradient", "weight_gradient"):
         true = getattr(taps, name)

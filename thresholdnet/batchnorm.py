@@ -90,13 +90,32 @@ def backward_norms(
         return []
     widths = [used.shape[1] for used in statistics]
     mean, variance = _joined(statistics)
-    gamma, beta = (_joined(each) for each in zip(*parameters, strict=True))
-    each_eps = eps[0] if len(set(eps)) == 1 else _of_channels(tuple(eps), tuple(widths), mean.dtype, mean.device)
-    made = vectors(gamma, beta, mean, variance, each_eps, pixels)
+    made = vectors(*_joined_parameters(parameters), mean, variance, _eps_of(eps, widths, mean), pixels)
     gamma, beta, scale, shift, rstd = made[:5]
     every = (gamma, beta, mean, rstd, scale, shift, made[5:])
     split = zip(*(vector.split(widths, dim=-1) for vector in every), strict=True)
     return [Norm._make((*own[:6], given, None if given else own[6])) for own, given in zip(split, fixed, strict=True)]
+
+
+def affines(
+    parameters: Sequence[tuple[Tensor, Tensor]], statistics: Sequence[tuple[Tensor, Tensor]], eps: Sequence[float],
+    vectors: Callable[..., Tensor],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """scale and shift of BatchNorms, all at once. Args: as in `backward_norms`, but statistics are mean, variance."""
+    mean, variance = (_joined(each) for each in zip(*statistics, strict=True))
+    widths = [len(own) for own, _ in statistics]
+    _, _, scale, shift, *_ = vectors(*_joined_parameters(parameters), mean, variance, _eps_of(eps, widths, mean), 1)
+    return [*zip(scale.split(widths), shift.split(widths), strict=True)]
+
+
+def _joined_parameters(parameters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    gamma, beta = (_joined(each) for each in zip(*parameters, strict=True))
+    return gamma, beta
+
+
+def _eps_of(eps: Sequence[float], widths: Sequence[int], like: Tensor) -> float | Tensor:
+    """One number where all are the same, else one for each channel."""
+    return eps[0] if len(set(eps)) == 1 else _of_channels(tuple(eps), tuple(widths), like.dtype, like.device)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -123,9 +142,10 @@ def paired(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second])
 
 
-def folded(weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def folded(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the BatchNorm behind it."""
-    return (weight * norm.scale.view(-1, 1, 1, 1)).to(weight.dtype), norm.shift
+    scale, shift = affine
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift
 
 
 class Columns:

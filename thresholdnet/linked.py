@@ -34,7 +34,7 @@ class LinkedBlock(nn.Module):
     plan: BlockPlan
     activation: str
     drop_rate: float
-    _checked: tuple[list[Any], bool] = ([], True)  # the modules' states, and whether they fit
+    _checked: tuple[list[Any], bool, Sequence[Any]] = ([], True, ())  # the modules' states, whether they fit, `_units`
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
         """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
@@ -119,7 +119,8 @@ class LinkedBlock(nn.Module):
     def _forms_fit(self) -> bool:
         states = states_inside(self)
         if states is not None and states != self._checked[0]:
-            self._checked = states, self._fits()
+            fit = self._fits()
+            self._checked = states, fit, self._units() if fit else ()
         return states is not None and self._checked[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class LinkedBlock(nn.Module):
         return state
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        units = self._units()
+        known = () if torch.compiler.is_compiling() else self._checked[2]
+        units = known or self._units()
         norms = [module for unit in units for module in unit if isinstance(module, _BatchNorm)]
         convolutions = [module for unit in units for module in unit if isinstance(module, nn.Conv2d)]
         fixed = [not norm.training and norm.running_mean is not None for norm in norms]
@@ -236,9 +238,10 @@ def _in_forward_order(unit: Sequence[nn.Module], weights: dict[int, Tensor]) -> 
         if isinstance(module, nn.Conv2d):
             yield weights[id(module)]
         elif isinstance(module, _BatchNorm):
+            weight, bias = module.weight, module.bias
             like = next(iter(weights.values()))
-            yield like.new_ones(module.num_features) if module.weight is None else module.weight
-            yield like.new_zeros(module.num_features) if module.bias is None else module.bias
+            yield like.new_ones(module.num_features) if weight is None else weight
+            yield like.new_zeros(module.num_features) if bias is None else bias
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

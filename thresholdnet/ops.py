@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import engine, replay, transforms
 from . import transition as between
-from .backends import engine_for, load
+from .backends import csrc, engine_for, load
 from .constants import compiler_constant
 from .gradients import fake_gradients, own_gradients
 from .plan import BlockPlan
@@ -43,7 +43,7 @@ def _block_spec(
 
 def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:
     """`function(*arguments)`, replayed where it may be: not what talks to other processes."""
-    return function(*arguments) if group else replay.call(function, *arguments)
+    return function(*arguments) if group else replay.call(function, *arguments, describe=csrc.described)
 
 
 def run_block(
@@ -67,7 +67,7 @@ def run_block(
     return _run(engine.forward, group, spec, x, parameters, running, engine.Extras(masks, counts))
 
 
-block = torch.library.custom_op("thresholdnet::block", run_block, mutates_args=())
+block = transforms.operator("block", run_block)
 
 
 @block.register_fake
@@ -127,7 +127,7 @@ def run_block_backward(
     return _run(engine.backward, group, spec, grad, x, parameters, statistics, saved, needs, extras)
 
 
-block_backward = torch.library.custom_op("thresholdnet::block_backward", run_block_backward, mutates_args=())
+block_backward = transforms.operator("block_backward", run_block_backward)
 
 
 @block_backward.register_fake
@@ -219,7 +219,7 @@ def run_transition(
     return _run(between.forward, group, spec, z, gamma, beta, weight, running, counts)
 
 
-transition = torch.library.custom_op("thresholdnet::transition", run_transition, mutates_args=())
+transition = transforms.operator("transition", run_transition)
 
 
 @transition.register_fake
@@ -276,9 +276,7 @@ def _transition_gradients(
     return own_gradients(inputs, grads, needs, grad)
 
 
-transition_backward = torch.library.custom_op(
-    "thresholdnet::transition_backward", run_transition_backward, mutates_args=()
-)
+transition_backward = transforms.operator("transition_backward", run_transition_backward)
 
 
 @transition_backward.register_fake
@@ -321,10 +319,12 @@ def _backward_transition(ctx: Any, grad: Tensor | None, grad_statistics: Any) ->
 transforms.differentiable(transition, _setup_transition, _backward_transition)
 
 
-@torch.library.custom_op("thresholdnet::linked_conv2d", mutates_args=())
-def linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
+def run_linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     """conv2d of the concatenated sources, padding kernel // 2."""
     return _run(_linked_forward, "", sources, weight, backend)
+
+
+linked_conv2d = transforms.operator("linked_conv2d", run_linked_conv2d)
 
 
 def _linked_forward(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
@@ -339,12 +339,14 @@ def _(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("thresholdnet::linked_conv2d_backward", mutates_args=())
-def linked_conv2d_backward(
+def run_linked_conv2d_backward(
     grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of every source and of the weight; empty tensors where `needs` is False."""
     return _run(_linked_gradients, "", grad, sources, weight, backend, needs)
+
+
+linked_conv2d_backward = transforms.operator("linked_conv2d_backward", run_linked_conv2d_backward)
 
 
 def _linked_gradients(

@@ -26,7 +26,7 @@ class Forms:
 
     def __init__(self, weight: Tensor, forget: Callable[[Any], None]):
         self.weight = weakref.ref(weight, forget)
-        self._made: dict[Hashable, tuple[list[Any], Any]] = {}  # form -> what it was made of, and the result
+        self._made: dict[Hashable, tuple[list[Any], Any]] = {}  # form -> what it was made of, as it was; the result
 
     def once(self, form: Hashable, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
         """`make()`, which reads these tensors, or its last result if none of them has been written since."""
@@ -36,7 +36,8 @@ class Forms:
                 result = make()
             if any(source.is_inference() for source in sources):  # loaded there: nothing counts writes
                 return result
-            self._made[form] = [(weakref.ref(source), _state(source)) for source in sources], result
+            stamps = [(weakref.ref(source), source.data_ptr(), source._version) for source in sources]
+            self._made[form] = stamps, result
         uses = getattr(_here, "uses", None)
         if uses is not None:
             uses.append(Use(self, form, sources, result))
@@ -48,15 +49,15 @@ class Forms:
         if found is None:
             return None
         stamps, result = found
-        for (reference, state), source in zip(stamps, sources, strict=True):
-            if reference() is not source or state != _state(source):
+        for (reference, address, version), source in zip(stamps, sources, strict=True):
+            if reference() is not source or source._version != version or source.data_ptr() != address:
                 return None
         return result
 
     def forget_of(self, tensors: set[int]) -> None:
         """Let go of what was made of any of the tensors with these ids."""
         for form, (stamps, _) in [*self._made.items()]:
-            if any(id(reference()) in tensors for reference, _ in stamps):
+            if any(id(reference()) in tensors for reference, *_ in stamps):
                 self._made.pop(form, None)
 
 
@@ -157,8 +158,3 @@ def forms_of(weight: Tensor) -> Forms | None:
 def declared(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """The positions of weights whose owner asked for `prepack`."""
     return tuple([at for at, tensor in enumerate(tensors) if forms_of(tensor) is not None]) if _declared else ()
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Its memory, and how often it was written in place."""
-    return tensor.data_ptr(), tensor._version

@@ -37,34 +37,53 @@ FIRST = {"cuda": 3, "cpu": 11}
 
 MOST = 256  # kinds kept, the last used ones: those of DenseNet121's blocks take 0.6 MB of host memory each
 
-PLAIN = {Tensor, nn.Parameter}  # subclasses may mean something else by an operation
+PLAIN = {Tensor, nn.Parameter}
+"""Classes whose operations are torch's: a subclass may mean something else by one."""
 
 _known: OrderedDict[Hashable, Recording | int | str] = OrderedDict()  # calls so far; or why they are not replayed
 _lock = threading.Lock()
 _here = threading.local()  # `launcher`: of the call that this thread records, or runs for the first time
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
+def described(tensors: Sequence[Tensor]) -> tuple[Hashable, bool]:
+    """What decides how a call runs on these tensors beside their values, and whether two begin in one memory."""
+    forms, memories = [], set()
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        aligned = address % 16  # Triton compiles loads of 16 bytes where it is 0
+        forms.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.device, aligned))
+        memories.add(address - int(tensor.storage_offset()) * tensor.element_size())
+    return tuple(forms), len(memories) < len(tensors)
+
+
+def call(
+    function: Callable[..., Any],
+    *arguments: Any,
+    describe: Callable[[Sequence[Tensor]], tuple[Hashable, bool]] = described,
+) -> Any:
     """`function(*arguments)`, without running it once a call of its kind was recorded.
 
     Args:
         function: of tensors and hashable values, on one device. What it does must depend on no tensor's values, only on
             shapes, strides and options; the tensors that it takes from elsewhere must be `constants.device_constant`s.
         arguments: tensors, hashable values, and lists and tuples of them.
+        describe: what stands for `described`.
     """
     leading = next(tensors_in(arguments), None)
     first = None if leading is None else first_replay(leading.device)
     if leading is None or first is None or _launcher() is not None:
         return function(*arguments)
     tensors: list[Tensor] = []
-    kind = _described(arguments, tensors)
+    outline = _outline(arguments, tensors)
     if not PLAIN.issuperset(map(type, tensors)):
         return function(*arguments)
-    key = (function, kind, _sharing(tensors), declared(tensors), _surroundings(leading.device))
+    forms, shared = describe(tensors)
+    sharing = _sharing(tensors) if shared else None
+    key = (function, outline, forms, sharing, declared(tensors), _surroundings(leading.device))
     found = _look_up(key)
     if isinstance(found, Recording):
-        forms = found.forms(tensors)
-        return function(*arguments) if forms is None else found.replay(tensors, forms, wanted(leading.device))
+        packed = found.forms(tensors)
+        return function(*arguments) if packed is None else found.replay(tensors, packed, wanted(leading.device))
     if isinstance(found, str):
         return function(*arguments)
     number = (found or 0) + 1
@@ -142,30 +161,30 @@ def _surroundings(device: torch.device) -> Hashable:
     """What else decides what a call does."""
     kind = device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch hides it from mypy
+    cudnn: Any = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision if kind == "cuda" else None
     return autocast, precision, os.environ.get("THRESHOLDNET_CONV"), overlap.wanted()
 
 
-def _described(value: Any, tensors: list[Tensor]) -> Hashable:
-    """A hashable value that two arguments share if a call does the same with both; collects the tensors in order."""
+def _outline(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Arguments with None in the place of tensors, which are collected in order."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        aligned = value.data_ptr() % 16  # Triton compiles loads of 16 bytes where it is 0
-        return value.dtype, value.shape, value.stride(), value.device, aligned
-    if isinstance(value, list | tuple):
-        return tuple([_described(each, tensors) for each in value])
-    return value
+        return None
+    if not isinstance(value, list | tuple):
+        return (value,)
+    if PLAIN.issuperset(map(type, value)):
+        tensors += value
+        return len(value)
+    return tuple([_outline(each, tensors) for each in value])
 
 
 def _sharing(tensors: Sequence[Tensor]) -> Hashable:
     """Which tensors lie in one memory, and how: per tensor the first of its memory, and bytes behind that."""
-    starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
-    memories = [tensor.data_ptr() - start for tensor, start in zip(tensors, starts, strict=True)]
-    if len(set(memories)) == len(memories):
-        return None
     found: dict[int, tuple[int, int]] = {}
-    firsts = [
-        found.setdefault(tensor.untyped_storage()._cdata, (number, start))
-        for number, (tensor, start) in enumerate(zip(tensors, starts, strict=True))
-    ]
-    return tuple([(number, start - first) for start, (number, first) in zip(starts, firsts, strict=True)])
+    places = []
+    for number, tensor in enumerate(tensors):
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        leader, first = found.setdefault(tensor.untyped_storage()._cdata, (number, start))
+        places.append((leader, start - first))
+    return tuple(places)

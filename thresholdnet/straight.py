@@ -10,7 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .recording import Call, Operation, View, tensors_in, views_in
+
+aten = torch.ops.aten
+BOUND: dict[Any, Any] = {
+    aten.add.Tensor: torch.add, aten.add_.Tensor: Tensor.add_, aten.addcmul.default: torch.addcmul,
+    aten.addcmul_.default: Tensor.addcmul_, aten.addmm_.default: Tensor.addmm_, aten.cat.default: torch.cat,
+    aten.clamp_.default: Tensor.clamp_, aten.clone.default: torch.clone, aten.convolution.default: torch.convolution,
+    aten.copy_.default: Tensor.copy_, aten.index_select.default: torch.index_select, aten.mul.Tensor: torch.mul,
+    aten.relu_.default: Tensor.relu_, aten.rsqrt.default: torch.rsqrt, aten.stack.default: torch.stack,
+}  # fmt: skip
+"""Operators as Python's bindings of the same arguments, which take half the time of a call through torch.ops."""
 
 
 def straight(steps: Sequence[tuple[Any, tuple[int, ...]]], addressed: Collection[int]) -> Callable[[Call], None]:
@@ -45,7 +58,7 @@ class _Writer:
         if isinstance(step, Operation):
             given = [self._written(value) for value in step.arguments]
             given += [f"{name}={self._written(value)}" for name, value in step.options.items()]
-            made = f"{self._name(step.function)}({', '.join(given)})"
+            made = f"{self._name(BOUND.get(step.function, step.function))}({', '.join(given)})"
             targets = ", ".join(f"m[{number}]" for number in step.makes)
             if not step.makes:
                 self._line(made)

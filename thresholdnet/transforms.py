@@ -1,8 +1,13 @@
-"""The package's operators under torch.func and forward-mode differentiation, where torch.library's autograd fails.
+"""How a call of one of the package's operators runs: through torch.library, or as a torch.autograd.Function.
 
-There an operator runs as a torch.autograd.Function with the same two functions, `setup` and `backward`. grad, vjp and
-jacrev are right; vmap calls the operator once a sample; forward mode raises. Lists of arguments are flattened on the
-way in and put together again inside, because a list handed to a Function loses its gradients.
+torch.library's operator is what compilers, exporters, modes and tensor subclasses see, and takes its time for each of a
+block's tensors. Where nobody looks on, the operator's body is called, in a Function where somebody differentiates.
+
+A Function it is under torch.func and forward mode as well, where torch.library's autograd fails: grad, vjp and jacrev
+are right, vmap calls the operator once a sample, forward mode raises.
+
+Lists of arguments are flattened on the way in and put together again inside, because a list handed to a Function loses
+its gradients.
 
 And what else surrounds a call, and wants plain torch instead.
 """
@@ -16,14 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.profiler import record_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .replay import PLAIN
+
+_BODIES: dict[Any, Callable[..., Any]] = {}
 _RULES: dict[Any, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
 FORWARD_MODE = (
     "a fused block has no forward-mode derivative (jvp, jacfwd, torch.autograd.forward_ad): "
     "use fused=False or tn.to_reference(model)"
 )
+
+
+def operator(name: str, body: Callable[..., Any]) -> Any:
+    """The functional operator `thresholdnet::name` in torch.library."""
+    made = torch.library.custom_op(f"thresholdnet::{name}", body, mutates_args=())
+    _BODIES[made] = body
+    return made
 
 
 def differentiable(operator: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -53,14 +69,44 @@ def call(operator: Any, *arguments: Any) -> Any:
     Raises:
         RuntimeError: a forward-mode derivative is asked for.
     """
-    return _Transformed.run(operator, arguments) if active() else operator(*arguments)
+    if active():
+        return _Function.run(operator, operator, arguments)
+    return _direct(operator, arguments) if _unobserved(arguments) else operator(*arguments)
+
+
+def _unobserved(arguments: Sequence[Any]) -> bool:
+    """Whether nothing would notice that an operator's body was called in its place."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    tensors = [leaf for leaf in _flat(arguments) if isinstance(leaf, Tensor)]
+    return (
+        PLAIN.issuperset(map(type, tensors))
+        and tensors[0].device.type in ("cpu", "cuda")
+        and not any(map(Tensor.is_neg, tensors))  # whose memory says something else: the dispatcher copies it
+        and not any(map(Tensor._is_zerotensor, tensors))
+    )
+
+
+def _direct(operator: Any, arguments: Sequence[Any]) -> Any:
+    """The operator's body, under the operator's name in a profile."""
+    if torch._C._autograd._profiler_enabled():
+        with record_function(str(operator._qualname)):
+            return _run(operator, arguments)
+    return _run(operator, arguments)
+
+
+def _run(operator: Any, arguments: Sequence[Any]) -> Any:
+    body = _BODIES[operator]
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in _flat(arguments) if isinstance(leaf, Tensor)):
+        return _Function.run(operator, body, arguments)
+    return body(*arguments)
 
 
 class _Call:
     """One call's operator, and how its flat arguments and results are put together."""
 
-    def __init__(self, operator: Any, arguments: Sequence[Any]):
-        self.operator, self.arguments = operator, _lengths(arguments)
+    def __init__(self, operator: Any, body: Callable[..., Any], arguments: Sequence[Any]):
+        self.operator, self.body, self.arguments = operator, body, _lengths(arguments)
         self.results: list[int | None] = []  # known once it has run
         self.form: type = tuple
 
@@ -70,17 +116,17 @@ class _Call:
         return tuple(parts) if self.form is tuple else parts[0]
 
 
-class _Transformed(torch.autograd.Function):
-    """An operator with flat arguments and results."""
+class _Function(torch.autograd.Function):
+    """An operator, or its body, with flat arguments and results."""
 
     @staticmethod
-    def run(operator: Any, arguments: Sequence[Any]) -> Any:
-        made = _Call(operator, arguments)
-        return made.results_of(_Transformed.apply(made, *_flat(arguments)))
+    def run(operator: Any, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        made = _Call(operator, body, arguments)
+        return made.results_of(_Function.apply(made, *_flat(arguments)))
 
     @staticmethod
     def forward(made: _Call, *flat: Any) -> tuple[Tensor, ...]:
-        found = made.operator(*_nested(flat, made.arguments))
+        found = made.body(*_nested(flat, made.arguments))
         made.form = type(found) if isinstance(found, tuple | list) else Tensor
         parts = found if made.form is tuple else [found]
         made.results = _lengths(parts)
@@ -114,7 +160,7 @@ class _Transformed(torch.autograd.Function):
         samples = []
         for i in range(info.batch_size):
             own = (t if dim is None else t.select(dim, i) for t, dim in zip(flat, in_dims[1:], strict=True))
-            samples.append(_Transformed.apply(made, *own))
+            samples.append(_Function.apply(made, *own))
         return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), 0
 
     @staticmethod

@@ -14,6 +14,8 @@
 #include "winograd.inl"
 #define WEIGHT_GRADIENTS avx2_weight_gradients
 #include "weight_gradient.inl"
+#define CONVOLUTIONS avx2_convolutions
+#include "few_pixels.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -8,3 +8,5 @@
 #include "winograd.inl"
 #define WEIGHT_GRADIENTS baseline_weight_gradients
 #include "weight_gradient.inl"
+#define CONVOLUTIONS baseline_convolutions
+#include "few_pixels.inl"

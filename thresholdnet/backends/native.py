@@ -1,9 +1,8 @@
 """The engine's verbs on the library's convolution, for every device: gather the links into a scratch, call the library.
 
-On a CPU images of at most 2 x 2 pixels have products of their own (`taps.py`).
-
 The passes over pixels are torch's own operations (`elementwise.py`), or C++ on a CPU (`csrc.py`), which also has
-weight gradients that read the links where they lie.
+weight gradients that read the links where they lie, and convolutions of few pixels. Without it, and with more pixels,
+images of at most 2 x 2 have products of their own (`taps.py`).
 
 Letters: N batch, C channels, H x W pixels; M = N H W; z raw convolution output, y = act(z * scale + shift), g gradient
 of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last order. Per-channel vectors are float32
@@ -95,12 +94,15 @@ class Verbs:
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
         backend may write those that it returns.
         """
-        read = self._gathered(sources, affine, activation)
         padding = weight.shape[2] // 2
         if isinstance(weight, Packed):
-            z = _in_library(read, weight.tensor, bias, activation, padding)
+            z = _in_library(self._gathered(sources, affine, activation), weight.tensor, bias, activation, padding)
             return z, self.moments(z) if statistics else None
         weight = weight.contiguous(memory_format=torch.channels_last)
+        if csrc.convolves(sources[0], weight):
+            z = csrc.linked_conv2d(sources, weight, affine, bias, activation)
+            return z, self.moments(z) if statistics else None
+        read = self._gathered(sources, affine, activation)
         if taps.takes(read, weight.shape[2]):
             z = taps.conv(read, weight)
             if bias is not None:
@@ -115,8 +117,8 @@ class Verbs:
 
     def way(self, layer: int, weight: Tensor) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
-        by_taps = taps.takes(self.like, weight.shape[2])
-        return "library" if _activates_in_library(weight) and self.pixels and not by_taps else ""
+        as_it_lies = csrc.convolves(self.like, weight) or taps.takes(self.like, weight.shape[2])
+        return "library" if _activates_in_library(weight) and self.pixels and not as_it_lies else ""
 
     def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
         """The weight for `conv` where it goes this way."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import packing, sync
 from ..backends import load
-from ..batchnorm import Norm, backward_norms, batch_norm, folded, paired
+from ..batchnorm import Norm, affines, backward_norms, folded, paired
 from ..plan import BlockPlan
 
 
@@ -91,6 +91,7 @@ class Block:
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.pixels = sync.total(extras.counts, x.shape[0] * x.shape[2] * x.shape[3])
         self.used: list[Tensor] = []
+        self._given: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def shared(self, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and variance over all ranks."""
@@ -108,11 +109,21 @@ class Block:
         """Where BatchNorm number `which` of a layer stands among all of the block, in forward order."""
         return (layer - 1) * len(self.norms) + which
 
-    def norm(self, layer: int, which: int, mean: Tensor, variance: Tensor) -> Norm:
-        """BatchNorm number `which` of a layer with these statistics."""
-        position, index = self.norms[which], self.place(layer, which)
-        gamma, beta = (self.weight(layer, position + i) for i in (0, 1))
-        return batch_norm(gamma, beta, mean, variance, self.spec.eps[index], self.spec.fixed[index])
+    def given_affine(self, layer: int, which: int, running: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """scale and shift of a BatchNorm with given statistics; those of all that have some are made at once."""
+        if not self._given:
+            layers, norms = range(1, self.plan.num_layers + 1), range(len(self.norms))
+            fixed = [(i, j) for i in layers for j in norms if self.fixed(i, j)]
+            self._given = dict(zip(fixed, self._affines(fixed, running), strict=True))
+        return self._given[layer, which]
+
+    def _affines(self, norms: Sequence[tuple[int, int]], running: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`batchnorm.affines` of BatchNorms by layer and number."""
+        own = [(self.weight(i, self.norms[j]), self.weight(i, self.norms[j] + 1)) for i, j in norms]
+        statistics = [self.given(running, i, j) for i, j in norms]
+        return affines(
+            own, statistics, [self.spec.eps[self.place(i, j)] for i, j in norms], self.verbs.batch_norm_vectors
+        )
 
     def norms_of(self, statistics: Sequence[Tensor]) -> list[Norm]:
         """All BatchNorms in forward order, from the statistics that forward returned."""
@@ -137,19 +148,16 @@ class Block:
         Made once where the weight's owner declared it constant. Layer 0: behind the block.
         """
 
-        def whole() -> tuple[Tensor, Tensor | None]:
-            if behind is None:
-                return weight, None
-            return folded(weight, self.norm(layer, behind, *self.given(running, layer, behind)))
-
         forms = packing.forms_of(weight)
         if forms is None:
-            return whole()
+            return (weight, None) if behind is None else folded(weight, self.given_affine(layer, behind, running))
         way = self.verbs.way(layer, weight)
         sources, eps = self.norm_sources(layer, behind, running)
 
         def packed() -> tuple[Any, Tensor | None]:
-            made, bias = whole()
+            made, bias = weight, None
+            if behind is not None:
+                made, bias = folded(weight, *self._affines([(layer, behind)], running))
             made = self.verbs.packed(way, made)
             return (made.detach() if made is weight else made), bias  # what is kept must not keep the weight alive
 
@@ -161,15 +169,14 @@ class Block:
         """BatchNorm's affine with these statistics, for `conv` and `normalise`; made once where they are given and
         `weight` is declared."""
 
-        def made() -> Any:
+        if not self.fixed(layer, which):
             gamma, beta = (self.weight(layer, self.norms[which] + i) for i in (0, 1))
             return self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
-
-        forms = packing.forms_of(weight) if self.fixed(layer, which) else None
+        forms = packing.forms_of(weight)
         if forms is None:
-            return made()
+            return self.given_affine(layer, which, running)
         sources, eps = self.norm_sources(layer, which, running)
-        return forms.once(("affine", which, eps), sources, made)
+        return forms.once(("affine", which, eps), sources, lambda: self._affines([(layer, which)], running)[0])
 
     def norm_sources(
         self, layer: int, which: int | None, running: Sequence[Tensor]
