@@ -40,6 +40,8 @@ MOST = 256  # kinds kept, the last used ones: those of DenseNet121's blocks take
 PLAIN = {Tensor, nn.Parameter}
 """Classes whose operations are torch's: a subclass may mean something else by one."""
 
+SIMPLE = {bool, int, float, str}  # what most lists without tensors hold
+
 _known: OrderedDict[Hashable, Recording | int | str] = OrderedDict()  # calls so far; or why they are not replayed
 _lock = threading.Lock()
 _here = threading.local()  # `launcher`: of the call that this thread records, or runs for the first time
@@ -173,9 +175,12 @@ def _outline(value: Any, tensors: list[Tensor]) -> Hashable:
         return None
     if not isinstance(value, list | tuple):
         return (value,)
-    if PLAIN.issuperset(map(type, value)):
+    kinds = set(map(type, value))
+    if kinds <= PLAIN:
         tensors += value
         return len(value)
+    if kinds <= SIMPLE:
+        return (list, *value)
     return tuple([_outline(each, tensors) for each in value])
 
 
