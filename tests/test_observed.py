@@ -62,9 +62,12 @@ def test_a_mode_sees_operators_and_results_are_equal(name, mode, seen):
 def test_bodies_are_called_where_nobody_looks(name, monkeypatch):
     _, model = pair(name)
     ran = []
-    for operator, body in list(transforms._BODIES.items()):
-        noted = lambda *given, body=body, operator=operator: (ran.append(operator._qualname), body(*given))[1]  # noqa: E731
-        monkeypatch.setitem(transforms._BODIES, operator, noted)
+
+    def noting(name, body):
+        return name, lambda *given: (ran.append(name), body(*given))[1]
+
+    for operator, found in list(transforms._BODIES.items()):
+        monkeypatch.setitem(transforms._BODIES, operator, noting(*found))
     _step(model, torch.randn(3, 5, 8, 8))
     assert {"thresholdnet::block", "thresholdnet::block_backward"} <= set(ran)
     ran.clear()

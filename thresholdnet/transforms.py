@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .replay import PLAIN
 
-_BODIES: dict[Any, Callable[..., Any]] = {}
+_BODIES: dict[Any, tuple[str, Callable[..., Any]]] = {}  # with the operators' names
 _RULES: dict[Any, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
 FORWARD_MODE = (
@@ -37,8 +37,9 @@ FORWARD_MODE = (
 
 def operator(name: str, body: Callable[..., Any]) -> Any:
     """The functional operator `thresholdnet::name` in torch.library."""
-    made = torch.library.custom_op(f"thresholdnet::{name}", body, mutates_args=())
-    _BODIES[made] = body
+    qualified = f"thresholdnet::{name}"
+    made = torch.library.custom_op(qualified, body, mutates_args=())
+    _BODIES[made] = qualified, body
     return made
 
 
@@ -89,14 +90,14 @@ def _unobserved(arguments: Sequence[Any]) -> bool:
 
 def _direct(operator: Any, arguments: Sequence[Any]) -> Any:
     """The operator's body, under the operator's name in a profile."""
+    name, body = _BODIES[operator]
     if torch._C._autograd._profiler_enabled():
-        with record_function(str(operator._qualname)):
-            return _run(operator, arguments)
-    return _run(operator, arguments)
+        with record_function(name):
+            return _run(operator, body, arguments)
+    return _run(operator, body, arguments)
 
 
-def _run(operator: Any, arguments: Sequence[Any]) -> Any:
-    body = _BODIES[operator]
+def _run(operator: Any, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in _flat(arguments) if isinstance(leaf, Tensor)):
         return _Function.run(operator, body, arguments)
     return body(*arguments)

@@ -121,9 +121,8 @@ class Block:
         """`batchnorm.affines` of BatchNorms by layer and number."""
         own = [(self.weight(i, self.norms[j]), self.weight(i, self.norms[j] + 1)) for i, j in norms]
         statistics = [self.given(running, i, j) for i, j in norms]
-        return affines(
-            own, statistics, [self.spec.eps[self.place(i, j)] for i, j in norms], self.verbs.batch_norm_vectors
-        )
+        eps = [self.spec.eps[self.place(i, j)] for i, j in norms]
+        return affines(own, statistics, eps, self.verbs.batch_norm_vectors)
 
     def norms_of(self, statistics: Sequence[Tensor]) -> list[Norm]:
         """All BatchNorms in forward order, from the statistics that forward returned."""
@@ -157,7 +156,7 @@ class Block:
         def packed() -> tuple[Any, Tensor | None]:
             made, bias = weight, None
             if behind is not None:
-                made, bias = folded(weight, *self._affines([(layer, behind)], running))
+                made, bias = folded(weight, self._affines([(layer, behind)], running)[0])
             made = self.verbs.packed(way, made)
             return (made.detach() if made is weight else made), bias  # what is kept must not keep the weight alive
 
@@ -168,7 +167,6 @@ class Block:
     ) -> Any:
         """BatchNorm's affine with these statistics, for `conv` and `normalise`; made once where they are given and
         `weight` is declared."""
-
         if not self.fixed(layer, which):
             gamma, beta = (self.weight(layer, self.norms[which] + i) for i in (0, 1))
             return self.verbs.affine(gamma, beta, (mean, variance), self.spec.eps[self.place(layer, which)])
