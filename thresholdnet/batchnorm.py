@@ -104,7 +104,8 @@ def affines(
     """scale and shift of BatchNorms, all at once. Args: as in `backward_norms`, but statistics are mean, variance."""
     mean, variance = (_joined(each) for each in zip(*statistics, strict=True))
     widths = [len(own) for own, _ in statistics]
-    _, _, scale, shift, *_ = vectors(*_joined_parameters(parameters), mean, variance, _eps_of(eps, widths, mean), 1)
+    made = vectors(*_joined_parameters(parameters), mean, variance, _eps_of(eps, widths, mean), 1)
+    scale, shift = made[2:4].clone()  # without the other five, which are more than a small image's pixels
     return [*zip(scale.split(widths), shift.split(widths), strict=True)]
 
 

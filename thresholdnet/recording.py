@@ -182,6 +182,7 @@ class Recording(NamedTuple):
     Attributes:
         size: how many memories.
         words, addresses: see `_Words`; the places of a memory's addresses, and bytes behind its first element.
+        given: memories among them that are there before the first step.
         constants: tables of `device_constant`, by number.
         tables: what holds them, as `holding` yields it.
         late: forms of weights that are declared constant.
@@ -194,6 +195,7 @@ class Recording(NamedTuple):
     size: int
     words: list[Any]
     addresses: dict[int, list[tuple[int, int]]]
+    given: list[int]
     constants: dict[int, Tensor]
     tables: dict[int, Any]
     late: list[Late]
@@ -222,8 +224,11 @@ class Recording(NamedTuple):
             return self._run(tensors, forms, Call(self, device, torch.cuda.current_stream().cuda_stream, together))
 
     def _run(self, tensors: Sequence[Tensor], forms: dict[int, Tensor], call: Call) -> Any:
-        for number, tensor in (*enumerate(tensors), *self.constants.items(), *forms.items()):
-            call.put(number, tensor)
+        call.memory[: len(tensors)] = tensors
+        for number, tensor in (*self.constants.items(), *forms.items()):
+            call.memory[number] = tensor
+        for number in self.given:
+            call.put(number, call.memory[number])
         pool = self.pool.allocate(call)
         self.run(call)
         del pool  # whose memory is taken again behind the last kernel of this stream

@@ -29,7 +29,7 @@ from .ahead import Ahead, compiled
 from .constants import holding
 from .packing import declared, noting
 from .recorder import Recorder
-from .recording import Recording, tensors_in
+from .recording import Recording
 from .together import wanted
 
 FIRST = {"cuda": 3, "cpu": 11}
@@ -71,21 +71,21 @@ def call(
         arguments: tensors, hashable values, and lists and tuples of them.
         describe: what stands for `described`.
     """
-    leading = next(tensors_in(arguments), None)
-    first = None if leading is None else first_replay(leading.device)
-    if leading is None or first is None or _launcher() is not None:
+    if _launcher() is not None:
         return function(*arguments)
     tensors: list[Tensor] = []
     outline = _outline(arguments, tensors)
-    if not PLAIN.issuperset(map(type, tensors)):
+    device = tensors[0].device if tensors else None
+    first = None if device is None else first_replay(device)
+    if device is None or first is None or not PLAIN.issuperset(map(type, tensors)):
         return function(*arguments)
     forms, shared = describe(tensors)
     sharing = _sharing(tensors) if shared else None
-    key = (function, outline, forms, sharing, declared(tensors), _surroundings(leading.device))
+    key = (function, outline, forms, sharing, declared(tensors), _surroundings(device))
     found = _look_up(key)
     if isinstance(found, Recording):
         packed = found.forms(tensors)
-        return function(*arguments) if packed is None else found.replay(tensors, packed, wanted(leading.device))
+        return function(*arguments) if packed is None else found.replay(tensors, packed, wanted(device))
     if isinstance(found, str):
         return function(*arguments)
     number = (found or 0) + 1

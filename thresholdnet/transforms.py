@@ -14,6 +14,7 @@ And what else surrounds a call, and wants plain torch instead.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -80,12 +81,10 @@ def _unobserved(arguments: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     tensors = [leaf for leaf in _flat(arguments) if isinstance(leaf, Tensor)]
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and tensors[0].device.type in ("cpu", "cuda")
-        and not any(map(Tensor.is_neg, tensors))  # whose memory says something else: the dispatcher copies it
-        and not any(map(Tensor._is_zerotensor, tensors))
-    )
+    if not PLAIN.issuperset(map(type, tensors)) or tensors[0].device.type not in ("cpu", "cuda"):
+        return False
+    read = tensors if tensors[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else ()  # by kernels, as they lie
+    return not any(map(Tensor.is_neg, read)) and not any(map(Tensor._is_zerotensor, read))  # the dispatcher copies them
 
 
 def _direct(operator: Any, arguments: Sequence[Any]) -> Any:
