@@ -146,8 +146,13 @@ def test_targets_are_those_of_the_design():
 
 # ---------------------------------------------------------------- files
 
-LOST = [("training-32", "epyc-2core"), ("inference", "epyc-2core"), ("inference", "xeon-2core")]
+LOST = [
+    ("training-32", "epyc-2core"), ("inference", "epyc-2core"), ("inference", "xeon-2core"), ("training", "xeon-2core"),
+]  # fmt: skip
 """Of the committed runs on CPUs, those in which a step of ours is slower than eager's."""
+
+MISSED = [("inference", "epyc-2core")]
+"""And in which a target is missed."""
 
 
 @pytest.mark.parametrize("machine", ["epyc-2core", "xeon-2core"])
@@ -160,7 +165,8 @@ def test_committed_files_are_read(name, machine, tmp_path):
     text = markdown(bench.read(file), file.name)
     assert f"### {'Inference' if name == 'inference' else 'Training'} step" in text
     assert text.count("**slower**") == len(lost) and bool(lost) == ((name, machine) in LOST)  # losses are shown
-    assert ("### Targets" in text) == (name != "training-32") and ("**missed**" in text) == (name == "inference")
+    assert ("### Targets" in text) == (name != "training-32")
+    assert ("**missed**" in text) == ((name, machine) in MISSED)
     older = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("layers", "peaks")}
     (tmp_path / "older.json").write_text(json.dumps(older))
     content = bench.read(tmp_path / "older.json")
