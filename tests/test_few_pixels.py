@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from pixels import among_others, pixels
 from strategies import F64, LAST
 from tolerances import PASS_RELATIVE, RELATIVE, assert_close, largest_error
 
@@ -21,18 +22,6 @@ SIZES = [(1, 1, 1), (3, 1, 9), (2, 9, 1), (1, 2, 2), (4, 2, 3), (1, 7, 6)]
 CHANNELS = [([1], 1), ([16], 6), ([3, 14, 1, 20], 13), ([40, 7], 131), ([64], 8)]
 
 
-def _pixels(*shape, dtype=F64):
-    return torch.randn(shape, dtype=dtype).contiguous(memory_format=LAST)
-
-
-def _among_others(x):
-    """The same values as a slice of channels whose neighbours are NaN."""
-    n, c, h, w = x.shape
-    wide = torch.full((n, c + 7, h, w), float("nan"), dtype=x.dtype).contiguous(memory_format=LAST)
-    wide[:, 3 : 3 + c] = x
-    return wide[:, 3 : 3 + c]
-
-
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -41,8 +30,8 @@ def test_it_is_the_convolution(dtype, size, channels, kernel):
     torch.manual_seed(0)
     widths, outputs = channels
     n, h, w = size
-    sources = [_among_others(_pixels(n, width, h, w, dtype=dtype)) for width in widths]
-    weight, bias = _pixels(outputs, sum(widths), kernel, kernel, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in widths]
+    weight, bias = pixels(outputs, sum(widths), kernel, kernel, dtype=dtype), torch.randn(outputs, dtype=dtype)
     bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
         wide_affine = None if affine is None else tuple(v.double() for v in affine)
@@ -76,7 +65,7 @@ def test_infinite_values_meet_no_zeros():
     assert found[0] == -inf and all(value != value for value in found[1:])  # inf - inf
 
 
-def test_nan_passes_the_activation_and_stays_with_its_pixels():
+def test_nan_passes_the_activation_and_stays_with_itspixels():
     x = torch.ones(2, 3, 1, 3).contiguous(memory_format=LAST)
     x[1, 0, 0, 0] = float("nan")
     weight = torch.ones(4, 3, 3, 3).contiguous(memory_format=LAST)
@@ -87,7 +76,7 @@ def test_nan_passes_the_activation_and_stays_with_its_pixels():
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():
-    x, weight = _pixels(4, 70, 2, 2, dtype=torch.float32), _pixels(333, 70, 3, 3, dtype=torch.float32)
+    x, weight = pixels(4, 70, 2, 2, dtype=torch.float32), pixels(333, 70, 3, 3, dtype=torch.float32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -140,21 +129,21 @@ def test_what_goes_to_the_library():
         ({"sources": []}, "sources must be tensors of pixels, got none"),
         ({"scale": None}, "scale and shift must come together"),
         ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),
-        ({"sources": [_pixels(2, 6, 4, 4), _pixels(2, 6, 4, 5)]}, "tensor 1 must have shape [2, C, 4, 4]"),
-        ({"sources": [_pixels(0, 6, 4, 4)]}, "must have pixels, as many channels and an odd kernel, got 6 channels"),
-        ({"weight": _pixels(3, 6, 2, 2)}, "an odd kernel, got 6 channels and weight [3, 6, 2, 2]"),
-        ({"weight": _pixels(3, 5, 3, 3)}, "as many channels and an odd kernel, got 6 channels and weight [3, 5, 3, 3]"),
-        ({"weight": _pixels(3, 6, 3, 1)}, "weight must have shape [3, C, 3, 3], got [3, 6, 3, 1]"),
+        ({"sources": [pixels(2, 6, 4, 4), pixels(2, 6, 4, 5)]}, "tensor 1 must have shape [2, C, 4, 4]"),
+        ({"sources": [pixels(0, 6, 4, 4)]}, "must have pixels, as many channels and an odd kernel, got 6 channels"),
+        ({"weight": pixels(3, 6, 2, 2)}, "an odd kernel, got 6 channels and weight [3, 6, 2, 2]"),
+        ({"weight": pixels(3, 5, 3, 3)}, "as many channels and an odd kernel, got 6 channels and weight [3, 5, 3, 3]"),
+        ({"weight": pixels(3, 6, 3, 1)}, "weight must have shape [3, C, 3, 3], got [3, 6, 3, 1]"),
         ({"weight": torch.zeros(3, 6, 3, 3, dtype=F64)}, "weight must be channels_last"),
-        ({"weight": _pixels(3, 9, 3, 3)[:, :6]}, "weight must be channels_last, got a slice of channels"),
-        ({"weight": _pixels(3, 6, 3, 3, dtype=torch.float32)}, "weight must have the dtype of the other tensors"),
+        ({"weight": pixels(3, 9, 3, 3)[:, :6]}, "weight must be channels_last, got a slice of channels"),
+        ({"weight": pixels(3, 6, 3, 3, dtype=torch.float32)}, "weight must have the dtype of the other tensors"),
         ({"bias": torch.zeros(4, dtype=F64)}, "bias must be a contiguous vector of 3 elements"),
         ({"bias": torch.zeros(3)}, "bias must be a contiguous vector of 3 elements"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(change, said):
     vector = torch.ones(6, dtype=F64)
-    given = dict(sources=[_pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, weight=_pixels(3, 6, 3, 3))
+    given = dict(sources=[pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, weight=pixels(3, 6, 3, 3))
     with pytest.raises(RuntimeError) as error:
         torch.ops.thresholdnet_csrc.linked_conv2d(**{**given, "bias": None, **change})
     assert said in str(error.value) and str(error.value).startswith("linked_conv2d: ")

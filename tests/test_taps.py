@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from pixels import pixels
 from tolerances import assert_close
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -15,24 +16,20 @@ F64 = torch.float64
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
-def _pixels(*shape, dtype=F64):
-    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("channels", [(1, 1), (5, 1), (1, 4), (13, 7)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_products_are_the_convolution_and_its_gradients(batch, channels, size):
     read, written = channels
-    x, dz = _pixels(batch, read, *size), _pixels(batch, written, *size)
-    weight = _pixels(written, read, 3, 3)
+    x, dz = pixels(batch, read, *size), pixels(batch, written, *size)
+    weight = pixels(written, read, 3, 3)
     torch.testing.assert_close(taps.conv(x, weight), F.conv2d(x, weight, padding=1))
     torch.testing.assert_close(taps.data_gradient(dz, weight), conv2d_input(x.shape, weight, dz, padding=1))
     torch.testing.assert_close(taps.weight_gradient(x, dz), conv2d_weight(x, weight.shape, dz, padding=1))
 
 
 def test_parts_of_other_tensors_are_read_where_they_lie():
-    whole, weight = _pixels(4, 12, 2, 2), _pixels(6, 5, 3, 3)
+    whole, weight = pixels(4, 12, 2, 2), pixels(6, 5, 3, 3)
     x, dz = whole[:, 3:8], whole[:, 2:8]
     torch.testing.assert_close(taps.conv(x, weight), F.conv2d(x, weight, padding=1))
     torch.testing.assert_close(taps.data_gradient(dz, weight), conv2d_input(x.shape, weight, dz, padding=1))

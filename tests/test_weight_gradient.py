@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from strategies import F64, LAST
+from pixels import among_others, pixels
+from strategies import F64
 from tolerances import PASS_RELATIVE, RELATIVE, assert_close, largest_error
 from torch.nn.grad import conv2d_weight
 
@@ -18,18 +19,6 @@ SIZES = [(1, 1, 1), (3, 1, 9), (2, 9, 1), (2, 2, 2), (1, 3, 300), (5, 7, 7), (4,
 CHANNELS = [([1], 1), ([16], 6), ([3, 14, 1, 20], 13), ([40, 7], 131), ([5] * 9, 260)]
 
 
-def _pixels(*shape, dtype=F64):
-    return torch.randn(shape, dtype=dtype).contiguous(memory_format=LAST)
-
-
-def _among_others(x):
-    """The same values as a slice of channels whose neighbours are NaN."""
-    n, c, h, w = x.shape
-    wide = torch.full((n, c + 7, h, w), float("nan"), dtype=x.dtype).contiguous(memory_format=LAST)
-    wide[:, 3 : 3 + c] = x
-    return wide[:, 3 : 3 + c]
-
-
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -38,8 +27,8 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     torch.manual_seed(0)
     widths, outputs = channels
     n, h, w = size
-    sources = [_among_others(_pixels(n, width, h, w, dtype=dtype)) for width in widths]
-    dz = _among_others(_pixels(n, outputs, h, w, dtype=dtype))
+    sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in widths]
+    dz = among_others(pixels(n, outputs, h, w, dtype=dtype))
     shape = (outputs, sum(widths), kernel, kernel)
     bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
@@ -52,9 +41,9 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
             assert largest_error(found, wanted) <= bound
 
 
-def test_no_worse_than_the_library_over_many_pixels():
+def test_no_worse_than_the_library_over_manypixels():
     torch.manual_seed(0)
-    x, dz = _pixels(8, 24, 56, 56, dtype=torch.float32), _pixels(8, 20, 56, 56, dtype=torch.float32)
+    x, dz = pixels(8, 24, 56, 56, dtype=torch.float32), pixels(8, 20, 56, 56, dtype=torch.float32)
     shape = (20, 24, 3, 3)
     wanted = conv2d_weight(x.double(), shape, dz.double(), padding=1)
     library = largest_error(conv2d_weight(x, shape, dz, padding=1), wanted)
@@ -72,7 +61,7 @@ def test_taps_outside_the_image_are_no_products_with_zero():
 @pytest.mark.parametrize("size", [(2, 28, 28), (9, 7, 7)])
 def test_sums_do_not_depend_on_the_number_of_threads(size):
     n, h, w = size
-    x, dz = _pixels(n, 70, h, w, dtype=torch.float32), _pixels(n, 33, h, w, dtype=torch.float32)
+    x, dz = pixels(n, 70, h, w, dtype=torch.float32), pixels(n, 33, h, w, dtype=torch.float32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -102,10 +91,10 @@ def test_blocks_run_on_it_and_gather_nothing_for_it(unit, monkeypatch):
 
 
 def test_what_goes_to_the_library():
-    assert csrc.correlates(_pixels(1, 500, 2, 1), 3) and csrc.correlates(_pixels(1, 128, 2, 2), 1)
-    assert not csrc.correlates(_pixels(1, 129, 2, 2), 1), "measured: the library's is faster"
-    assert not csrc.correlates(_pixels(2, 3, 1, 1), 3), "one tap counts: taps.py"
-    assert not csrc.correlates(_pixels(2, 3, 4, 4, dtype=torch.bfloat16), 3)
+    assert csrc.correlates(pixels(1, 500, 2, 1), 3) and csrc.correlates(pixels(1, 128, 2, 2), 1)
+    assert not csrc.correlates(pixels(1, 129, 2, 2), 1), "measured: the library's is faster"
+    assert not csrc.correlates(pixels(2, 3, 1, 1), 3), "one tap counts: taps.py"
+    assert not csrc.correlates(pixels(2, 3, 4, 4, dtype=torch.bfloat16), 3)
     assert not csrc.correlates(torch.zeros(2, 3, 4, 4, device="meta"), 3)
 
 
@@ -118,20 +107,20 @@ def test_what_goes_to_the_library():
         ({"scale": None}, "scale and shift must come together"),
         ({"sources": []}, "must have pixels and channels, got 0 channels"),
         ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),
-        ({"dz": _pixels(2, 3, 4, 5)}, "tensor 0 must have shape [2, C, 4, 5], got [2, 6, 4, 4]"),
-        ({"dz": _pixels(2, 3, 4, 4, dtype=torch.float32)}, "tensor 0 must have the dtype of the other tensors"),
+        ({"dz": pixels(2, 3, 4, 5)}, "tensor 0 must have shape [2, C, 4, 5], got [2, 6, 4, 4]"),
+        ({"dz": pixels(2, 3, 4, 4, dtype=torch.float32)}, "tensor 0 must have the dtype of the other tensors"),
         ({"shift": torch.zeros(5, dtype=F64)}, "shift must be a contiguous vector of 6 elements"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(change, said):
     vector = torch.ones(6, dtype=F64)
-    given = dict(sources=[_pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, dz=_pixels(2, 3, 4, 4))
+    given = dict(sources=[pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, dz=pixels(2, 3, 4, 4))
     with pytest.raises(RuntimeError) as error:
         torch.ops.thresholdnet_csrc.weight_gradient(**{**given, "kernel_size": 3, **change})
     assert said in str(error.value) and str(error.value).startswith("weight_gradient: ")
 
 
 def test_half_formats_are_refused():
-    x = _pixels(2, 6, 4, 4, dtype=torch.bfloat16)
+    x = pixels(2, 6, 4, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="weight_gradient: tensors must be float32 or float64"):
         torch.ops.thresholdnet_csrc.weight_gradient([x], None, None, 0, x, 3)
