@@ -170,6 +170,16 @@ inline Tensor pixels_like(const Tensor& like, int64_t height, int64_t width) {
       shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }
 
+// Calls f with a value of the element type, for operators of a CPU that has no loops for half formats.
+template <class F>
+void by_exact_type(const char* op, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    default: refuse(op, ": tensors must be float32 or float64");
+  }
+}
+
 template <class Device>
 struct Operators {
   // Calls f with a value of the element type.

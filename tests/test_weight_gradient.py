@@ -41,7 +41,7 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
             assert largest_error(found, wanted) <= bound
 
 
-def test_no_worse_than_the_library_over_manypixels():
+def test_no_worse_than_the_library_over_many_pixels():
     torch.manual_seed(0)
     x, dz = pixels(8, 24, 56, 56, dtype=torch.float32), pixels(8, 20, 56, 56, dtype=torch.float32)
     shape = (20, 24, 3, 3)

@@ -86,12 +86,10 @@ class Recorder(TorchDispatchMode):
         }
         pool, left = pooled(steps, addresses, SMALL)
         parts = together(left, addresses)
-        made = {number for step in steps for number in step[0].makes}
         return Recording(
             self.size,
             self._words.values,
             addresses,
-            [number for number in addresses if number not in made],
             self.constants,
             self.tables,
             self._late,

@@ -182,7 +182,6 @@ class Recording(NamedTuple):
     Attributes:
         size: how many memories.
         words, addresses: see `_Words`; the places of a memory's addresses, and bytes behind its first element.
-        given: memories among them that are there before the first step.
         constants: tables of `device_constant`, by number.
         tables: what holds them, as `holding` yields it.
         late: forms of weights that are declared constant.
@@ -195,7 +194,6 @@ class Recording(NamedTuple):
     size: int
     words: list[Any]
     addresses: dict[int, list[tuple[int, int]]]
-    given: list[int]
     constants: dict[int, Tensor]
     tables: dict[int, Any]
     late: list[Late]
@@ -227,8 +225,9 @@ class Recording(NamedTuple):
         call.memory[: len(tensors)] = tensors
         for number, tensor in (*self.constants.items(), *forms.items()):
             call.memory[number] = tensor
-        for number in self.given:
-            call.put(number, call.memory[number])
+        for number in self.addresses:
+            if (tensor := call.memory[number]) is not None:  # the others are made by steps
+                call.put(number, tensor)
         pool = self.pool.allocate(call)
         self.run(call)
         del pool  # whose memory is taken again behind the last kernel of this stream

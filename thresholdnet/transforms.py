@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,33 +74,27 @@ def call(operator: Any, *arguments: Any) -> Any:
     """
     if active():
         return _Function.run(operator, operator, arguments)
-    return _direct(operator, arguments) if _unobserved(arguments) else operator(*arguments)
-
-
-def _unobserved(arguments: Sequence[Any]) -> bool:
-    """Whether nothing would notice that an operator's body was called in its place."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
+        return operator(*arguments)
     tensors = [leaf for leaf in _flat(arguments) if isinstance(leaf, Tensor)]
+    return _direct(operator, arguments, tensors) if _lie_bare(tensors) else operator(*arguments)
+
+
+def _lie_bare(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's dispatcher would do nothing with these tensors but call an operator's body."""
     if not PLAIN.issuperset(map(type, tensors)) or tensors[0].device.type not in ("cpu", "cuda"):
         return False
     read = tensors if tensors[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else ()  # by kernels, as they lie
     return not any(map(Tensor.is_neg, read)) and not any(map(Tensor._is_zerotensor, read))  # the dispatcher copies them
 
 
-def _direct(operator: Any, arguments: Sequence[Any]) -> Any:
-    """The operator's body, under the operator's name in a profile."""
+def _direct(operator: Any, arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+    """The operator's body, under the operator's name in a profile; `tensors`: those among the arguments."""
     name, body = _BODIES[operator]
-    if torch._C._autograd._profiler_enabled():
-        with record_function(name):
-            return _run(operator, body, arguments)
-    return _run(operator, body, arguments)
-
-
-def _run(operator: Any, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in _flat(arguments) if isinstance(leaf, Tensor)):
-        return _Function.run(operator, body, arguments)
-    return body(*arguments)
+    with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return _Function.run(operator, body, arguments)
+        return body(*arguments)
 
 
 class _Call:

@@ -1,11 +1,13 @@
 // A convolution of few pixels over tensors side by side:
 //
-//   out[p, o] = end(bias[o] + sum_{i, j} <w[o, i, j], a[p + (i - r, j - r)]>),   a = act(x * scale + shift),  r = k / 2
+//   out[p, o] = sum_{i, j} <w[o, i, j], a[p + (i - r, j - r)]>,   a = act(x * scale + shift),   r = k / 2
+//
+// or, with a bias, act(out + bias).
 //
 // p: a pixel; taps (i, j) that fall outside the image are left out. Where pixels are few a weight is read from memory for
 // hardly more than one multiply-add, so what counts is to read it once, where it lies, and nothing but the taps that meet
 // pixels: of a single pixel's nine taps one. A pixel's taps in one row of the image lie side by side in the weight as in
-// the row: they are one inner product. SHARING of them share what they read of the row.
+// the row: they are one inner product, and SHARING outputs share what they read of the row.
 //
 // No torch here. Every output is summed in an order of its own: no result depends on the number of threads.
 #pragma once
@@ -20,8 +22,7 @@ struct FewPixels {  // one call, of float or double
   Range<A> act;
   int64_t images, height, width, kernel, outputs;
   const A* weight;  // [outputs, kernel, kernel, channels]
-  const A* bias;    // null: none, and no end
-  Range<A> end;
+  const A* bias;    // null: none, and no activation behind
 
   int64_t rows() const { return images * height * width; }
 };

@@ -6,8 +6,8 @@
 namespace thresholdnet {
 namespace {
 
-constexpr int SHARING = 4;                       // outputs, and
-constexpr int BESIDE = VECTOR == 64 ? 4 : 2;     // pixels at once: as many sums as there are registers for
+constexpr int SHARING = 4;                    // outputs, and
+constexpr int BESIDE = VECTOR == 64 ? 4 : 2;  // pixels at once: as many sums as there are registers for
 
 // Sums of inner products of O outputs' weights and P pixels.
 template <class A, int O, int P>
@@ -70,12 +70,8 @@ INLINE void convolve_at(
   }
   for (int k = 0; k < O; ++k) {
     for (int j = 0; j < P; ++j) {
-      A value = products.sum(k, j);
-      if (call.bias) {
-        value += call.bias[o + k];
-        value = value < call.end.low ? call.end.low : value > call.end.high ? call.end.high : value;  // NaN stays NaN
-      }
-      out[(p + j) * call.outputs + o + k] = value;
+      const A value = products.sum(k, j);
+      out[(p + j) * call.outputs + o + k] = call.bias ? clamp(value + call.bias[o + k], call.act) : value;
     }
   }
 }

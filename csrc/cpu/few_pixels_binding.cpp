@@ -56,23 +56,19 @@ Tensor linked_conv2d(
         " channels and weight ", listed(weight.sizes()));
   if (row_stride(op, "weight", weight, like, {outputs, kernel, kernel}) != channels)
     refuse(op, ": weight must be channels_last, got a slice of channels");
-  if (like.scalar_type() != ScalarType::Float && like.scalar_type() != ScalarType::Double)
-    refuse(op, ": tensors must be float32 or float64");
   const std::vector<int64_t> shape{p.n, outputs, p.h, p.w};
   const Tensor out = torch::stable::empty(
       shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  const auto run = [&](auto element) {
+  by_exact_type(op, like, [&](auto element) {
     using E = decltype(element);
     const auto parts = affine_parts<E>(op, sources, scale, shift, like, p);
     const auto act = range_of<E>(op, activation);
     const E* constant = bias ? vector<E>(op, "bias", *bias, outputs, like) : nullptr;
     convolve<E>(
         {parts.data(), static_cast<int64_t>(parts.size()), channels, act, p.n, p.h, p.w, kernel, outputs,
-         static_cast<const E*>(weight.data_ptr()), constant, act},
+         static_cast<const E*>(weight.data_ptr()), constant},
         static_cast<E*>(out.data_ptr()));
-  };
-  if (like.scalar_type() == ScalarType::Double) run(double());
-  else run(float());
+  });
   return out;
 }
 

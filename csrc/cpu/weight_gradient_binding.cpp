@@ -85,12 +85,10 @@ Tensor weight_gradient(
         op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
   if (kernel < 1 || kernel > LARGEST || kernel % 2 == 0)
     refuse(op, ": kernel_size must be odd and at most ", LARGEST, ", got ", kernel);
-  if (dz.scalar_type() != ScalarType::Float && dz.scalar_type() != ScalarType::Double)
-    refuse(op, ": tensors must be float32 or float64");
   const std::vector<int64_t> shape{outputs, channels, kernel, kernel};
   const Tensor dw = torch::stable::empty(
       shape, dz.scalar_type(), std::nullopt, dz.device(), std::nullopt, MemoryFormat::Contiguous);
-  const auto run = [&](auto element) {
+  by_exact_type(op, dz, [&](auto element) {
     using E = decltype(element);
     const auto parts = affine_parts<E>(op, sources, scale, shift, dz, p);
     const auto arriving = reading<E>(op, "dz", dz, dz, p);
@@ -98,9 +96,7 @@ Tensor weight_gradient(
         {parts.data(), static_cast<int64_t>(parts.size()), channels, range_of<E>(op, activation), arriving, outputs,
          kernel, p.n * p.h, p.h, p.w},
         static_cast<E*>(dw.data_ptr()));
-  };
-  if (dz.scalar_type() == ScalarType::Double) run(double());
-  else run(float());
+  });
   return dw;
 }
 

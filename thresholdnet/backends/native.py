@@ -94,25 +94,12 @@ class Verbs:
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
         backend may write those that it returns.
         """
-        padding = weight.shape[2] // 2
-        if isinstance(weight, Packed):
-            z = _in_library(self._gathered(sources, affine, activation), weight.tensor, bias, activation, padding)
-            return z, self.moments(z) if statistics else None
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        if csrc.convolves(sources[0], weight):
+        if not isinstance(weight, Packed):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if not isinstance(weight, Packed) and csrc.convolves(sources[0], weight):
             z = csrc.linked_conv2d(sources, weight, affine, bias, activation)
-            return z, self.moments(z) if statistics else None
-        read = self._gathered(sources, affine, activation)
-        if taps.takes(read, weight.shape[2]):
-            z = taps.conv(read, weight)
-            if bias is not None:
-                z = _activated(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
-        elif bias is None:
-            z = F.conv2d(read, weight, padding=padding)
-        elif _activates_in_library(read):
-            z = _in_library(read, weight, bias, activation, padding)
         else:
-            z = _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
+            z = _convolved(self._gathered(sources, affine, activation), weight, bias, activation)
         return z, self.moments(z) if statistics else None
 
     def way(self, layer: int, weight: Tensor) -> str:
@@ -344,6 +331,21 @@ class Verbs:
         assert self.plan is not None
         count = self.plan.num_layers
         return list(saved[:count]), saved[count:]
+
+
+def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activation: str) -> Tensor:
+    """The convolution of one tensor with a weight, packed or in channels_last order; with a bias it activates."""
+    padding = weight.shape[2] // 2
+    if isinstance(weight, Packed):
+        return _in_library(read, weight.tensor, bias, activation, padding)
+    if taps.takes(read, weight.shape[2]):
+        z = taps.conv(read, weight)
+        return z if bias is None else _activated(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
+    if bias is None:
+        return F.conv2d(read, weight, padding=padding)
+    if _activates_in_library(read):
+        return _in_library(read, weight, bias, activation, padding)
+    return _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
 
 
 def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
