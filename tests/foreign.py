@@ -215,3 +215,77 @@ class Encoder(nn.Module):
         skip = self.stem(x)
         low = F.interpolate(self.down(F.avg_pool2d(skip, 2)), size=skip.shape[2:])
         return self.head(self.up(torch.cat([low, skip], 1)))
+
+
+class NewFirst(nn.Module):
+    """A dense layer in pytorch-cifar's manner: activations are functions, and what it made stands in front."""
+
+    def __init__(self, read, k, inner=4):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(read)
+        self.conv1 = nn.Conv2d(read, inner * k, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner * k)
+        self.conv2 = nn.Conv2d(inner * k, k, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        made = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return torch.cat([made, x], 1)
+
+
+class InOneRow(nn.Module):
+    """A dense layer in pytorch-cifar100's manner: all of it in one Sequential; with MONAI's dropout at the end."""
+
+    def __init__(self, read, k, drop=0.0):
+        super().__init__()
+        first = nn.BatchNorm2d(read), nn.ReLU(inplace=True), nn.Conv2d(read, 4 * k, 1, bias=False)
+        second = nn.BatchNorm2d(4 * k), nn.ReLU(inplace=True), nn.Conv2d(4 * k, k, 3, padding=1, bias=False)
+        self.bottle_neck = nn.Sequential(*first, *second, *([nn.Dropout(drop)] if drop else []))
+
+    def forward(self, x):
+        return torch.cat([x, self.bottle_neck(x)], 1)
+
+
+class DropsByRate(nn.Module):
+    """A dense layer in densenet-pytorch's manner: one activation for both places, and a rate of its own name."""
+
+    def __init__(self, read, k, droprate=0.0):
+        super().__init__()
+        self.bn1, self.bn2, self.relu = nn.BatchNorm2d(read), nn.BatchNorm2d(2 * k), nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(read, 2 * k, 1, bias=False)
+        self.conv2 = nn.Conv2d(2 * k, k, 3, padding=1, bias=False)
+        self.droprate = droprate
+
+    def forward(self, x):
+        made = self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+        if self.droprate > 0:
+            made = F.dropout(made, p=self.droprate, training=self.training)
+        return torch.cat([x, made], 1)
+
+
+def dense_row(layer, read, k, depth, **options):
+    """A Sequential of layers that each join what they read and what they made."""
+    return nn.Sequential(*(layer(read + i * k, k, **options) for i in range(depth)))
+
+
+class PowersOfTwoBack(nn.Module):
+    """A sparse block whose links are nowhere but in its forward; Conv-BN-ReLU6, or bottlenecks."""
+
+    def __init__(self, read, k, depth, bottleneck=True):
+        super().__init__()
+        widths = [read, *[k] * depth]
+        self.units = nn.ModuleList()
+        for i in range(1, depth + 1):
+            wide = sum(widths[s] for s in self.sources(i))
+            self.units.append(NewFirst(wide, k, 2) if bottleneck else ConvLayer(wide, k))
+        self.bottleneck = bottleneck
+
+    @staticmethod
+    def sources(i):
+        return [i - 2**e for e in range(i.bit_length()) if i >= 2**e]
+
+    def forward(self, x):
+        made = [x]
+        for i, unit in enumerate(self.units, start=1):
+            y = torch.cat(tuple(made[s] for s in self.sources(i)), dim=-3)
+            made.append(unit.conv2(unit.bn2(unit.conv1(unit.bn1(y).relu())).relu_()) if self.bottleneck else unit(y))
+        return torch.cat([torch.cat(made[2:], 1), made[0]], 1)

@@ -398,7 +398,7 @@ def test_it_says_what_it_did_and_why_not():
     assert "GELU" in said["left gelu"]
     lines.clear()
     tn.convert(nn.Linear(2, 2), report=lines.append)
-    assert lines == ["nothing to fuse: no block of DenseNet, HarDNet or VoVNet was found"]
+    assert lines == ["nothing to fuse: no block of linked layers (DenseNet's, HarDNet's, VoVNet's) was found"]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

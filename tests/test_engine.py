@@ -1,6 +1,7 @@
 """The fused block against reference.py and against the plain modules: values, gradients, statistics, modes, limits."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -113,6 +114,15 @@ def test_inference_equals_the_reference(unit, activation, backend):
 def test_relu6_and_recompute(unit, activation, backend):
     block = _block(links.dense(4), unit, activation=activation)
     theirs, ours = _both(block, backend, 8 * torch.randn(2, 7, 5, 4, dtype=F64), recompute="bottleneck")
+    _assert_same(ours, theirs, F64)
+
+
+@pytest.mark.parametrize("width", [7, 16])  # of 16 channels the nodes' rows could be the output
+@pytest.mark.parametrize("unit", UNITS)
+def test_outputs_in_any_order(unit, width, backend):
+    block = _block(links.dense(3), unit, width=width, k=width)
+    block.plan = dataclasses.replace(block.plan, outputs=(2, 0, 3, 1))
+    theirs, ours = _both(block, backend, torch.randn(2, width, 5, 4, dtype=F64))
     _assert_same(ours, theirs, F64)
 
 

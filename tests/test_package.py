@@ -32,8 +32,8 @@ ORDER = [
     "checks", "constants", "packing", "ahead", "recording", "straight", "pooling", "together", "recorder", "overlap",
     "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine",
     "transition", "transforms", "ops", "functional", "layers", "linked", "blocks", "chain", "graphs", "models",
-    "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data", "loaders",
-    "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "dataflow", "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data",
+    "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

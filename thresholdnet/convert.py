@@ -1,25 +1,26 @@
 """Put fused blocks into models that were not made here, in place, with the weights and the state dict they have.
 
 A block keeps its own modules under their own names; only the way from its input to its output changes. Blocks are found
-by structure (`recognise.py`), then held against the original on random pixels before they take its place.
+by structure or by what they do (`recognise.py`), then held against the original on random pixels before they take its
+place.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chain import Chain
-from .layers import Unlike
+from .layers import Unlike, evaluating, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
-from .recognise import Found, recognise
+from .recognise import Found, by_rules, recognise
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference that the check lets pass, of the largest value; 0.1 in half formats, whose errors add up over a
@@ -90,8 +91,12 @@ class ConvertedBlock(LinkedBlock):
 
     def _fits(self) -> bool:
         block = self.original()
+        if self._found.forms:
+            whole = [m for m in block.modules() if not isinstance(m, nn.Conv2d | _BatchNorm)]
+            modes = {m.training for m in whole} if self.drop_rate else {self.training}
+            return forms_inside(block) == self._found.forms and modes == {self.training}
         try:
-            found = recognise(block)
+            found = by_rules(block)
         except Unlike:
             return False
         if found is None or replace(found, drop_rate=0.0) != replace(self._found, drop_rate=0.0):
@@ -133,7 +138,8 @@ def convert(
     """Fuse what can be fused in a model, in place: same weights, same state dict, same outputs and gradients.
 
     DenseNet blocks of torchvision and timm (any growth rate, depth, eps, drop_rate; memory_efficient is not needed any
-    more), HarDNet's blocks and VoVNet's become `ConvertedBlock`s; blocks of our own plain models are switched on. Plain
+    more), HarDNet's blocks and VoVNet's become `ConvertedBlock`s, and so do blocks of the same layers in any other
+    layout, which are run once to see what they do; blocks of our own plain models are switched on. Plain
     nn.Sequential containers around them become chains, whose transitions (BatchNorm - activation - convolution - pool)
     keep less for backward. Everything else stays as it is; `to_reference` undoes it all.
 
@@ -155,13 +161,16 @@ def convert(
         raise TypeError(f"model must not be TorchScript to be converted, got {type(model).__name__}")
     say = report or (lambda line: None)
     own = [module for module in model.modules() if isinstance(module, LinkedBlock) and not module.fused]
+    left: list[str] = []  # of which nothing inside needs a reason of its own
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LinkedBlock) or _inside_a_block(model, name):
             continue
         try:
             block = _replacement(module, backend, recompute)
         except Unlike as reason:
-            say(f"left {name or 'the model'}: {reason}")
+            if not any(name.startswith(f"{other}.") or not other for other in left):
+                say(f"left {name or 'the model'}: {reason}")
+            left.append(name)
             continue
         if block is not None:
             model = _put(model, name, block)
@@ -175,7 +184,7 @@ def convert(
             _turn(module, Chain)
             say(f"fused {name or 'the model'}: transitions between its blocks")
     if not running:
-        say("nothing to fuse: no block of DenseNet, HarDNet or VoVNet was found")
+        say("nothing to fuse: no block of linked layers (DenseNet's, HarDNet's, VoVNet's) was found")
     return model
 
 
@@ -245,7 +254,7 @@ def _check(original: nn.Module, block: ConvertedBlock) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, block.in_channels, 6, 5, generator=generator).to(weight)
-    with _evaluating(block), _evaluating(original):
+    with evaluating(block), evaluating(original):
         _compare(type(original).forward(original, x), block._fused_forward(x, "native", None))
     try:
         twin = _twin(original, generator)
@@ -303,15 +312,3 @@ def _twin(original: nn.Module, generator: torch.Generator) -> nn.Module:
             if name.endswith("_hooks"):
                 hooks.clear()
     return twin
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in module.modules()}
-    try:
-        for m in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode

@@ -6,6 +6,8 @@ calls no module, so it must ask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -15,7 +17,10 @@ ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 """Module class -> the engine's name of what it computes."""
 
 CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward")
-DROPOUT = ("training", "p", "drop_rate")
+DROPOUT = ("training", "p", "drop_rate", "droprate", "dropRate", "dropout", "dropout_rate", "dropout_prob")
+"""Attributes of layers that drop something: their mode, and how much, in nn.Dropout's and in other people's words."""
+
+_RATES = frozenset(DROPOUT[1:])
 
 
 class Unlike(Exception):
@@ -39,8 +44,8 @@ def convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
     return conv.out_channels
 
 
-def activation_behind(name: str, norm: Any, behind: nn.Module | None) -> str:
-    """The activation behind a BatchNorm: a module of its own, or one inside (timm's BatchNormAct2d)."""
+def batch_norm(name: str, norm: Any) -> None:
+    """Raise `Unlike` for what is no BatchNorm, or normalises in a way of its own."""
     if not isinstance(norm, _BatchNorm):
         raise Unlike(f"{name} must be a BatchNorm, got {type(norm).__name__}")
     inside = getattr(norm, "act", None)
@@ -50,6 +55,12 @@ def activation_behind(name: str, norm: Any, behind: nn.Module | None) -> str:
         )
     if not idle(getattr(norm, "drop", None)):
         raise Unlike(f"{name} has a drop layer inside")
+
+
+def activation_behind(name: str, norm: Any, behind: nn.Module | None) -> str:
+    """The activation behind a BatchNorm: a module of its own, or one inside (timm's BatchNormAct2d)."""
+    batch_norm(name, norm)
+    inside = getattr(norm, "act", None)
     act = behind if inside is None or idle(inside) else inside
     if type(act) not in ACTIVATION_NAMES or (act is inside and not idle(behind)):
         raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
@@ -103,6 +114,28 @@ def states_inside(module: nn.Module) -> list[Any] | None:
         states += id(each), type(each), own.get("forward")
         if "kernel_size" in own:
             states += own["_parameters"].get("bias") is None, *map(own.get, CONVOLUTION)
-        elif "p" in own or "drop_rate" in own:
+        elif not _RATES.isdisjoint(own):
             states += map(own.get, DROPOUT)
     return states
+
+
+def forms_inside(module: nn.Module) -> tuple[Any, ...]:
+    """Which modules of which forms stand where in a module: the same where others of these forms take their place."""
+    forms: list[Any] = []
+    for path, each in module.named_modules(remove_duplicate=False):
+        own = each.__dict__
+        forms.append((path, type(each), own.get("forward"), *(own.get(name) for name in (*CONVOLUTION, *DROPOUT[1:]))))
+    return tuple(forms)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module and all inside in eval mode, and then in the modes that they had."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        for m in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

@@ -47,7 +47,7 @@ class BlockPlan:
     Attributes:
         links: sources of every layer, in concatenation order.
         node_widths: channels of node 0 (the block's input) to node L.
-        outputs: nodes that the block returns, ascending.
+        outputs: nodes that the block returns, in this order; ascending where `plan_block` made them.
         unit: "conv_bn_relu" (Conv3x3-BN-ReLU) or "bottleneck" (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
         bottleneck_widths: channels between the two convolutions of each layer; empty for conv_bn_relu.
     """
@@ -86,7 +86,7 @@ class BlockPlan:
     @property
     def returns_features(self) -> bool:
         """Whether the output is all raw features, side by side: what backward of a bottleneck block reads."""
-        return self.unit == "bottleneck" and self.outputs == tuple(range(self.num_layers + 1))
+        return self.unit == "bottleneck" and len(self.outputs) == len(self.node_widths)
 
     @cached_property
     def link_widths(self) -> tuple[int, ...]:

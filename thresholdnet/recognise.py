@@ -5,21 +5,37 @@ raises `Unlike` with the reason where it is but computes something that the engi
 what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out; HarDNet's blocks as in
 Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet, and ThreshNet's dense layers, which stand alone; VoVNet's
 one-shot aggregation as in timm and vovnet-detectron2.
+
+What no rule knows is run once, and recognised by what it did (`dataflow.py`): blocks of linked layers in all other
+layouts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links
-from .layers import Unlike, activation_behind, convolution, idle
+from .dataflow import Flow, flow_of
+from .layers import (
+    ACTIVATION_NAMES,
+    Unlike,
+    activation_behind,
+    batch_norm,
+    convolution,
+    evaluating,
+    forms_inside,
+    hooked,
+    idle,
+)
 from .links import Links
-from .plan import BlockPlan
+from .plan import UNITS, BlockPlan
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
 
@@ -37,6 +53,7 @@ class Found:
         tail: path of a 1x1 convolution over the block's output, "" for none.
         behind: paths of the modules that run after it, in order.
         residual: whether the block's input is added at the end.
+        forms: see `layers.forms_inside`, of a block that was recognised by what it did; empty for others.
     """
 
     kind: str
@@ -47,14 +64,20 @@ class Found:
     tail: str = ""
     behind: tuple[str, ...] = ()
     residual: bool = False
+    forms: tuple[Any, ...] = ()
 
 
 def recognise(block: nn.Module) -> Found | None:
-    """What the block is; None where no rule knows it.
+    """What the block is; None where it is nothing known.
 
     Raises:
-        Unlike: a rule knows it, but the engine has no form for it; the message is the reason.
+        Unlike: it is, but the engine has no form for it; the message is the reason.
     """
+    return by_rules(block) or by_running(block)
+
+
+def by_rules(block: nn.Module) -> Found | None:
+    """The same by the rules alone, which run nothing."""
     if isinstance(block, torch.jit.ScriptModule):  # its modules are run by its own code
         return None
     if type(block).forward is nn.Module.forward:  # nn.ModuleList's and nn.ModuleDict's: they run nothing
@@ -144,9 +167,74 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     )  # fmt: skip
 
 
+def by_running(block: nn.Module) -> Found | None:
+    """A block of linked layers in any layout, by what it does with a few pixels in eval mode.
+
+    It must hold convolutions, BatchNorms, activations and dropouts alone, which nobody waits for with hooks, and take
+    nothing but the pixels.
+    """
+    inside = [*block.modules()]
+    parts = [module for module in inside if not module._modules]
+    if isinstance(block, torch.jit.ScriptModule) or not all(isinstance(part, _PARTS) for part in parts):
+        return None
+    if [each.kind for each in signature(block.forward).parameters.values()] != [Parameter.POSITIONAL_OR_KEYWORD]:
+        return None
+    convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
+    if not convolutions or any(map(hooked, inside[1:])):
+        return None
+    first = next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm))
+    read = first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
+    with evaluating(block):
+        flow = flow_of(block, convolutions[0].weight.detach().new_zeros(2, read, 6, 5))
+    if flow is None or not flow.layers:
+        return None
+    return _linked(block, read, flow)
+
+
+def _linked(block: nn.Module, read: int, flow: Flow) -> Found:
+    """The block of which this is the flow."""
+    if patched := [name for name, module in block.named_modules() if "forward" in vars(module)]:
+        raise Unlike(f"{patched[0] or 'it'} has had its forward replaced")
+    unit = _the("order of convolution, BatchNorm and activation", {layer.unit for layer in flow.layers})
+    if unit not in UNITS:
+        raise Unlike("its layers are a BatchNorm, an activation and one convolution, which the engine has no form for")
+    paths = [path for layer in flow.layers for path in layer.modules]
+    if len({*paths}) < len(paths):
+        raise Unlike("a module runs in it more than once")
+    nodes, inner = [read], []
+    for layer in flow.layers:
+        modules = {path: block.get_submodule(path) for path in layer.modules}
+        channels = sum(nodes[node] for node in layer.sources)
+        for path, module in modules.items():
+            if isinstance(module, _BatchNorm):
+                batch_norm(path, module)
+        convolutions = [(path, module) for path, module in modules.items() if isinstance(module, nn.Conv2d)]
+        for path, conv in convolutions[:-1]:
+            channels = convolution(path, conv, 1, channels)
+            inner.append(channels)
+        nodes.append(convolution(*convolutions[-1], 3, channels))
+    try:
+        pattern = Links([layer.sources for layer in flow.layers])
+    except ValueError as error:
+        raise Unlike(str(error)) from error
+    if len({*flow.outputs}) < len(flow.outputs):
+        raise Unlike("it joins a layer's output twice")
+    return Found(
+        "dense block" if pattern == links.dense(len(pattern)) else "linked block",
+        BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)),
+        tuple(layer.modules for layer in flow.layers),
+        _the("activation", {name for layer in flow.layers for name in layer.activations}),
+        _the("drop_rate", {layer.drop_rate for layer in flow.layers}),
+        forms=forms_inside(block),
+    )
+
+
 RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
     dense_block, dense_layer, harmonic_block, one_shot_aggregation,
 )  # fmt: skip
+
+_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Identity, *ACTIVATION_NAMES)
+"""Modules without others inside that a block of linked layers may hold."""
 
 
 def _has(block: nn.Module, *names: str) -> bool:

@@ -320,7 +320,8 @@ class Verbs:
     def nodes_of(self, output: Tensor) -> list[Tensor]:
         """The raw features in the output of a block that returns all of them."""
         assert self.plan is not None
-        return list(output.split(self.plan.node_widths, dim=1))
+        parts = output.split(self.plan.output_widths, dim=1)
+        return [parts[self.plan.outputs.index(node)] for node in range(len(parts))]
 
     def keep(self, kind: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What an operator returns of layers 1..L's tensors of one kind, for backward."""

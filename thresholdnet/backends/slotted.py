@@ -273,8 +273,9 @@ def readers_at_once(plan: BlockPlan) -> int:
 
 
 def output_holds_features(plan: BlockPlan) -> bool:
-    """Whether the rows of all nodes are the output itself: no slot is padded, and no row."""
-    return plan.returns_features and row_of(plan.node_widths) == plan.out_channels
+    """Whether the rows of all nodes are the output itself: no slot is padded, and no row, and each in its place."""
+    ascending = plan.outputs == tuple(range(len(plan.node_widths)))
+    return plan.returns_features and ascending and row_of(plan.node_widths) == plan.out_channels
 
 
 def needs_input(plan: BlockPlan) -> bool:

@@ -1,0 +1,264 @@
+"""Blocks in layouts that no rule knows, recognised by what they do: the same results, and what must be left alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from foreign import Aggregation, DropsByRate, HarDBlock, InOneRow, NewFirst, PowersOfTwoBack, dense_row
+from test_convert import assert_equal_in_all, blocks, kept_bytes, quiet, randomise
+from torch import nn
+
+import thresholdnet as tn
+from thresholdnet.dataflow import flow_of
+from thresholdnet.layers import Unlike
+from thresholdnet.links import dense, harmonic
+from thresholdnet.recognise import by_rules, by_running
+
+F64 = torch.float64
+
+FOREIGN = {
+    "new first": lambda: dense_row(NewFirst, 12, 5, 4),
+    "in one row": lambda: dense_row(InOneRow, 12, 5, 4),
+    "one activation": lambda: dense_row(DropsByRate, 12, 5, 4),
+    "sparse bottlenecks": lambda: PowersOfTwoBack(12, 5, 6),
+    "sparse layers": lambda: PowersOfTwoBack(12, 5, 6, bottleneck=False),
+    "one layer": lambda: NewFirst(12, 5),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_layout_that_no_rule_knows(name):
+    torch.manual_seed(0)
+    original = nn.Sequential(FOREIGN[name](), nn.AvgPool2d(2))
+    assert by_rules(original[0]) is None
+    original = randomise(original).double()
+    converted = quiet(copy.deepcopy(original))
+    assert len(blocks(converted)) == 1 and type(converted[0].original()) is type(original[0])
+    assert_equal_in_all(converted, original, torch.randn(3, 12, 6, 7, dtype=F64))
+    twin = pickle.loads(pickle.dumps(converted))
+    x = torch.randn(1, 12, 6, 7, dtype=F64)
+    assert torch.equal(twin.eval()(x), converted.eval()(x)) and twin[0].backend == "native"
+
+
+def test_links_and_outputs_are_those_of_the_forward():
+    block = quiet(dense_row(NewFirst, 12, 5, 3))
+    assert block.links == ((0,), (1, 0), (2, 1, 0)) and block.plan.outputs == (3, 2, 1, 0)
+    block = quiet(dense_row(InOneRow, 12, 5, 3))
+    assert block.links == dense(3) and block.plan.outputs == (0, 1, 2, 3) and block.plan.bottleneck_widths == (20,) * 3
+    block = quiet(PowersOfTwoBack(12, 5, 6, bottleneck=False))
+    assert block.links == tuple(tuple(PowersOfTwoBack.sources(i)) for i in range(1, 7))
+    assert block.plan.outputs == (2, 3, 4, 5, 6, 0) and block.activation == "relu6"
+
+
+def test_running_finds_what_the_rules_find():
+    """The two ways are held against each other."""
+    for module in (
+        torchvision.models.DenseNet(8, (4,), 12, drop_rate=0.25).features.denseblock1,
+        HarDBlock(12, 8, 1.6, 8),
+        HarDBlock(12, 8, 1.6, 8, keep_base=True),
+    ):
+        by_name, by_flow = by_rules(module), by_running(module)
+        assert (by_name.plan, by_name.units, by_name.activation) == (by_flow.plan, by_flow.units, by_flow.activation)
+        assert by_name.drop_rate == by_flow.drop_rate
+    assert by_running(HarDBlock(12, 8, 1.6, 8)).plan.links == harmonic(8)
+    assert by_running(Aggregation(12, 8, 12, 5, True)) is None  # its end is no join
+
+
+def test_memory_is_that_of_a_block():
+    """One block keeps each feature once, whichever end it grows at; layer by layer each join would be kept."""
+    x = torch.randn(2, 24, 28, 28).contiguous(memory_format=torch.channels_last)
+    for layer in (NewFirst, InOneRow):
+        original = dense_row(layer, 24, 12, 12)
+        whole = kept_bytes(quiet(copy.deepcopy(original)), x) / kept_bytes(original, x)
+        each = nn.Sequential(*(quiet(copy.deepcopy(child)) for child in original))
+        assert whole < 0.3 < kept_bytes(each, x) / kept_bytes(original, x)
+
+
+@pytest.mark.parametrize("layer", [InOneRow, DropsByRate])
+def test_dropout(layer):
+    block = quiet(dense_row(layer, 12, 5, 3, **{"drop" if layer is InOneRow else "droprate": 0.5})).train()
+    assert block.drop_rate == 0.5
+    features = block(torch.randn(4, 12, 6, 6))[:, 12:]
+    assert block.backend == "native" and 0.3 < (features == 0).float().mean() < 0.7
+    block.eval()
+    assert (block(torch.randn(4, 12, 6, 6)) != 0).float().mean() > 0.9 and block.backend == "native"
+
+
+def test_a_rate_that_changes_is_seen():
+    block = quiet(dense_row(DropsByRate, 12, 5, 3)).train()
+    x = torch.randn(4, 12, 6, 6)
+    block(x)
+    assert block.backend == "native"
+    for layer in block.children():
+        layer.droprate = 0.5
+    assert (block(x) == 0).float().mean() > 0.2 and block.backend == "reference"
+    assert quiet(block.original()).drop_rate == 0.5  # converted anew
+
+
+def test_what_changes_later_runs_as_it_is():
+    x = torch.randn(2, 12, 6, 6)
+    for change in (
+        lambda block: setattr(block[1], "conv2", nn.Conv2d(20, 5, 3, padding=2, dilation=2, bias=False)),
+        lambda block: setattr(block[1], "bn2", nn.Identity()),
+        lambda block: block[1].bn1.register_forward_hook(lambda *_: None),
+        lambda block: setattr(block[1], "forward", lambda y: torch.cat([y[:, :5] * 0, y], 1)),
+    ):
+        block = quiet(dense_row(NewFirst, 12, 5, 3)).eval()
+        before = block(x)
+        assert block.backend == "native"
+        change(block)
+        after = block(x)
+        assert block.backend == "reference"
+        torch.testing.assert_close(after, block.original()(x))
+        assert after.shape == before.shape
+    block = quiet(dense_row(NewFirst, 12, 5, 3)).eval()
+    block[1].conv2 = nn.Conv2d(20, 5, 3, padding=1, bias=False)  # of the same form
+    after = block(x)
+    assert block.backend == "native"
+    torch.testing.assert_close(after, block.original()(x))
+
+
+class Gate(nn.Module):
+    """A dense layer that scales what it made by its mean, as squeeze-and-excitation does."""
+
+    def __init__(self):
+        super().__init__()
+        self.row = InOneRow(12, 5).bottle_neck
+
+    def forward(self, x):
+        made = self.row(x)
+        return torch.cat([x, made * made.mean((2, 3), keepdim=True).sigmoid()], 1)
+
+
+class Twice(nn.Module):
+    """One layer's modules in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        first = F.relu(self.bn(self.conv(x)))
+        return torch.cat([first, F.relu(self.bn(self.conv(first)))], 1)
+
+
+class Joined(nn.Module):
+    """Conv-BN-ReLU behind a join along another dimension, or of a slice."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.conv, self.bn, self.of = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), of
+        self.second, self.norm = nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        first = F.relu(self.bn(self.conv(x)))
+        if self.of == "rows":
+            return torch.cat([first, F.relu(self.bn(self.conv(first)))], 2)
+        if self.of == "slice":
+            return torch.cat([first[:, :4], x], 1)
+        if self.of == "in place":
+            read = torch.cat([first, x], 1)
+            made = F.relu(self.norm(self.second(read)))
+            return torch.cat([first.mul_(2), made], 1)
+        if self.of == "leaky":
+            return torch.cat([x, F.leaky_relu(self.bn(self.conv(x)), 0.1)], 1)
+        return torch.cat([x, F.hardtanh(self.bn(self.conv(x)), -1, 6)], 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Gate, Twice, *(lambda of=of: Joined(of) for of in ("rows", "slice", "in place", "leaky", "clamped")),
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        lambda: torchvision.models.resnet18().layer1,
+        lambda: torchvision.models.googlenet(init_weights=False).inception3a,
+    ],
+)  # fmt: skip
+def test_what_does_something_else_is_left(make):
+    torch.manual_seed(0)
+    original = randomise(nn.ModuleList([make()])).double().eval()[0]
+    converted = quiet(copy.deepcopy(original))
+    assert not blocks(converted)
+    first = next(module for module in original.modules() if isinstance(module, nn.Conv2d))
+    x = torch.randn(2, first.in_channels, 6, 6, dtype=F64)
+    assert torch.equal(converted(x), original(x))
+
+
+def test_why_a_block_was_left_is_said_once():
+    strided = dense_row(InOneRow, 12, 5, 3)
+    strided[1].bottle_neck[5] = nn.Conv2d(20, 5, 3, padding=2, dilation=2, bias=False)
+    model, lines = nn.Sequential(Twice(), nn.Sequential(strided)), []
+    tn.convert(model, report=lines.append)
+    assert lines[0] == "left 0: a module runs in it more than once"
+    assert lines[1] == "left 1: 0.1.bottle_neck.5 must be a 3x3 convolution of stride 1, padding 1, one group, no bias"
+    assert lines[2:] == [f"fused 1.0.{i}: dense block, 1 layers, 1 links" for i in (0, 2)] + [
+        "fused 1.0: transitions between its blocks"
+    ]
+
+
+def test_running_a_module_changes_nothing():
+    """It runs once, in eval mode, without gradients, and whatever it raises is its own affair."""
+    seen = []
+
+    class Watched(InOneRow):
+        def forward(self, x):
+            seen.append((self.training, torch.is_grad_enabled(), x.shape[1]))
+            return super().forward(x)
+
+    block = nn.Sequential(Watched(12, 5), Watched(17, 5)).train()
+    state = copy.deepcopy(block.state_dict())
+    assert by_running(block).plan.links == dense(2)
+    assert seen == [(False, False, 12), (False, False, 17)]
+    assert all(module.training for module in block.modules())
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), block.state_dict().values(), strict=True))
+
+    class Two(InOneRow):
+        def forward(self, x, other):
+            return super().forward(x + other)
+
+    class Perhaps(InOneRow):
+        def forward(self, x, other=None):
+            return super().forward(x if other is None else x + other)
+
+    assert by_running(Two(12, 5)) is None and by_running(Perhaps(12, 5)) is None  # who calls it may give it more
+    hooked = dense_row(InOneRow, 12, 5, 2)
+    hooked[0].bottle_neck.register_forward_hook(lambda *_: pytest.fail("ran"))
+    assert by_running(hooked) is None
+    assert by_running(nn.Linear(3, 3)) is None and by_running(nn.Sequential()) is None
+    patched = dense_row(InOneRow, 12, 5, 2)
+    patched[0].forward = patched[0].forward
+    with pytest.raises(Unlike, match="0 has had its forward replaced"):
+        by_running(patched)
+
+
+def test_meta_and_half_weights():
+    with torch.device("meta"):
+        assert by_running(dense_row(NewFirst, 12, 5, 3)).plan.outputs == (3, 2, 1, 0)
+    assert by_running(dense_row(NewFirst, 12, 5, 3).bfloat16()).plan.outputs == (3, 2, 1, 0)
+
+
+def test_a_flow():
+    """Steps between the layers' own are none of a block's, and an input that is read by nobody is no layer."""
+    block = PowersOfTwoBack(12, 5, 3).eval()
+    flow = flow_of(block, torch.randn(1, 12, 4, 4))
+    assert [layer.modules for layer in flow.layers] == [
+        tuple(f"units.{i}.{name}" for name in ("bn1", "conv1", "bn2", "conv2")) for i in range(3)
+    ]
+    assert [layer.unit for layer in flow.layers] == ["bottleneck"] * 3 and flow.outputs == (2, 3, 0)
+    assert flow_of(nn.Identity(), torch.randn(1, 12, 4, 4)) is None
+
+
+def test_compiled_exported_and_moved():
+    model = quiet(randomise(nn.Sequential(dense_row(NewFirst, 12, 5, 3), nn.ReLU()))).eval()
+    x = torch.randn(2, 12, 6, 6)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tn.prepack(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
+    assert model.double()(x.double()).dtype == F64 and model[0].backend == "native"
+    assert not blocks(tn.to_reference(model))

@@ -1,0 +1,218 @@
+"""What a module computes, written down while it runs once: convolutions, BatchNorms, activations and what they read.
+
+The layers and links of a block are read off that, whatever its classes and attributes are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+CONV, NORM, ACT, DROP, JOIN, INPUT, OTHER = "conv", "norm", "act", "drop", "join", "input", "other"
+
+BEHIND = (ACT, NORM, CONV)
+"""A layer of Conv - BN - act, last step first."""
+
+BEFORE = (CONV, ACT, NORM, CONV, ACT, NORM)
+"""A bottleneck layer likewise, whose inner convolution is 1x1; a layer of BN - act - Conv is its first half."""
+
+
+class Step(NamedTuple):
+    """One operation.
+
+    Attributes:
+        kind: one of the names above; OTHER is what no block of linked layers does.
+        reads: numbers of the steps whose results it reads.
+        what: path of a convolution's or a BatchNorm's module, an activation's name, a dropout's rate.
+        kernel: a convolution's.
+    """
+
+    kind: str
+    reads: tuple[int, ...] = ()
+    what: Any = None
+    kernel: tuple[int, ...] = ()
+
+
+class Layer(NamedTuple):
+    """One layer of a block.
+
+    Attributes:
+        unit: as in `BlockPlan`, or "bn_relu_conv".
+        modules: paths of its BatchNorms and convolutions, in forward order.
+        activations: names.
+        sources: nodes that it reads, in concatenation order; 0 is the block's input.
+        drop_rate: of its output.
+    """
+
+    unit: str
+    modules: tuple[str, ...]
+    activations: frozenset[str]
+    sources: tuple[int, ...]
+    drop_rate: float
+
+
+class Flow(NamedTuple):
+    """A block: its layers, in the order in which they ran, and the nodes that it joins in the end, in that order."""
+
+    layers: tuple[Layer, ...]
+    outputs: tuple[int, ...]
+
+
+@torch.no_grad()
+def flow_of(module: nn.Module, x: Tensor) -> Flow | None:
+    """The layers of a module that joins what they made; None for one that does anything else with x.
+
+    The module runs once, in the mode in which it is: in eval mode its statistics stay.
+    """
+    watch = _Watch(module, x)
+    try:
+        with watch:
+            result = module(x)
+    except Exception:  # it may want something else than one batch of pixels
+        return None
+    return _flow(watch.steps, watch.number(result))
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what torch's functions do with x and with what was made of it."""
+
+    def __init__(self, module: nn.Module, x: Tensor):
+        super().__init__()
+        self.steps = [Step(OTHER), Step(INPUT)]  # the first stands for what comes from elsewhere
+        self._numbers = {id(x): 1}
+        self._alive = [x]  # no other tensor takes the id of one of these
+        self._paths = {
+            id(tensor): path
+            for path, each in module.named_modules()
+            for tensor in (*each.parameters(recurse=False), *each.buffers(recurse=False))
+        }
+
+    def number(self, value: Any) -> int:
+        """Of the step that made a value."""
+        return self._numbers.get(id(value), 0)
+
+    def path(self, *tensors: Any) -> str | None:
+        """The path of the module whose parameter or buffer is the first of these tensors that is there."""
+        return next((self._paths.get(id(tensor)) for tensor in tensors if tensor is not None), None)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        step = _KNOWN[function](self, *args, **options) if function in _KNOWN else None  # before it writes in place
+        result = function(*args, **options)
+        for made in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(made, Tensor):
+                self._numbers[id(made)] = len(self.steps)
+                self._alive.append(made)
+                self.steps.append(step if step is not None and made is result else Step(OTHER))
+        return result
+
+
+# The step of each function, which is given what torch's own is.
+
+
+def _conv(watch: _Watch, input: Any, weight: Any, *_: Any, **__: Any) -> Step | None:
+    path = watch.path(weight)
+    return None if path is None else Step(CONV, (watch.number(input),), path, tuple(weight.shape[2:]))
+
+
+def _norm(
+    watch: _Watch, input: Any, running_mean: Any, running_var: Any, weight: Any = None, *_: Any, **__: Any
+) -> Step | None:
+    path = watch.path(running_mean, weight)
+    return None if path is None else Step(NORM, (watch.number(input),), path)
+
+
+def _relu(watch: _Watch, input: Any, *_: Any, **__: Any) -> Step:
+    return Step(ACT, (watch.number(input),), "relu")
+
+
+def _relu6(watch: _Watch, input: Any, *_: Any, **__: Any) -> Step:
+    return Step(ACT, (watch.number(input),), "relu6")
+
+
+def _hardtanh(watch: _Watch, input: Any, min_val: float = -1, max_val: float = 1, *_: Any, **__: Any) -> Step | None:
+    return _relu6(watch, input) if (min_val, max_val) == (0, 6) else None
+
+
+def _dropout(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> Step:
+    return Step(DROP, (watch.number(input),), float(p))
+
+
+def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
+    return Step(JOIN, tuple(map(watch.number, tensors))) if dim in (1, -3) else None
+
+
+_KNOWN: dict[Any, Callable[..., Step | None]] = {
+    F.conv2d: _conv, F.batch_norm: _norm, F.dropout: _dropout, F.relu6: _relu6, F.hardtanh: _hardtanh,
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
+}  # fmt: skip
+
+
+def _flow(steps: Sequence[Step], last: int) -> Flow | None:
+    """What the step `last` is made of, which must be a join."""
+    if steps[last].kind != JOIN:
+        return None
+    joined = [*_joined(steps, last)]
+    found: dict[int, tuple[list[Step], list[int], float]] = {}
+    waiting = list(joined)
+    while waiting:
+        number = waiting.pop()
+        if number in found or steps[number].kind == INPUT:
+            continue
+        layer = _layer(steps, number)
+        if layer is None:
+            return None
+        found[number] = layer
+        waiting += layer[1]
+    order = sorted(found)  # as they ran
+    nodes = {1: 0, **{number: node for node, number in enumerate(order, start=1)}}
+    layers = [
+        Layer(
+            unit=_unit(chain),
+            modules=tuple(step.what for step in reversed(chain) if step.kind != ACT),
+            activations=frozenset(step.what for step in chain if step.kind == ACT),
+            sources=tuple(nodes[source] for source in sources),
+            drop_rate=drop_rate,
+        )
+        for chain, sources, drop_rate in map(found.__getitem__, order)
+    ]
+    return Flow(tuple(layers), tuple(nodes[number] for number in joined))
+
+
+def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], float] | None:
+    """The steps of the layer that ends in this one, last one first; what it reads; the rate of its dropout."""
+    drop_rate = 0.0
+    if steps[number].kind == DROP:
+        drop_rate, (number,) = steps[number].what, steps[number].reads
+    pattern = BEHIND if steps[number].kind == ACT else BEFORE
+    chain: list[Step] = []
+    for kind in pattern:
+        while steps[number].kind == DROP and not steps[number].what:  # which drops nothing
+            (number,) = steps[number].reads
+        step = steps[number]
+        if step.kind != kind or (len(chain) == 3 and step.kernel != (1, 1)):
+            break
+        chain.append(step)
+        (number,) = step.reads
+    return (chain, [*_joined(steps, number)], drop_rate) if len(chain) in (3, 6) else None
+
+
+def _unit(chain: Sequence[Step]) -> str:
+    if len(chain) == len(BEFORE):
+        return "bottleneck"
+    return "conv_bn_relu" if chain[0].kind == ACT else "bn_relu_conv"
+
+
+def _joined(steps: Sequence[Step], number: int) -> Iterator[int]:
+    """The steps whose results lie side by side in that of this one."""
+    if steps[number].kind == JOIN:
+        for part in steps[number].reads:
+            yield from _joined(steps, part)
+    else:
+        yield number
