@@ -22,7 +22,7 @@ PATTERNS = {
     "custom": ((0,), (0,), (2, 0), (1, 3)),
     "one layer": links.dense(1),
 }
-UNITS = ("conv_bn_relu", "bottleneck")
+UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 F64 = torch.float64
 
 

@@ -17,7 +17,7 @@ import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links, packing
 from thresholdnet.backends import csrc, native, winograd
 
-UNITS = ("conv_bn_relu", "bottleneck")
+UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 
 
 def _block(unit="conv_bn_relu", width=16, activation="relu", **options):

@@ -29,7 +29,7 @@ PATTERNS = {
     "harmonic": links.harmonic(8), "dense": links.dense(4), "threshold": links.threshold_ab(7, 3),
     "a dead end": ((0,), (0, 1), (0, 1), (1, 3)), "one layer": links.dense(1),
 }  # fmt: skip
-UNITS = ("conv_bn_relu", "bottleneck")
+UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 
 
 @pytest.fixture

@@ -167,10 +167,10 @@ class Columns:
         return torch.cat([vector, vector.new_zeros(*vector.shape[:-1], 1)], -1).index_select(-1, self.places())
 
     def weight(self, weight: Tensor) -> Tensor:
-        """[O, channels of the layer, 1, 1] -> [O, channels of the nodes, 1, 1]."""
+        """[O, channels of the layer, k, k] -> [O, channels of the nodes, k, k]."""
         if self.start is not None:
             return weight.narrow(1, self.start, self.length)
-        return torch.cat([weight, weight.new_zeros(weight.shape[0], 1, 1, 1)], dim=1).index_select(1, self.places())
+        return torch.cat([weight, torch.zeros_like(weight[:, :1])], dim=1).index_select(1, self.places())
 
     def norm(self, norm: Norm) -> Norm:
         """A BatchNorm over the layer's channels -> over the nodes'."""

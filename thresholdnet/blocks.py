@@ -45,6 +45,29 @@ class ConvBNAct(nn.Sequential):
         self.act = ACTIVATIONS[activation](inplace=True)
 
 
+class BNActConv(nn.Sequential):
+    """BN - act - Conv3x3 [- dropout], no bias: the `bn_relu_conv` unit, DenseNet's pre-activation layer.
+
+    Args as in `ConvBNAct`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        activation: str = "relu",
+        norm: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
+        self.act = ACTIVATIONS[activation](inplace=True)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False, **factory)
+        if drop_rate:
+            self.drop = nn.Dropout(drop_rate)
+
+
 class Bottleneck(nn.Sequential):
     """BN - act - Conv1x1 - BN - act - Conv3x3 [- dropout], no biases: DenseNet-BC's pre-activation layer.
 
@@ -87,7 +110,7 @@ class ThresholdBlock(LinkedBlock):
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
         activation: "relu" or "relu6".
         norm_eps, norm_momentum: as in nn.BatchNorm2d.
-        drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; bottleneck units alone.
+        drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; not of conv_bn_relu.
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             gradients of gradients raise. While a module inside has hooks, or has become another, the block runs in
             plain torch.
@@ -101,7 +124,8 @@ class ThresholdBlock(LinkedBlock):
     x's own memory format.
 
     Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
-    (bottleneck: BN, 1x1 convolution, BN, 3x3 convolution); input channels lie in link order.
+    (bn_relu_conv: BN, convolution; bottleneck: BN, 1x1 convolution, BN, 3x3 convolution); input channels lie in link
+    order.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; an input of wrong rank, width or dtype.
@@ -148,7 +172,7 @@ class ThresholdBlock(LinkedBlock):
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
         norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
         self.drop_rate = number("drop_rate", drop_rate, 0, 1)
-        if self.drop_rate and unit != "bottleneck":
+        if self.drop_rate and not self.plan.pre_activation:
             raise ValueError(f"drop_rate must be 0 for unit {unit!r}, got {drop_rate!r}")
         self.layers = nn.ModuleList(
             self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
@@ -163,6 +187,8 @@ class ThresholdBlock(LinkedBlock):
         if plan.unit == "bottleneck":
             inner = plan.bottleneck_widths[index]
             return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
+        if plan.unit == "bn_relu_conv":
+            return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
         return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
@@ -180,14 +206,16 @@ class ThresholdBlock(LinkedBlock):
         """Raise `Unlike`, or AttributeError, unless a layer is as `_layer` made it."""
         plan = self.plan
         read, width = plan.link_widths[index], plan.widths[index]
+        drops = ["drop"] if self.drop_rate else []
         if plan.unit == "bottleneck":
-            names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *(["drop"] if self.drop_rate else [])]
+            names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *drops]
             inner = convolution("conv1", layer.conv1, 1, read)
             found = convolution("conv2", layer.conv2, 3, inner)
             same = inner == plan.bottleneck_widths[index]
             behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
         else:
-            names, found, same = ["conv", "norm", "act"], convolution("conv", layer.conv, 3, read), True
+            names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
+            found, same = convolution("conv", layer.conv, 3, read), True
             behind = [activation_behind("norm", layer.norm, layer.act)]
         alike = {*behind} == {self.activation} and found == width and same and [*layer._modules] == names
         drop = (layer.drop.p, layer.drop.training) if "drop" in names else (self.drop_rate, self.training)

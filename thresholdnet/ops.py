@@ -93,8 +93,8 @@ def _(
 
     norms: list[int] = []
     for i, width in enumerate(structure.widths if spec.reports else ()):
-        bottleneck = structure.unit == "bottleneck"
-        norms += [structure.link_widths[i], structure.bottleneck_widths[i]] if bottleneck else [width]
+        norms.append(structure.link_widths[i] if structure.pre_activation else width)
+        norms += structure.bottleneck_widths[i : i + 1]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]
     tail = len(parameters) > engine.parameters_a_layer(structure) * structure.num_layers
     channels = parameters[-1].shape[0] if tail else structure.out_channels

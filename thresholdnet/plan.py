@@ -15,7 +15,7 @@ from . import links as link_patterns
 from .checks import integer, number, one_of
 from .links import Links
 
-UNITS = ("conv_bn_relu", "bottleneck")
+UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 WIDTH_RULES = ("harmonic", "even", "constant")
 OUTPUT_RULES = ("auto", "all", "layers")
 SLOT_ALIGN = 8  # channels; 16 bytes of bf16, so that every slot starts and ends on a whole vector load
@@ -48,8 +48,9 @@ class BlockPlan:
         links: sources of every layer, in concatenation order.
         node_widths: channels of node 0 (the block's input) to node L.
         outputs: nodes that the block returns, in this order; ascending where `plan_block` made them.
-        unit: "conv_bn_relu" (Conv3x3-BN-ReLU) or "bottleneck" (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
-        bottleneck_widths: channels between the two convolutions of each layer; empty for conv_bn_relu.
+        unit: "conv_bn_relu" (Conv3x3-BN-ReLU), "bn_relu_conv" (BN-ReLU-Conv3x3, DenseNet without bottlenecks) or
+            "bottleneck" (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
+        bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
     """
 
     links: Links
@@ -85,8 +86,13 @@ class BlockPlan:
 
     @property
     def returns_features(self) -> bool:
-        """Whether the output is all raw features, side by side: what backward of a bottleneck block reads."""
-        return self.unit == "bottleneck" and len(self.outputs) == len(self.node_widths)
+        """Whether the output is all raw features, side by side: what backward of pre-activation layers reads."""
+        return self.pre_activation and len(self.outputs) == len(self.node_widths)
+
+    @property
+    def pre_activation(self) -> bool:
+        """Whether BatchNorm and activation stand in front of what a layer reads: nodes are raw features then."""
+        return self.unit != "conv_bn_relu"
 
     @cached_property
     def link_widths(self) -> tuple[int, ...]:
@@ -178,7 +184,7 @@ class BlockPlan:
             return sum(slot.padded for slot in self.slots) + inner
         joined = sum(width for sources, width in zip(self.links, self.link_widths, strict=True) if len(sources) > 1)
         alone = {sources[0] for sources in self.links if len(sources) == 1}  # read in place: the node itself is kept
-        if self.unit == "bottleneck":
+        if self.pre_activation:
             inner = sum(self.link_widths) + 2 * sum(self.bottleneck_widths)
             return joined + sum(self.node_widths[node] for node in alone) + inner
         return joined + (self.node_widths[0] if 0 in alone else 0) + 2 * sum(self.widths)
@@ -208,11 +214,11 @@ def plan_block(
         links: a pattern from `thresholdnet.links`, or any tuple of source tuples.
         growth_rate: k, or one width a layer (then `width_rule` and `compression` are not used).
         compression: m, the width multiplier of layers that many later ones read (HarDNet's multiplier), above 0.
-        unit: "conv_bn_relu" or "bottleneck".
+        unit: "conv_bn_relu", "bn_relu_conv" or "bottleneck".
         width_rule: "harmonic" (k up to the threshold, above it k m^e for the largest 2^e dividing i), "even" (k for odd
             layers, k m for even ones: the paper's wording) or "constant" (k). k m^e is rounded to an even number, k
             itself (e = 0) too.
-        outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": all nodes for bottleneck units; else the
+        outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": all nodes for pre-activation units; else the
             layers up to the threshold, the odd layers above it, and the last one.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
 
@@ -272,7 +278,7 @@ def _output_nodes(links: Links, unit: str, outputs: str | Iterable[int]) -> tupl
     last = len(links)
     if isinstance(outputs, str):
         rule = one_of("outputs", outputs, OUTPUT_RULES)
-        if rule == "all" or (rule == "auto" and unit == "bottleneck"):
+        if rule == "all" or (rule == "auto" and unit != "conv_bn_relu"):
             return tuple(range(last + 1))
         if rule == "layers":
             return tuple(range(1, last + 1))

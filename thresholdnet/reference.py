@@ -36,7 +36,8 @@ def block_forward(
         plan: the block's structure.
         x: [N, C, H, W], C = plan.in_channels.
         parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; BN weight, BN
-            bias, 1x1 weight, BN weight, BN bias, 3x3 weight for bottleneck.
+            bias, convolution weight for bn_relu_conv; BN weight, BN bias, 1x1 weight, BN weight, BN bias, 3x3 weight
+            for bottleneck.
         statistics: fixed statistics to normalise with (inference), one per BatchNorm in forward order; None normalises
             with the batch's own (training).
         eps: added to the variance.
@@ -63,6 +64,8 @@ def block_forward(
         joined = torch.cat([nodes[k] for k in sources], dim=1)
         if plan.unit == "conv_bn_relu":
             nodes.append(act(normalise(F.conv2d(joined, next(weights), padding=1))))
+        elif plan.unit == "bn_relu_conv":
+            nodes.append(F.conv2d(act(normalise(joined)), next(weights), padding=1))
         else:
             inner = F.conv2d(act(normalise(joined)), next(weights))
             nodes.append(F.conv2d(act(normalise(inner)), next(weights), padding=1))

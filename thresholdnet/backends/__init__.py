@@ -30,6 +30,9 @@ AUTOMATIC = ("triton", "native")
 """What "auto" chooses among, best first: Triton's kernels on a GPU in half formats, as an H100 measured them
 (bench/results/h100), the rest natively."""
 
+NATIVE_UNITS = ("bn_relu_conv",)
+"""Units of which Triton's and CUDA's kernels have no backward: theirs reads features through 1x1 convolutions alone."""
+
 HALF = (torch.bfloat16, torch.float16)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,17 +55,17 @@ def details() -> dict[str, str]:
     return {name: said[name] for name in NAMES if name in usable}
 
 
-def candidates(choice: str = "auto") -> tuple[str, ...]:
-    """What may run on this machine for a choice, best first.
+def candidates(choice: str = "auto", unit: str = "") -> tuple[str, ...]:
+    """What may run blocks of a unit on this machine for a choice, best first; unit "": other operators.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
     if one_of("backend", choice, CHOICES) == "auto":
-        usable = (name for name in AUTOMATIC if _reason(name) is None)
+        usable = (name for name in AUTOMATIC if (_unit_reason(name, unit) or _reason(name)) is None)
         return tuple(name for name in usable if name != "triton" or not _interpreted())
-    reason = _reason(choice)
+    reason = _unit_reason(choice, unit) or _reason(choice)
     if reason is not None:
         raise RuntimeError(f"backend {choice!r} cannot run here: {reason}")
     return (choice,)
@@ -133,7 +136,7 @@ def engine_for(name: str, plan: BlockPlan, x: Tensor) -> str:
     if x.device.type == "cuda":
         from . import cuda
 
-        return "cuda" if cuda.takes(plan, x) else name
+        return "cuda" if plan.unit not in NATIVE_UNITS and cuda.takes(plan, x) else name
     return "winograd" if winograd.enabled() else name
 
 
@@ -152,6 +155,10 @@ def load(name: str) -> ModuleType:
 
 def _reason(name: str) -> str | None:
     return _triton_reason() if name == "triton" else None  # the other two are torch's own operations at the least
+
+
+def _unit_reason(name: str, unit: str) -> str | None:
+    return f"it has no kernels for unit {unit!r}" if name == "triton" and unit in NATIVE_UNITS else None
 
 
 def _triton_reason() -> str | None:

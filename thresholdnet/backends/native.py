@@ -194,11 +194,33 @@ class Verbs:
         own = bool(readers)
         if own:
             joined = self._gathered(readers, None, activation)
-            g = _data_gradient(joined, torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+            g = self._data_gradient(joined, torch.cat(list(weights)) if len(weights) > 1 else weights[0])
         else:
             assert add is not None
             g, add = add, None
         return self._masked(g, add, masked, activation, own)
+
+    def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        padding = weight.shape[2] // 2
+        if taps.takes(dz, weight.shape[2]):
+            return taps.data_gradient(dz, weight)
+        if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
+            turned = weight.flip(2, 3) if padding else weight
+            turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+            g = F.conv2d(dz, turned, padding=padding)
+            return g.contiguous(
+                memory_format=torch.channels_last
+            )  # one channel is in either order, and leads the library
+        like = torch.empty(  # for its shape and order; never touched
+            (dz.shape[0], weight.shape[1], *dz.shape[2:]),
+            dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+        g = torch.ops.aten.convolution_backward(
+            dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+        return g.contiguous(memory_format=torch.channels_last)
 
     def _masked(
         self,
@@ -243,11 +265,11 @@ class Verbs:
         activation: str,
         terms: tuple[Tensor, Sequence[Tensor]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """What pre-activation readers (BN - act - 1x1 convolution) send to raw features, added to what arrived.
+        """What pre-activation readers (BN - act - convolution) send to raw features, added to what arrived.
 
         Args:
             dz: per reader, the gradient of its convolution's output.
-            weights: per reader, over the concatenated features, [O, C, 1, 1]; zeros for those that it does not read.
+            weights: per reader, over the concatenated features, [O, C, k, k]; zeros for those that it does not read.
             nodes, features: the numbers of the raw features, and themselves.
             norms: per reader, its BatchNorm over the same channels, with the same zeros.
             statistics: mean and rstd of the features, which the readers share.
@@ -260,7 +282,7 @@ class Verbs:
         """
         sums, sent = [], list(arriving)
         for reader, (d, weight, norm) in enumerate(zip(dz, weights, norms, strict=True)):
-            g = _data_gradient(d, weight)
+            g = self._data_gradient(d, weight)
             affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
             sent, *found = self.passes.send(g, features, affine, *statistics, sent, owned, activation)
             sums.append(found)
@@ -347,27 +369,6 @@ def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activ
     if _activates_in_library(read):
         return _in_library(read, weight, bias, activation, padding)
     return _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
-
-
-def _data_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    padding = weight.shape[2] // 2
-    if taps.takes(dz, weight.shape[2]):
-        return taps.data_gradient(dz, weight)
-    if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
-        turned = weight.flip(2, 3) if padding else weight
-        turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        g = F.conv2d(dz, turned, padding=padding)
-        return g.contiguous(memory_format=torch.channels_last)  # one channel is in either order, and leads the library
-    like = torch.empty(  # for its shape and order; never touched
-        (dz.shape[0], weight.shape[1], *dz.shape[2:]),
-        dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
-    )  # fmt: skip
-    g = torch.ops.aten.convolution_backward(
-        dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
-    )[0]
-    return g.contiguous(memory_format=torch.channels_last)
 
 
 def _activated(z: Tensor, activation: str) -> Tensor:

@@ -74,7 +74,7 @@ class Verbs(native.Verbs):
         super().__init__(plan, x)
         fits = x.device.type == "cpu" and x.dtype == torch.float32 and csrc.takes(x)
         self.chosen = _choose(plan, *self.images) if plan is not None and fits else _NOTHING
-        self.bottleneck = plan is not None and fits and plan.unit == "bottleneck"
+        self.pre_activation = plan is not None and fits and plan.pre_activation
         self.transforms = _Transforms()
         self.layer = 0  # whose gradient was asked for last: the one whose weight's gradient comes next
 
@@ -99,6 +99,8 @@ class Verbs(native.Verbs):
                 sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics,
                 moments=moments,
             )  # fmt: skip
+        if affine is not None:
+            sources = [self.passes.gather(sources, affine, activation)]
         z = self._convolve(sources, readers, [weight], bias=bias, activation="none" if bias is None else activation)
         return z, self.moments(z) if statistics else None
 
@@ -135,24 +137,32 @@ class Verbs(native.Verbs):
     ) -> Tensor:
         """See `native.Verbs.weight_gradient`."""
         shared = self.chosen.weight.get(self.layer) if kernel_size == 3 else None
-        readers = self._readers(shared, sources[0].shape[1], dz.shape[1], kernel_size)
+        read = sum(source.shape[1] for source in sources)
+        readers = self._readers(shared, read, dz.shape[1], kernel_size)
         if readers is None:
             return super().weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
-        if affine is not None:  # of a bottleneck unit: nobody else reads it
+        if affine is not None:  # of pre-activation units: nobody else reads it
             sources = [self.passes.gather(sources, affine, activation)]
-        read = self.transforms.of(sources, readers)
+        transforms = self.transforms.of(sources, readers)
         arriving = self.transforms.make(dz, gradient=True)
-        made: Tensor = _operators().winograd_weight_gradient(read, arriving, dz.shape[1])
+        made: Tensor = _operators().winograd_weight_gradient(transforms, arriving, dz.shape[1])
         self.transforms.recycle(arriving)
         self.transforms.done(sources)
         return made
 
+    def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+        """See `native.Verbs._data_gradient`."""
+        readers = self._readers(None, weight.shape[0], weight.shape[1], weight.shape[2])
+        if readers is None:
+            return super()._data_gradient(dz, weight)
+        return self._convolve([dz], readers, [weight], transposed=True)
+
     def _readers(self, shared: Sequence[int] | None, read: int, written: int, kernel_size: int) -> Sequence[int] | None:
         """How many Winograd convolutions read each operand of this one; None: it is the library's.
 
-        A conv_bn_relu layer's are `shared`. A bottleneck layer's 3x3 convolution is alone with what it reads.
+        A conv_bn_relu layer's are `shared`. Of pre-activation layers a 3x3 convolution is alone with what it reads.
         """
-        alone = self.bottleneck and kernel_size == 3 and pays(read, written, *self.images)
+        alone = self.pre_activation and kernel_size == 3 and pays(read, written, *self.images)
         return [1] if alone else shared
 
     def way(self, layer: int, weight: Tensor) -> str:

@@ -2,7 +2,8 @@
 
 Kept for backward: the input, each layer's raw convolution output once, per-channel statistics. Activated values live in
 a workspace; backward makes them again. No concatenation is kept, and with `recompute` no bottleneck output either. A
-bottleneck block that returns all its nodes keeps its output, which whoever reads it keeps as well: once in all.
+block of pre-activation layers that returns all its nodes keeps its output, which whoever reads it keeps as well: once
+in all.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..gradients import own_gradients
 from ..plan import BlockPlan
+from .bn_relu_conv import BNReLUConv
 from .bottleneck import Bottleneck
-from .call import NO_EXTRAS, Extras, Spec
+from .call import NO_EXTRAS, Block, Extras, Spec
 from .conv_bn_relu import ConvBNReLU
 
 __all__ = ["NO_EXTRAS", "Extras", "Spec", "backward", "forward", "parameters_a_layer"]
@@ -70,5 +72,8 @@ def parameters_a_layer(plan: BlockPlan) -> int:
     return _unit(plan).per_layer
 
 
-def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[Bottleneck]:
-    return Bottleneck if plan.unit == "bottleneck" else ConvBNReLU
+def _unit(plan: BlockPlan) -> type[Block]:
+    return _UNITS[plan.unit]
+
+
+_UNITS: dict[str, type[Block]] = {"conv_bn_relu": ConvBNReLU, "bn_relu_conv": BNReLUConv, "bottleneck": Bottleneck}

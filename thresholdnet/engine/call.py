@@ -1,4 +1,4 @@
-"""One call of a fused block: what it is given, and what the layers of both units take from it."""
+"""One call of a fused block: what it is given, and what the layers of every unit take from it."""
 
 from __future__ import annotations
 
@@ -57,16 +57,17 @@ class Spec(NamedTuple):
     @property
     def kinds_kept(self) -> list[str]:
         """Which tensors of the layers the call keeps for backward, see `native.Verbs`."""
-        if self.plan.unit == "conv_bn_relu":
+        if not self.plan.pre_activation:
             return ["raw"]
-        return [*([] if self.keeps_output else ["node"]), *([] if self.recompute else ["inner"])]
+        inner = self.plan.unit == "bottleneck" and not self.recompute
+        return [*([] if self.keeps_output else ["node"]), *(["inner"] if inner else [])]
 
 
 class Extras(NamedTuple):
     """Tensors of a call that most calls do without.
 
     Attributes:
-        masks: per layer a bool mask [N, C, H, W] of the features that dropout leaves (bottleneck blocks); or none.
+        masks: per layer a bool mask [N, C, H, W] of the features that dropout leaves (pre-activation layers); or none.
         counts: pixels of every rank of `Spec.group`, [ranks]; None where statistics are not shared.
     """
 
@@ -78,10 +79,20 @@ NO_EXTRAS = Extras()
 
 
 class Block:
-    """What both units share: the tensors of one call, and statistics."""
+    """What all units share: the tensors of one call, and statistics."""
 
     per_layer: int  # parameters a layer
     norms: tuple[int, ...]  # positions of the BatchNorm weights among them
+
+    def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """See `engine.forward`."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """See `engine.backward`; None where there is no gradient."""
+        raise NotImplementedError
 
     def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
         self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
