@@ -289,3 +289,44 @@ class PowersOfTwoBack(nn.Module):
             y = torch.cat(tuple(made[s] for s in self.sources(i)), dim=-3)
             made.append(unit.conv2(unit.bn2(unit.conv1(unit.bn1(y).relu())).relu_()) if self.bottleneck else unit(y))
         return torch.cat([torch.cat(made[2:], 1), made[0]], 1)
+
+
+class PlainLayer(nn.Module):
+    """A layer of DenseNet without bottlenecks: BN, ReLU, 3x3 convolution, dropout."""
+
+    def __init__(self, read, k, drop=0.0):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(read), nn.Conv2d(read, k, 3, padding=1, bias=False)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return torch.cat((x, self.drop(self.conv(F.relu(self.norm(x))))), 1)
+
+
+class Stage(nn.Sequential):
+    """A block in pytorchcv's manner: the transition in front of it is its first child."""
+
+    def __init__(self, read, k, depth, layer=InOneRow):
+        super().__init__()
+        self.trans = nn.Sequential(
+            nn.BatchNorm2d(2 * read), nn.ReLU(), nn.Conv2d(2 * read, read, 1, bias=False), nn.AvgPool2d(2)
+        )
+        for i in range(depth):
+            self.add_module(f"unit{i + 1}", layer(read + i * k, k))
+
+
+class HarDUnit(nn.Module):
+    """HarDNet's block in pytorchcv's manner: the 1x1 layer and the pooling behind it are part of it."""
+
+    def __init__(self, read, k, m, depth):
+        super().__init__()
+        block = HarDBlock(read, k, m, depth)
+        self.wired, self.blocks = block.links, nn.Sequential(*block.layers)
+        self.conv, self.downsample = ConvLayer(block.out_channels, 3 * k, 1), nn.MaxPool2d(2)
+
+    def forward(self, x):
+        made = [x]
+        for row, layer in zip(self.wired, self.blocks, strict=True):
+            made.append(layer(torch.cat([made[s] for s in row], 1)))
+        y = torch.cat([y for i, y in enumerate(made) if i % 2 or i == len(made) - 1], 1)
+        return self.downsample(self.conv(y))

@@ -209,7 +209,7 @@ def test_a_data_gradient_lies_in_channels_last_order(kernel):
     torch.manual_seed(0)
     for batch, read, wrote, height, width in itertools.product((1, 2), (1, 2, 40), (1, 3), (1, 5), (1, 2, 4)):
         weight, dz = torch.randn(wrote, read, kernel, kernel), torch.randn(batch, wrote, height, width)
-        g = native._data_gradient(dz.contiguous(memory_format=torch.channels_last), weight)
+        g = native.Verbs(None, dz)._data_gradient(dz.contiguous(memory_format=torch.channels_last), weight)
         assert g.is_contiguous(memory_format=torch.channels_last), (g.shape, g.stride())
         wanted = torch.nn.functional.conv_transpose2d(dz.double(), weight.double(), padding=kernel // 2)
         assert_close(g, wanted, torch.float32)

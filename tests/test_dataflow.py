@@ -7,7 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from foreign import Aggregation, DropsByRate, HarDBlock, InOneRow, NewFirst, PowersOfTwoBack, dense_row
+from foreign import (
+    Aggregation,
+    DropsByRate,
+    HarDBlock,
+    HarDUnit,
+    InOneRow,
+    NewFirst,
+    PlainLayer,
+    PowersOfTwoBack,
+    Stage,
+    dense_row,
+)
 from test_convert import assert_equal_in_all, blocks, kept_bytes, quiet, randomise
 from torch import nn
 
@@ -26,6 +37,10 @@ FOREIGN = {
     "sparse bottlenecks": lambda: PowersOfTwoBack(12, 5, 6),
     "sparse layers": lambda: PowersOfTwoBack(12, 5, 6, bottleneck=False),
     "one layer": lambda: NewFirst(12, 5),
+    "no bottlenecks": lambda: dense_row(PlainLayer, 12, 5, 4),
+    "a transition in front": lambda: Stage(6, 5, 3),
+    "no bottlenecks behind a transition": lambda: Stage(6, 5, 3, PlainLayer),
+    "a layer and a pooling behind": lambda: HarDUnit(12, 6, 1.7, 8),
 }
 
 
@@ -67,19 +82,38 @@ def test_running_finds_what_the_rules_find():
     assert by_running(Aggregation(12, 8, 12, 5, True)) is None  # its end is no join
 
 
+def test_what_runs_around_the_layers():
+    stage = quiet(Stage(6, 5, 3))
+    assert (stage.in_channels, stage.plan.in_channels, stage.out_channels) == (12, 6, 21)
+    assert stage._found.before == ("trans.0", "trans.1", "trans.2", "trans.3") and stage.links == dense(3)
+    with pytest.raises(ValueError, match="input of the block must have 12 channels, got 6"):
+        stage(torch.randn(2, 6, 4, 4))
+    unit = quiet(HarDUnit(12, 6, 1.7, 8))
+    assert (unit.in_channels, unit.out_channels, unit.links) == (12, 18, harmonic(8))
+    assert unit._found.tail == "conv.conv" and unit._found.behind == ("conv.norm", "conv.relu", "downsample")
+    assert not unit.takes_tail and not stage.takes_tail
+    # where a module inside is the block, it alone is one
+    for around in (
+        nn.Sequential(nn.MaxPool2d(2), dense_row(InOneRow, 12, 5, 3)),
+        nn.Sequential(HarDUnit(12, 6, 1.7, 4)),
+    ):
+        model = quiet(nn.Sequential(around, nn.AvgPool2d(2)))
+        assert [name for name, module in model.named_modules() if module in blocks(model)] in (["0.1"], ["0.0"])
+
+
 def test_memory_is_that_of_a_block():
     """One block keeps each feature once, whichever end it grows at; layer by layer each join would be kept."""
     x = torch.randn(2, 24, 28, 28).contiguous(memory_format=torch.channels_last)
-    for layer in (NewFirst, InOneRow):
+    for layer in (NewFirst, InOneRow, PlainLayer):
         original = dense_row(layer, 24, 12, 12)
         whole = kept_bytes(quiet(copy.deepcopy(original)), x) / kept_bytes(original, x)
         each = nn.Sequential(*(quiet(copy.deepcopy(child)) for child in original))
         assert whole < 0.3 < kept_bytes(each, x) / kept_bytes(original, x)
 
 
-@pytest.mark.parametrize("layer", [InOneRow, DropsByRate])
+@pytest.mark.parametrize("layer", [InOneRow, DropsByRate, PlainLayer])
 def test_dropout(layer):
-    block = quiet(dense_row(layer, 12, 5, 3, **{"drop" if layer is InOneRow else "droprate": 0.5})).train()
+    block = quiet(dense_row(layer, 12, 5, 3, **{"droprate" if layer is DropsByRate else "drop": 0.5})).train()
     assert block.drop_rate == 0.5
     features = block(torch.randn(4, 12, 6, 6))[:, 12:]
     assert block.backend == "native" and 0.3 < (features == 0).float().mean() < 0.7
@@ -251,8 +285,9 @@ def test_a_flow():
     assert flow_of(nn.Identity(), torch.randn(1, 12, 4, 4)) is None
 
 
-def test_compiled_exported_and_moved():
-    model = quiet(randomise(nn.Sequential(dense_row(NewFirst, 12, 5, 3), nn.ReLU()))).eval()
+@pytest.mark.parametrize("make", [lambda: dense_row(NewFirst, 12, 5, 3), lambda: Stage(6, 5, 3, PlainLayer)])
+def test_compiled_exported_and_moved(make):
+    model = quiet(randomise(nn.Sequential(make(), nn.ReLU()))).eval()
     x = torch.randn(2, 12, 6, 6)
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -260,5 +295,7 @@ def test_compiled_exported_and_moved():
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tn.prepack(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16 and model[0].backend == "native"
     assert model.double()(x.double()).dtype == F64 and model[0].backend == "native"
     assert not blocks(tn.to_reference(model))

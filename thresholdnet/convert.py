@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .chain import Chain
-from .layers import Unlike, evaluating, forms_inside
+from .chain import Chain, run
+from .layers import Unlike, channels_read, evaluating, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
 from .recognise import Found, by_rules, recognise
@@ -65,26 +65,38 @@ class ConvertedBlock(LinkedBlock):
     @property
     def takes_tail(self) -> bool:
         """See `LinkedBlock`; a block that ends in a convolution of its own takes no other."""
-        return self.plan.unit == "conv_bn_relu" and not self._found.tail  # torch 2.11 can't compile super().takes_tail
+        ends = self._found.tail or self._found.behind
+        return self.plan.unit == "conv_bn_relu" and not ends  # torch 2.11 can't compile super().takes_tail
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        reads = [m for m in self._modules_at(self._found.before) if isinstance(m, nn.Conv2d | _BatchNorm)]
+        return channels_read(reads[0]) if reads else self.plan.in_channels
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
-        return self._convolution().out_channels if self._found.tail else self.plan.out_channels
+        ends = [self._found.tail] if self._found.tail else []
+        convolutions = [m for m in self._modules_at([*ends, *self._found.behind]) if isinstance(m, nn.Conv2d)]
+        return convolutions[-1].out_channels if convolutions else self.plan.out_channels
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        if not self._found.tail:
-            return super()._fused_forward(x, backend, tail)
-        y = super()._fused_forward(x, backend, self._convolution().weight)
-        for path in self._found.behind:
-            y = self.get_submodule(path)(y)
-        return y + x if self._found.residual else y
+        found, y = self._found, x
+        if found.before:
+            y = run(self._modules_at(found.before), y)
+        if found.tail:
+            conv = self.get_submodule(found.tail)
+            assert isinstance(conv, nn.Conv2d)  # it was when it was recognised
+            tail = conv.weight
+        y = super()._fused_forward(y, backend, tail)
+        if found.behind:
+            y = run(self._modules_at(found.behind), y)
+        return y + x if found.residual else y
 
-    def _convolution(self) -> nn.Conv2d:
-        """The 1x1 convolution over the block's nodes that the foreign block ends in."""
-        conv = self.get_submodule(self._found.tail)
-        assert isinstance(conv, nn.Conv2d)  # it was when it was recognised
-        return conv
+    def _modules_at(self, paths: Sequence[str]) -> list[nn.Module]:
+        """The modules that run in front of the linked layers, or behind them."""
+        return [self.get_submodule(path) for path in paths]
 
     def _units(self) -> Sequence[Sequence[nn.Module]]:
         return [[self.get_submodule(path) for path in unit] for unit in self._found.units]
@@ -161,21 +173,27 @@ def convert(
         raise TypeError(f"model must not be TorchScript to be converted, got {type(model).__name__}")
     say = report or (lambda line: None)
     own = [module for module in model.modules() if isinstance(module, LinkedBlock) and not module.fused]
-    left: list[str] = []  # of which nothing inside needs a reason of its own
+    lines: dict[str, str] = {}
+    left: list[str] = []
+    whole: list[str] = []  # blocks of several layers
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LinkedBlock) or _inside_a_block(model, name):
             continue
         try:
             block = _replacement(module, backend, recompute)
         except Unlike as reason:
-            if not any(name.startswith(f"{other}.") or not other for other in left):
-                say(f"left {name or 'the model'}: {reason}")
+            if not any(_is_inside(name, other) for other in left):
+                lines[name] = f"left {name or 'the model'}: {reason}"
             left.append(name)
             continue
         if block is not None:
             model = _put(model, name, block)
             size = f"{block.plan.num_layers} layers, {block.links.total} links"
-            say(f"fused {name or 'the model'}: {block._found.kind}, {size}")
+            lines[name] = f"fused {name or 'the model'}: {block._found.kind}, {size}"
+            whole += [name] * (block.plan.num_layers > 1)
+    for name, line in lines.items():
+        if not any(_is_inside(block, name) for block in whole):  # whose fusion says enough of what is around it
+            say(line)
     running = fuse_blocks(model, True, backend, recompute)
     if switched := sum(block.fused for block in own):
         say(f"fused {switched} blocks of thresholdnet's own")
@@ -212,6 +230,11 @@ def to_reference(model: nn.Module) -> nn.Module:
 def _turn(module: nn.Module, kind: type[nn.Sequential]) -> None:
     """Let a container run in another way; itself, its hooks and whoever holds it stay."""
     module.__class__ = kind
+
+
+def _is_inside(name: str, other: str) -> bool:
+    """Whether one module's name leads through another module."""
+    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _inside_a_block(model: nn.Module, name: str) -> bool:
@@ -272,7 +295,7 @@ def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
     fused, again = copy.deepcopy(twin), copy.deepcopy(twin) if twin.training else None
     expected = type(twin).forward(twin, x)
     if again is not None and not torch.equal(expected, type(again).forward(again, x)):
-        if not (block.drop_rate or block._found.behind):
+        if not (block.drop_rate or block._found.before or block._found.behind):
             raise Unlike("in training its forward drops something that its structure does not show")
         return
     ours = ConvertedBlock(fused, block._found)

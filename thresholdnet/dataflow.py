@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 CONV, NORM, ACT, DROP, JOIN, INPUT, OTHER = "conv", "norm", "act", "drop", "join", "input", "other"
@@ -57,25 +58,38 @@ class Layer(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """A block: its layers, in the order in which they ran, and the nodes that it joins in the end, in that order."""
+    """A block.
+
+    Attributes:
+        layers: in the order in which they ran.
+        outputs: nodes that it joins in the end, in that order.
+        before, behind: paths of modules that run in front of node 0 and behind the join.
+    """
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...]
+    before: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def flow_of(module: nn.Module, x: Tensor) -> Flow | None:
     """The layers of a module that joins what they made; None for one that does anything else with x.
 
-    The module runs once, in the mode in which it is: in eval mode its statistics stay.
+    In front and behind others of its modules may run, one after the other. The module runs once, in the mode in which
+    it is: in eval mode its statistics stay.
     """
     watch = _Watch(module, x)
+    handles = register_module_forward_pre_hook(watch.begin), register_module_forward_hook(watch.end)
     try:
         with watch:
             result = module(x)
     except Exception:  # it may want something else than one batch of pixels
         return None
-    return _flow(watch.steps, watch.number(result))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _flow(watch, watch.number(result))
 
 
 class _Watch(TorchFunctionMode):
@@ -91,6 +105,21 @@ class _Watch(TorchFunctionMode):
             for path, each in module.named_modules()
             for tensor in (*each.parameters(recurse=False), *each.buffers(recurse=False))
         }
+        self._leaves = {id(each): path for path, each in module.named_modules() if path and not each._modules}
+        self._read = 0  # by the module that runs
+        self.calls: dict[int, tuple[str, int]] = {}
+        """By the number of what it returned: the path of a module without others inside, and what it read."""
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A hook before a module runs."""
+        if id(module) in self._leaves:
+            self._read = self.number(args[0]) if len(args) == 1 else 0
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """A hook behind it."""
+        made = self.number(result)
+        if id(module) in self._leaves and self._read and made != self._read:
+            self.calls[made] = self._leaves[id(module)], self._read
 
     def number(self, value: Any) -> int:
         """Of the step that made a value."""
@@ -154,24 +183,39 @@ _KNOWN: dict[Any, Callable[..., Step | None]] = {
 }  # fmt: skip
 
 
-def _flow(steps: Sequence[Step], last: int) -> Flow | None:
-    """What the step `last` is made of, which must be a join."""
-    if steps[last].kind != JOIN:
-        return None
+def _flow(watch: _Watch, last: int) -> Flow | None:
+    """What the step `last` is made of: a join, and what ran behind it."""
+    steps = watch.steps
+    before: list[str] = []
+    behind: list[str] = []
+    while steps[last].kind != JOIN:
+        if last not in watch.calls:
+            return None
+        path, last = watch.calls[last]
+        behind.insert(0, path)
     joined = [*_joined(steps, last)]
     found: dict[int, tuple[list[Step], list[int], float]] = {}
-    waiting = list(joined)
+    waiting, bases = list(joined), set[int]()
     while waiting:
         number = waiting.pop()
-        if number in found or steps[number].kind == INPUT:
+        if number in found or number in bases:
             continue
         layer = _layer(steps, number)
         if layer is None:
-            return None
-        found[number] = layer
-        waiting += layer[1]
+            bases.add(number)
+        else:
+            found[number] = layer
+            waiting += layer[1]
+    if len(bases) != 1:
+        return None
+    (base,) = bases  # node 0
     order = sorted(found)  # as they ran
-    nodes = {1: 0, **{number: node for node, number in enumerate(order, start=1)}}
+    nodes = {base: 0, **{number: node for node, number in enumerate(order, start=1)}}
+    while steps[base].kind != INPUT:
+        if base not in watch.calls:
+            return None
+        path, base = watch.calls[base]
+        before.insert(0, path)
     layers = [
         Layer(
             unit=_unit(chain),
@@ -182,7 +226,7 @@ def _flow(steps: Sequence[Step], last: int) -> Flow | None:
         )
         for chain, sources, drop_rate in map(found.__getitem__, order)
     ]
-    return Flow(tuple(layers), tuple(nodes[number] for number in joined))
+    return Flow(tuple(layers), tuple(nodes[number] for number in joined), tuple(before), tuple(behind))
 
 
 def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], float] | None:

@@ -44,6 +44,11 @@ def convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
     return conv.out_channels
 
 
+def channels_read(module: Any) -> int:
+    """Of a convolution or a BatchNorm."""
+    return int(module.in_channels if isinstance(module, nn.Conv2d) else module.num_features)
+
+
 def batch_norm(name: str, norm: Any) -> None:
     """Raise `Unlike` for what is no BatchNorm, or normalises in a way of its own."""
     if not isinstance(norm, _BatchNorm):

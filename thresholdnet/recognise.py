@@ -28,6 +28,7 @@ from .layers import (
     Unlike,
     activation_behind,
     batch_norm,
+    channels_read,
     convolution,
     evaluating,
     forms_inside,
@@ -50,6 +51,7 @@ class Found:
         units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
         activation: "relu" or "relu6".
         drop_rate: of every layer's output in training.
+        before: paths of the modules that run in front of it, in order.
         tail: path of a 1x1 convolution over the block's output, "" for none.
         behind: paths of the modules that run after it, in order.
         residual: whether the block's input is added at the end.
@@ -61,6 +63,7 @@ class Found:
     units: tuple[tuple[str, ...], ...]
     activation: str
     drop_rate: float = 0.0
+    before: tuple[str, ...] = ()
     tail: str = ""
     behind: tuple[str, ...] = ()
     residual: bool = False
@@ -170,8 +173,8 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
 def by_running(block: nn.Module) -> Found | None:
     """A block of linked layers in any layout, by what it does with a few pixels in eval mode.
 
-    It must hold convolutions, BatchNorms, activations and dropouts alone, which nobody waits for with hooks, and take
-    nothing but the pixels.
+    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. What
+    runs in front of its layers or behind them is part of it only where no module inside holds just those layers.
     """
     inside = [*block.modules()]
     parts = [module for module in inside if not module._modules]
@@ -182,16 +185,31 @@ def by_running(block: nn.Module) -> Found | None:
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     if not convolutions or any(map(hooked, inside[1:])):
         return None
-    first = next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm))
-    read = first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
+    read = channels_read(next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm)))
     with evaluating(block):
         flow = flow_of(block, convolutions[0].weight.detach().new_zeros(2, read, 6, 5))
-    if flow is None or not flow.layers:
+    if flow is None or not flow.layers or _alone_inside(block, flow):
         return None
-    return _linked(block, read, flow)
+    return _linked(block, flow)
 
 
-def _linked(block: nn.Module, read: int, flow: Flow) -> Found:
+def _alone_inside(block: nn.Module, flow: Flow) -> bool:
+    """Whether a module inside the block is one with the same layers."""
+    if not flow.before and not flow.behind:
+        return False
+    first, *others = [path for layer in flow.layers for path in layer.modules]
+    for end in [i for i, letter in enumerate(first) if letter == "."]:
+        if all(path.startswith(first[: end + 1]) for path in others):
+            try:
+                found = recognise(block.get_submodule(first[:end]))
+            except Unlike:
+                continue
+            if found is not None and found.plan.num_layers == len(flow.layers):
+                return True
+    return False
+
+
+def _linked(block: nn.Module, flow: Flow) -> Found:
     """The block of which this is the flow."""
     if patched := [name for name, module in block.named_modules() if "forward" in vars(module)]:
         raise Unlike(f"{patched[0] or 'it'} has had its forward replaced")
@@ -201,14 +219,18 @@ def _linked(block: nn.Module, read: int, flow: Flow) -> Found:
     paths = [path for layer in flow.layers for path in layer.modules]
     if len({*paths}) < len(paths):
         raise Unlike("a module runs in it more than once")
-    nodes, inner = [read], []
+    nodes: list[int] = []
+    inner = []
     for layer in flow.layers:
         modules = {path: block.get_submodule(path) for path in layer.modules}
+        nodes = nodes or [channels_read(modules[layer.modules[0]])]  # the first layer to run reads the input alone
         channels = sum(nodes[node] for node in layer.sources)
         for path, module in modules.items():
             if isinstance(module, _BatchNorm):
                 batch_norm(path, module)
         convolutions = [(path, module) for path, module in modules.items() if isinstance(module, nn.Conv2d)]
+        if unit == "bn_relu_conv" and convolutions[-1][1].kernel_size == (1, 1):
+            raise Unlike(f"{convolutions[-1][0]} must be followed by BatchNorm, activation and a 3x3 convolution alone")
         for path, conv in convolutions[:-1]:
             channels = convolution(path, conv, 1, channels)
             inner.append(channels)
@@ -219,21 +241,34 @@ def _linked(block: nn.Module, read: int, flow: Flow) -> Found:
         raise Unlike(str(error)) from error
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
+    plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)), flow.behind
+    tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
-        BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)),
+        plan,
         tuple(layer.modules for layer in flow.layers),
         _the("activation", {name for layer in flow.layers for name in layer.activations}),
         _the("drop_rate", {layer.drop_rate for layer in flow.layers}),
+        flow.before,
+        tail,
+        behind[1:] if tail else behind,
         forms=forms_inside(block),
     )
+
+
+def _reads_all(plan: BlockPlan, module: nn.Module) -> bool:
+    """Whether a module is a convolution that the engine runs as one with the block in front of it."""
+    try:
+        return convolution("", module, 1, plan.out_channels) > 0
+    except Unlike:
+        return False
 
 
 RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
     dense_block, dense_layer, harmonic_block, one_shot_aggregation,
 )  # fmt: skip
 
-_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Identity, *ACTIVATION_NAMES)
+_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *ACTIVATION_NAMES)
 """Modules without others inside that a block of linked layers may hold."""
 
 
