@@ -77,7 +77,7 @@ def test_running_finds_what_the_rules_find():
     ):
         by_name, by_flow = by_rules(module), by_running(module)
         assert (by_name.plan, by_name.units, by_name.activation) == (by_flow.plan, by_flow.units, by_flow.activation)
-        assert by_name.drop_rate == by_flow.drop_rate
+        assert (by_name.drop_rate, by_name.drop_channels) == (by_flow.drop_rate, by_flow.drop_channels)
     assert by_running(HarDBlock(12, 8, 1.6, 8)).plan.links == harmonic(8)
     assert by_running(Aggregation(12, 8, 12, 5, True)) is None  # its end is no join
 
@@ -119,6 +119,19 @@ def test_dropout(layer):
     assert block.backend == "native" and 0.3 < (features == 0).float().mean() < 0.7
     block.eval()
     assert (block(torch.randn(4, 12, 6, 6)) != 0).float().mean() > 0.9 and block.backend == "native"
+
+
+def test_whole_channels_are_dropped():
+    row = dense_row(PlainLayer, 12, 5, 3)
+    for layer in row:
+        layer.drop = nn.Dropout2d(0.5)
+    block = quiet(row).train()
+    features = block(torch.randn(16, 12, 4, 4, requires_grad=True))[:, 12:]
+    assert block.backend == "native" and block.drop_rate == 0.5
+    dropped = (features == 0).float().mean((2, 3))
+    assert set(dropped.unique().tolist()) == {0, 1} and 0.3 < dropped.mean() < 0.7
+    features.sum().backward()
+    assert not (block.eval()(torch.randn(16, 12, 4, 4)) == 0).any()
 
 
 def test_a_rate_that_changes_is_seen():

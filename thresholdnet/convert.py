@@ -38,7 +38,8 @@ class ConvertedBlock(LinkedBlock):
         for name, child in original.named_children():
             self.add_module(name, child)
         self._original = [original]  # in a list: no second registration of its modules
-        self.plan, self.activation, self.drop_rate = found.plan, found.activation, found.drop_rate
+        self.plan, self.activation = found.plan, found.activation
+        self.drop_rate, self.drop_channels = found.drop_rate, found.drop_channels
         self._found = found
         for name, value in vars(original).items():
             if "_hook" in name:  # of every kind, and today's handles go on removing them

@@ -29,7 +29,7 @@ class Step(NamedTuple):
     Attributes:
         kind: one of the names above; OTHER is what no block of linked layers does.
         reads: numbers of the steps whose results it reads.
-        what: path of a convolution's or a BatchNorm's module, an activation's name, a dropout's rate.
+        what: path of a convolution's or a BatchNorm's module, an activation's name, a `Drop`.
         kernel: a convolution's.
     """
 
@@ -37,6 +37,13 @@ class Step(NamedTuple):
     reads: tuple[int, ...] = ()
     what: Any = None
     kernel: tuple[int, ...] = ()
+
+
+class Drop(NamedTuple):
+    """A dropout: its rate, and whether it drops whole channels of an image."""
+
+    rate: float
+    channels: bool
 
 
 class Layer(NamedTuple):
@@ -47,14 +54,14 @@ class Layer(NamedTuple):
         modules: paths of its BatchNorms and convolutions, in forward order.
         activations: names.
         sources: nodes that it reads, in concatenation order; 0 is the block's input.
-        drop_rate: of its output.
+        drop: of its output.
     """
 
     unit: str
     modules: tuple[str, ...]
     activations: frozenset[str]
     sources: tuple[int, ...]
-    drop_rate: float
+    drop: Drop
 
 
 class Flow(NamedTuple):
@@ -169,7 +176,11 @@ def _hardtanh(watch: _Watch, input: Any, min_val: float = -1, max_val: float = 1
 
 
 def _dropout(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> Step:
-    return Step(DROP, (watch.number(input),), float(p))
+    return Step(DROP, (watch.number(input),), Drop(float(p), False))
+
+
+def _dropout2d(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> Step:
+    return Step(DROP, (watch.number(input),), Drop(float(p), True))
 
 
 def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
@@ -177,7 +188,8 @@ def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
 
 
 _KNOWN: dict[Any, Callable[..., Step | None]] = {
-    F.conv2d: _conv, F.batch_norm: _norm, F.dropout: _dropout, F.relu6: _relu6, F.hardtanh: _hardtanh,
+    F.conv2d: _conv, F.batch_norm: _norm, F.dropout: _dropout, F.dropout2d: _dropout2d, F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }  # fmt: skip
@@ -194,7 +206,7 @@ def _flow(watch: _Watch, last: int) -> Flow | None:
         path, last = watch.calls[last]
         behind.insert(0, path)
     joined = [*_joined(steps, last)]
-    found: dict[int, tuple[list[Step], list[int], float]] = {}
+    found: dict[int, tuple[list[Step], list[int], Drop]] = {}
     waiting, bases = list(joined), set[int]()
     while waiting:
         number = waiting.pop()
@@ -222,29 +234,29 @@ def _flow(watch: _Watch, last: int) -> Flow | None:
             modules=tuple(step.what for step in reversed(chain) if step.kind != ACT),
             activations=frozenset(step.what for step in chain if step.kind == ACT),
             sources=tuple(nodes[source] for source in sources),
-            drop_rate=drop_rate,
+            drop=drop,
         )
-        for chain, sources, drop_rate in map(found.__getitem__, order)
+        for chain, sources, drop in map(found.__getitem__, order)
     ]
     return Flow(tuple(layers), tuple(nodes[number] for number in joined), tuple(before), tuple(behind))
 
 
-def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], float] | None:
-    """The steps of the layer that ends in this one, last one first; what it reads; the rate of its dropout."""
-    drop_rate = 0.0
+def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], Drop] | None:
+    """The steps of the layer that ends in this one, last one first; what it reads; its dropout."""
+    drop = Drop(0.0, False)
     if steps[number].kind == DROP:
-        drop_rate, (number,) = steps[number].what, steps[number].reads
+        drop, (number,) = steps[number].what, steps[number].reads
     pattern = BEHIND if steps[number].kind == ACT else BEFORE
     chain: list[Step] = []
     for kind in pattern:
-        while steps[number].kind == DROP and not steps[number].what:  # which drops nothing
+        while steps[number].kind == DROP and not steps[number].what.rate:  # which drops nothing
             (number,) = steps[number].reads
         step = steps[number]
         if step.kind != kind or (len(chain) == 3 and step.kernel != (1, 1)):
             break
         chain.append(step)
         (number,) = step.reads
-    return (chain, [*_joined(steps, number)], drop_rate) if len(chain) in (3, 6) else None
+    return (chain, [*_joined(steps, number)], drop) if len(chain) in (3, 6) else None
 
 
 def _unit(chain: Sequence[Step]) -> str:

@@ -34,6 +34,7 @@ class LinkedBlock(nn.Module):
     plan: BlockPlan
     activation: str
     drop_rate: float
+    drop_channels = False  # whether dropout takes whole channels of an image
     _checked: tuple[list[Any], bool, Sequence[Any]] = ([], True, ())  # the modules' states, whether they fit, `_units`
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
@@ -178,7 +179,7 @@ class LinkedBlock(nn.Module):
             return []
         masks = []
         for width in self.plan.widths:
-            shape = (x.shape[0], width, x.shape[2], x.shape[3])
+            shape = (x.shape[0], width, *((1, 1) if self.drop_channels else x.shape[2:]))
             mask = torch.empty(shape, dtype=torch.bool, device=x.device, memory_format=torch.channels_last)
             masks.append(mask.bernoulli_(1 - self.drop_rate))
         return masks

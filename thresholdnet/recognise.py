@@ -50,7 +50,7 @@ class Found:
         plan: its structure.
         units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
         activation: "relu" or "relu6".
-        drop_rate: of every layer's output in training.
+        drop_rate: of every layer's output in training; drop_channels: whole channels of an image at once.
         before: paths of the modules that run in front of it, in order.
         tail: path of a 1x1 convolution over the block's output, "" for none.
         behind: paths of the modules that run after it, in order.
@@ -63,6 +63,7 @@ class Found:
     units: tuple[tuple[str, ...], ...]
     activation: str
     drop_rate: float = 0.0
+    drop_channels: bool = False
     before: tuple[str, ...] = ()
     tail: str = ""
     behind: tuple[str, ...] = ()
@@ -242,13 +243,15 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
     plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)), flow.behind
+    drop = _the("dropout", {layer.drop for layer in flow.layers})
     tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
         plan,
         tuple(layer.modules for layer in flow.layers),
         _the("activation", {name for layer in flow.layers for name in layer.activations}),
-        _the("drop_rate", {layer.drop_rate for layer in flow.layers}),
+        drop.rate,
+        drop.channels and drop.rate > 0,
         flow.before,
         tail,
         behind[1:] if tail else behind,
@@ -268,7 +271,7 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
     dense_block, dense_layer, harmonic_block, one_shot_aggregation,
 )  # fmt: skip
 
-_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *ACTIVATION_NAMES)
+_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *ACTIVATION_NAMES)
 """Modules without others inside that a block of linked layers may hold."""
 
 

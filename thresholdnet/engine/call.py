@@ -67,7 +67,8 @@ class Extras(NamedTuple):
     """Tensors of a call that most calls do without.
 
     Attributes:
-        masks: per layer a bool mask [N, C, H, W] of the features that dropout leaves (pre-activation layers); or none.
+        masks: per layer a bool mask [N, C, H, W] or [N, C, 1, 1] of the features that dropout leaves (pre-activation
+            layers); or none.
         counts: pixels of every rank of `Spec.group`, [ranks]; None where statistics are not shared.
     """
 
