@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from on_gpu import needs_gpu
+from test_blocks import UNITS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -287,7 +288,7 @@ def test_the_watch_sees_what_it_watches_for() -> None:
             work()
 
 
-@pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_engine_does_nothing_on_the_host_after_its_first_call(unit: str, recompute: bool) -> None:
     block = tn.ThresholdBlock(8, tn.links.threshold_bc(4, 2), growth_rate=6, compression=1.5, unit=unit)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import backends, candidates, refusal
+from .backends import backends, candidates, refusal, unit_refusal
 from .blocks import ThresholdBlock
 from .checks import one_of
 from .memory import DTYPES
@@ -35,12 +35,15 @@ from .reference import Statistics, block_forward
 from .replay import FIRST
 
 BLOCKS = {
-    "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block"),
-    "thresholdnet_v1 harmonic": ("thresholdnet_v1", "stages.3.block"),
-    "thresholdnet_bc threshold": ("thresholdnet_bc", "stages.2.block"),
-    "hardnet68 harmonic": ("hardnet68", "stages.1.block"),
-    "densenet121 dense": ("densenet121", "stages.1.block"),
+    "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block", "bottleneck"),
+    "thresholdnet_v1 harmonic": ("thresholdnet_v1", "stages.3.block", "conv_bn_relu"),
+    "thresholdnet_bc threshold": ("thresholdnet_bc", "stages.2.block", "conv_bn_relu"),
+    "hardnet68 harmonic": ("hardnet68", "stages.1.block", "conv_bn_relu"),
+    "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck"),
+    "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv"),
 }
+"""Links and widths of a network's block, with layers of a unit."""
+
 RELATIVE = {"fp64": 1e-10, "fp32": 5e-5}
 """Largest error over largest element: orders of summation, through up to 16 layers of BatchNorm over few pixels."""
 HALF = 1.5
@@ -121,7 +124,8 @@ def cases(backend: str = "all", dtypes: Sequence[str] = (), quick: bool = False)
             for dtype in chosen:
                 taken = refusal(name, torch.empty(0, dtype=DTYPES[dtype], device=device)) is None
                 if taken and not (interpreted and dtype == "bf16"):
-                    made += [Case(name, device, dtype, block, layers, shape) for block in blocks]
+                    fit = [block for block in blocks if unit_refusal(name, BLOCKS[block][2]) is None]
+                    made += [Case(name, device, dtype, block, layers, shape) for block in fit]
     if not made:
         raise ValueError(f"dtype must be one that {' or '.join(usable)} can be tested in here, got {', '.join(chosen)}")
     return made
@@ -153,7 +157,7 @@ def check(case: Case) -> Result:
 @lru_cache(maxsize=len(BLOCKS))
 def _template(name: str) -> ThresholdBlock:
     """A block of the zoo, without memory."""
-    model, path = BLOCKS[name]
+    model, path, _ = BLOCKS[name]
     block = create_model(model, device="meta").get_submodule(path)
     assert isinstance(block, ThresholdBlock)  # the table names blocks
     return block
@@ -171,7 +175,7 @@ def _operands_and_truth(
     depth = layers or plan.num_layers
     generator = torch.Generator().manual_seed(0)
     block = ThresholdBlock(
-        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=plan.unit, activation=template.activation,
+        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=BLOCKS[name][2], activation=template.activation,
         norm_momentum=1.0, device="meta", dtype=torch.float64,
     ).to_empty(device="cpu")  # fmt: skip
     with torch.no_grad():

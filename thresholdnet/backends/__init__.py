@@ -63,9 +63,9 @@ def candidates(choice: str = "auto", unit: str = "") -> tuple[str, ...]:
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
     if one_of("backend", choice, CHOICES) == "auto":
-        usable = (name for name in AUTOMATIC if (_unit_reason(name, unit) or _reason(name)) is None)
+        usable = (name for name in AUTOMATIC if (unit_refusal(name, unit) or _reason(name)) is None)
         return tuple(name for name in usable if name != "triton" or not _interpreted())
-    reason = _unit_reason(choice, unit) or _reason(choice)
+    reason = unit_refusal(choice, unit) or _reason(choice)
     if reason is not None:
         raise RuntimeError(f"backend {choice!r} cannot run here: {reason}")
     return (choice,)
@@ -112,6 +112,11 @@ def refusal(name: str, x: Tensor) -> str | None:
     return None
 
 
+def unit_refusal(name: str, unit: str) -> str | None:
+    """None where a backend has kernels for a block's unit, else the reason."""
+    return f"it has no kernels for unit {unit!r}" if name == "triton" and unit in NATIVE_UNITS else None
+
+
 def _automatic_refusal(x: Tensor, row: int) -> str | None:
     """None where "auto" may take Triton for x, else the reason."""
     from ..kernels.operands import MAX_ELEMENTS
@@ -155,10 +160,6 @@ def load(name: str) -> ModuleType:
 
 def _reason(name: str) -> str | None:
     return _triton_reason() if name == "triton" else None  # the other two are torch's own operations at the least
-
-
-def _unit_reason(name: str, unit: str) -> str | None:
-    return f"it has no kernels for unit {unit!r}" if name == "triton" and unit in NATIVE_UNITS else None
 
 
 def _triton_reason() -> str | None:
