@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
-from thresholdnet.backends import libraries, native
+from thresholdnet.backends import cuda, libraries, native
 
 backends = sys.modules["thresholdnet.backends"]  # tn.backends is the function of the same name
 
@@ -226,7 +226,7 @@ def test_a_unit_that_a_backend_has_no_kernels_for(monkeypatch):
         RuntimeError, match="backend 'triton' cannot run here: it has no kernels for unit 'bn_relu_conv'"
     ):
         block.fuse(True, "triton")
-    monkeypatch.setattr("thresholdnet.backends.cuda.takes", lambda plan, x: True)
+    monkeypatch.setattr(cuda, "takes", lambda plan, x: True)
     with FakeTensorMode():
         half = torch.empty(1, 4, 2, 2, dtype=torch.bfloat16, device="cuda")
     assert backends.engine_for("native", block.plan, half) == "native"
