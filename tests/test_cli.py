@@ -48,7 +48,19 @@ def trained(tmp_path_factory):
 
 def test_help_teaches():
     stdout, _ = run("--help")
-    for command in ("train", "eval", "predict", "models", "tables", "memory", "links", "info", "selftest", "bench"):
+    for command in (
+        "train",
+        "eval",
+        "predict",
+        "models",
+        "tables",
+        "memory",
+        "links",
+        "info",
+        "selftest",
+        "bench",
+        "convert",
+    ):
         assert command in stdout
     assert "--resume" in run("train", "--help")[0]
     assert run("--version")[0].startswith("thresholdnet 0.")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 # isort: off
 from ._shared import app  # first: it says what to install where typer is missing
-from . import training, zoo, machine, bench  # noqa: F401  # in the order that --help lists their commands
+from . import training, zoo, foreign, machine, bench  # noqa: F401  # in the order that --help lists their commands
 
 import typer
 

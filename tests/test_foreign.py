@@ -1,0 +1,113 @@
+"""`thresholdnet convert`: what it says of a model of one's own, its rows and file, and one sentence when it cannot."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import HarDBlock, InOneRow, dense_row
+from test_cli import run
+from torch import nn
+
+import thresholdnet.bench.foreign as compared
+from thresholdnet.bench import Settings
+
+HERE = Path(__file__).parent
+SMALL = ("--path", HERE, "--shape", 4, 12, 8, 8, "--model-arg", "read=12", "--model-arg", "k=6")
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """`--path` is for one command."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def test_it_says_what_is_fused():
+    stdout, _ = run("convert", "torchvision.models:densenet121", "--dry-run")
+    assert stdout.count("fused features.denseblock") == 4 and "transitions" in stdout
+    said = json.loads(run("convert", "foreign:HarDNet68", "--path", HERE, "--dry-run", "--json")[0])["report"]
+    assert [line.partition(":")[0] for line in said] == [f"fused base.{i}" for i in (3, 6, 8, 11, 14)]
+    stdout, _ = run(
+        "convert", "torch.nn:Linear", "--model-arg", "in_features=2", "--model-arg", "out_features=2", "--dry-run"
+    )
+    assert stdout.startswith("nothing to fuse")
+
+
+def test_steps_are_measured_beside_the_models_own(tmp_path):
+    file = tmp_path / "found.json"
+    stdout, _ = run("convert", "foreign:NewFirst", *SMALL, "--rounds", 2, "--out", file)
+    assert stdout.startswith("fused the model: dense block, 1 layers, 1 links\n") and "of own" in stdout
+    found = json.loads(file.read_text())
+    assert found["model"] == "foreign:NewFirst" and found["blocks"] == 1 and "--rounds 2" in found["machine"]["command"]
+    rows = {(row["mode"], row["provider"]): row for row in found["rows"]}
+    own, *others = ("eager_channels_last", "converted", "converted_recompute", "converted_prepacked")
+    assert set(rows) == {("train", own), ("infer", own), *(("train", p) for p in others[:2]), ("infer", "converted"),
+                         ("infer", "converted_prepacked")}  # fmt: skip
+    for row in rows.values():
+        assert len(row["ms"]) == 2 and row["check"]["output"]["error"] <= row["check"]["output"]["bound"]
+        assert ("eager_channels_last" in row["ratios"]) == (row["provider"] != own) and row["peak_bytes"] > 0
+    kept = [rows["train", name]["saved_bytes"] for name in (own, "converted", "converted_recompute")]
+    assert kept[0] > kept[1] > kept[2] > 0
+
+
+def test_bytes_alone_and_nothing_to_fuse():
+    said = json.loads(run("convert", "foreign:PlainLayer", *SMALL, "--rounds", 0, "--json")[0])
+    assert {row["provider"] for row in said["rows"]} == {"eager_channels_last", "converted", "converted_prepacked"}
+    assert all(row["ms_median"] is None and row["ratios"] == {} for row in said["rows"])
+    said = json.loads(run("convert", "torchvision.models:resnet18", "--shape", 2, 3, 32, 32, "--json")[0])
+    assert said["blocks"] == 0 and said["rows"] == []
+
+
+class Several(nn.Module):
+    """Two maps in a dict, beside a number, from a block and a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.wired, self.drop = dense_row(InOneRow, 12, 6, 3), HarDBlock(30, 6, 1.6, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.block(x)
+        return {"fine": y, "coarse": self.drop(self.wired(y)), "count": 2}
+
+
+def test_a_model_with_several_outputs():
+    model = Several()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    told = []
+    found = compared.compare(
+        model, (2, 12, 8, 8), "fp64", Settings(rounds=1, warmup=0), lambda *said: told.append(said)
+    )
+    assert found["blocks"] == 2 and all("reason" not in row and row["ms_median"] > 0 for row in found["rows"])
+    assert [share for _, share in told] == sorted(share for _, share in told) and told[-1][1] <= 1
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_that_is_wrong_has_no_time(monkeypatch):
+    def wrong(model):
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+
+    monkeypatch.setattr(compared, "prepack", wrong)
+    found = compared.compare(Several(), (2, 12, 8, 8), "fp64", Settings(rounds=1, warmup=0))
+    (row,) = (row for row in found["rows"] if row["provider"] == "converted_prepacked")
+    assert row["reason"].startswith("wrong: output off by") and row["ms_median"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("densenet121",), "model must be MODULE:FACTORY, such as torchvision.models:densenet121, got 'densenet121'"),
+        (("torchvision.models:nothing",), "model must be one that can be imported, got 'torchvision.models:nothing'"),
+        (("no.such.module:thing",), "model must be one that can be imported, got 'no.such.module:thing'"),
+        (("json:dumps", "--model-arg", "obj=3"), "model must be an nn.Module, got str from json:dumps"),
+        (("foreign:NewFirst", "--path", HERE), "NewFirst.__init__() missing 2 required positional arguments"),
+        (("foreign:NewFirst", *SMALL, "--shape", 2, 3, 8, 8), "model must take images of shape (2, 3, 8, 8)"),
+        (("foreign:NewFirst", *SMALL, "--dtype", "fp8"), "dtype 'fp8' is unknown"),
+        (("foreign:NewFirst", *SMALL, "--rounds", -1), "rounds must"),
+        (("foreign:NewFirst", *SMALL, "--out", HERE), "--out"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(arguments, sentence):
+    stdout, stderr = run("convert", *arguments, code=2)
+    assert sentence in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1 and not stdout
