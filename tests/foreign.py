@@ -288,7 +288,7 @@ class PowersOfTwoBack(nn.Module):
         for i, unit in enumerate(self.units, start=1):
             y = torch.cat(tuple(made[s] for s in self.sources(i)), dim=-3)
             made.append(unit.conv2(unit.bn2(unit.conv1(unit.bn1(y).relu())).relu_()) if self.bottleneck else unit(y))
-        return torch.cat([torch.cat(made[2:], 1), made[0]], 1)
+        return torch.cat([x.new_empty(0), torch.cat(made[2:], 1), made[0]], 1)
 
 
 class PlainLayer(nn.Module):

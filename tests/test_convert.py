@@ -259,7 +259,7 @@ def test_a_block_is_read_as_the_container_that_it_was(library):
         model = pytest.importorskip("timm").create_model("densenet121", num_classes=4)
     original = dict(model.features.denseblock1.items())
     block = quiet(model).features.denseblock1
-    assert isinstance(block, ConvertedBlock) and not isinstance(block, nn.ModuleDict)
+    assert isinstance(block, ConvertedBlock) and isinstance(block, nn.ModuleDict)
     for twin in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert len(twin) == len(original) and list(twin) == list(twin.keys()) == list(original)
         assert "denselayer2" in twin and "denselayer99" not in twin and bool(twin)
@@ -267,11 +267,12 @@ def test_a_block_is_read_as_the_container_that_it_was(library):
     assert dict(block.items()) == original and list(block.values()) == list(original.values())
     with pytest.raises(KeyError):
         block["denselayer99"]
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        block["denselayer2"] = nn.Identity()
     layer = copy.deepcopy(block.denselayer2)
-    block.denselayer2 = layer  # what is put in later is what is read
-    assert block["denselayer2"] is layer and dict(block.items())["denselayer2"] is layer
+    for put in (lambda: setattr(block, "denselayer2", layer), lambda: block.__setitem__("denselayer2", layer)):
+        block.denselayer2 = nn.Identity()
+        put()  # what is put in later is what is read
+        assert block["denselayer2"] is layer and dict(block.items())["denselayer2"] is layer
+        assert block.original()["denselayer2"] is layer
     seen = []
     block["denselayer2"].register_forward_hook(lambda *_: seen.append(1))
     block(torch.randn(2, block.in_channels, 6, 6))
@@ -290,6 +291,107 @@ def test_ways_into_other_blocks():
     layer = quiet(nn.ModuleList([ThreshLayer(12, 8)]))[0]
     assert isinstance(layer, ConvertedBlock) and len(layer) == 6 and [*layer] == [*layer.children()]
     assert layer[0] is layer.norm1 and layer[-1] is layer.conv2
+
+
+def test_it_is_of_the_class_that_it_was():
+    """Forwards of networks ask for it: torchvision's and OccamDenseNet's users do."""
+    kinds = torchvision.models.densenet._DenseBlock, HarDBlock, ThreshLayer
+    for kind, make in zip(kinds, (lambda: kinds[0](2, 8, 2, 4, 0.0), lambda: HarDBlock(8, 6, 1.7, 4),
+                                  lambda: ThreshLayer(12, 8)), strict=True):  # fmt: skip
+        block = quiet(make())
+        for twin in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+            assert isinstance(twin, kind) and isinstance(twin, ConvertedBlock) and type(twin) is type(block)
+            assert type(twin.original()) is kind
+
+
+def test_a_block_in_two_places_is_one():
+    block = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
+    model = quiet(nn.ModuleDict({"a": block, "b": nn.ModuleList([block])}))
+    assert model["a"] is model["b"][0] and isinstance(model["a"], ConvertedBlock)
+
+
+class Holder(nn.Module):
+    """Keeps its blocks in a list of its own beside their registration."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.5)]
+        self.add_module("block", self.held[0])
+
+    def forward(self, x):
+        return self.held[0](x)
+
+
+def test_who_holds_the_original_sees_its_mode():
+    model = quiet(Holder()).eval()
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(model(x), model.block(x))  # nothing is dropped
+    assert isinstance(model.block, ConvertedBlock)
+    assert model.train().held[0].training and (model(x) == 0).any()
+
+
+def test_a_method_that_adds_layers():
+    class Growing(torchvision.models.densenet._DenseBlock):
+        def grow(self):
+            self.add_module("denselayer3", torchvision.models.densenet._DenseLayer(16, 4, 2, 0.0))
+
+    original = Growing(2, 8, 2, 4, 0.0)
+    block = quiet(original)
+    block.grow()
+    assert [name for name, _ in block.named_children()] == ["denselayer1", "denselayer2", "denselayer3"]
+    x = torch.randn(2, 8, 6, 6)
+    assert block.eval()(x).shape == (2, 20, 6, 6) and block.backend == "reference"
+    torch.testing.assert_close(block(x), original(x))
+
+
+class Odd(torchvision.models.densenet._DenseBlock):
+    """Wants something else than pixels."""
+
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+class Fussy(torchvision.models.densenet._DenseBlock):
+    """Wants pixels of a certain number."""
+
+    def forward(self, x):
+        assert x.shape[-1] == 8, "wrong side"
+        return super().forward(x)
+
+
+class Writing(torchvision.models.densenet._DenseBlock):
+    """Keeps what it read, and prunes its weights while it runs."""
+
+    def forward(self, x):
+        self.seen = x
+        for parameter in self.parameters():
+            parameter.data.mul_(0.5)
+        return super().forward(x)
+
+
+def test_a_forward_that_cannot_be_checked_is_left():
+    model, lines = nn.ModuleList([Odd(2, 8, 2, 4, 0.0), Fussy(2, 8, 2, 4, 0.0)]), []
+    assert not blocks(tn.convert(model, report=lines.append))
+    assert "left 0: its forward cannot be checked on a few random pixels (TypeError: " in lines[0]
+    assert lines[1] == "left 1: its forward cannot be checked on a few random pixels (AssertionError: wrong side)"
+
+
+def test_the_check_runs_a_copy():
+    block = Writing(2, 8, 2, 4, 0.0)
+    state = copy.deepcopy(block.state_dict())
+    assert not isinstance(quiet(nn.ModuleList([block]))[0], ConvertedBlock)
+    assert not hasattr(block, "seen")
+    assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
+
+
+def test_links_of_somebody_else():
+    for links in ([[1]], [["a"]], "0"):
+        block = nn.Module()
+        block.links, block.layers = links, nn.ModuleList([nn.Conv2d(4, 4, 1)])
+        block.forward = lambda x: x
+        lines = []
+        tn.convert(nn.ModuleList([block]), report=lines.append)
+        assert lines[0].startswith("nothing to fuse")
 
 
 def test_hooks_are_called():

@@ -246,6 +246,30 @@ def test_why_a_block_was_left_is_said_once():
     ]
 
 
+def test_names_of_a_rule_with_another_meaning():
+    """norm1 to conv2, but the dropout has a name: no rule's, and still a block."""
+    row = nn.ModuleDict(torchvision.models.DenseNet(8, (3,), 12).features.denseblock1.items())
+
+    class Row(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, layer in row.items():
+                layer.extra = nn.Dropout(0.0)
+                self.add_module(name, layer)
+
+        def forward(self, x):
+            features = [x]
+            for layer in self.children():
+                y = torch.cat(features, 1)
+                y = layer.conv2(layer.relu2(layer.norm2(layer.conv1(layer.relu1(layer.norm1(y))))))
+                features.append(layer.extra(y))
+            return torch.cat(features, 1)
+
+    with pytest.raises(Unlike, match="denselayer1 has a module 'extra' of its own"):
+        by_rules(Row())
+    assert quiet(nn.ModuleList([Row()]))[0].links == dense(3)
+
+
 def test_running_a_module_changes_nothing():
     """It runs once, in eval mode, without gradients, and whatever it raises is its own affair."""
     seen = []
@@ -271,6 +295,14 @@ def test_running_a_module_changes_nothing():
             return super().forward(x if other is None else x + other)
 
     assert by_running(Two(12, 5)) is None and by_running(Perhaps(12, 5)) is None  # who calls it may give it more
+
+    class Pruning(InOneRow):
+        def forward(self, x):
+            self.bottle_neck[2].weight.data.zero_()
+            return super().forward(x)
+
+    pruned = Pruning(12, 5)
+    assert by_running(pruned) is not None and pruned.bottle_neck[2].weight.any()
     hooked = dense_row(InOneRow, 12, 5, 2)
     hooked[0].bottle_neck.register_forward_hook(lambda *_: pytest.fail("ran"))
     assert by_running(hooked) is None
@@ -290,12 +322,12 @@ def test_meta_and_half_weights():
 def test_a_flow():
     """Steps between the layers' own are none of a block's, and an input that is read by nobody is no layer."""
     block = PowersOfTwoBack(12, 5, 3).eval()
-    flow = flow_of(block, torch.randn(1, 12, 4, 4))
+    flow = flow_of(block, torch.empty(1, 12, 4, 4, device="meta"))
     assert [layer.modules for layer in flow.layers] == [
         tuple(f"units.{i}.{name}" for name in ("bn1", "conv1", "bn2", "conv2")) for i in range(3)
     ]
     assert [layer.unit for layer in flow.layers] == ["bottleneck"] * 3 and flow.outputs == (2, 3, 0)
-    assert flow_of(nn.Identity(), torch.randn(1, 12, 4, 4)) is None
+    assert flow_of(nn.Identity(), torch.empty(1, 12, 4, 4, device="meta")) is None
 
 
 @pytest.mark.parametrize("make", [lambda: dense_row(NewFirst, 12, 5, 3), lambda: Stage(6, 5, 3, PlainLayer)])

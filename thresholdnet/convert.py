@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
 from .recognise import Found, by_rules, recognise
 
+Self = TypeVar("Self", bound="ConvertedBlock")
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference that the check lets pass, of the largest value; 0.1 in half formats, whose errors add up over a
 block's layers. A wrong structure differs by about 1, a BatchNorm folded wrongly (`export.py`) by 0.01 and more."""
@@ -30,13 +33,13 @@ block's layers. A wrong structure differs by about 1, a BatchNorm folded wrongly
 class ConvertedBlock(LinkedBlock):
     """A foreign block, run by the engine: the same modules under the same names, the same state dict and results.
 
-    Where a module inside has hooks, the original computes, so that they are called.
+    Where a module inside has hooks, the original computes, so that they are called. Made by `of`, it is an instance of
+    the original's class as well, for whoever asks.
     """
 
     def __init__(self, original: nn.Module, found: Found):
-        super().__init__()
-        for name, child in original.named_children():
-            self.add_module(name, child)
+        nn.Module.__init__(self)  # not the foreign class's, which comes next
+        self._modules = original._modules  # one dict for both: what is put into it later is in either
         self._original = [original]  # in a list: no second registration of its modules
         self.plan, self.activation = found.plan, found.activation
         self.drop_rate, self.drop_channels = found.drop_rate, found.drop_channels
@@ -46,6 +49,24 @@ class ConvertedBlock(LinkedBlock):
                 setattr(self, name, value)
         self.training = original.training
         self.fuse(True)
+
+    @staticmethod
+    def of(original: nn.Module, found: Found) -> ConvertedBlock:
+        """The block in the place of the original."""
+        container = isinstance(original, nn.ModuleDict | nn.ModuleList | nn.Sequential)
+        block = _empty(ConvertedContainer if container else ConvertedBlock, type(original))
+        ConvertedBlock.__init__(block, original, found)
+        return block
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes that `of` has made are made again where a copy or a pickle is read."""
+        kind = ConvertedContainer if isinstance(self, ConvertedContainer) else ConvertedBlock
+        return _empty, (kind, type(self._original[0])), self.__getstate__()
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As nn.Module's; the original, which somebody may hold in a list of their own, goes along."""
+        self._original[0].training = mode
+        return super().train(mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,8 +80,6 @@ class ConvertedBlock(LinkedBlock):
         """The block as it was, with today's modules and mode."""
         block = self._original[0]
         block.training = self.training
-        for name, child in self.named_children():
-            block._modules[name] = child  # one may have been replaced since
         return block
 
     @property
@@ -125,9 +144,7 @@ class ConvertedBlock(LinkedBlock):
 
 
 class ConvertedContainer(ConvertedBlock):
-    """A block whose class is one of torch's containers, as DenseNet's nn.ModuleDict: it is read as that is, by today's
-    modules. Its methods, such as `items`, come from the original as those of any block do.
-    """
+    """A block whose class is one of torch's containers, as DenseNet's nn.ModuleDict: parts of it are parts of that."""
 
     def __len__(self) -> int:
         return len(self.original())  # type: ignore[arg-type]  # a container, and so below
@@ -140,6 +157,21 @@ class ConvertedContainer(ConvertedBlock):
 
     def __contains__(self, key: object) -> bool:
         return key in self.original()  # type: ignore[operator]
+
+
+@lru_cache(maxsize=1024)
+def _class_of(kind: Any, original: Any) -> Any:
+    """A class that is both, the former first."""
+    try:
+        return type(f"Converted{original.__name__}", (kind, original), {"__module__": __name__})
+    except TypeError:  # its metaclass does not allow it
+        return kind
+
+
+def _empty(kind: Any, original: Any) -> ConvertedBlock:
+    """An instance before anything is in it, without the foreign class's own ways to make one."""
+    block: ConvertedBlock = object.__new__(_class_of(kind, original))
+    return block
 
 
 def convert(
@@ -177,17 +209,19 @@ def convert(
     lines: dict[str, str] = {}
     left: list[str] = []
     whole: list[str] = []  # blocks of several layers
+    made: dict[int, ConvertedBlock] = {}  # one may stand in several places
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LinkedBlock) or _inside_a_block(model, name):
             continue
         try:
-            block = _replacement(module, backend, recompute)
+            block = made.get(id(module)) or _replacement(module, backend, recompute)
         except Unlike as reason:
             if not any(_is_inside(name, other) for other in left):
                 lines[name] = f"left {name or 'the model'}: {reason}"
             left.append(name)
             continue
         if block is not None:
+            made[id(module)] = block
             model = _put(model, name, block)
             size = f"{block.plan.num_layers} layers, {block.links.total} links"
             lines[name] = f"fused {name or 'the model'}: {block._found.kind}, {size}"
@@ -261,8 +295,7 @@ def _replacement(module: nn.Module, backend: str, recompute: str | None) -> Conv
         raise Unlike(f"it has a tensor {own[0]!r} of its own")
     if any(sharded(parameter) for parameter in module.parameters()):
         raise Unlike("its weights are sharded: convert the model before fully_shard")
-    kind = ConvertedContainer if isinstance(module, nn.ModuleDict | nn.ModuleList | nn.Sequential) else ConvertedBlock
-    block = kind(module, found).fuse(True, backend, recompute)
+    block = ConvertedBlock.of(module, found).fuse(True, backend, recompute)
     _check(module, block)
     return block
 
@@ -278,11 +311,13 @@ def _check(original: nn.Module, block: ConvertedBlock) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, block.in_channels, 6, 5, generator=generator).to(weight)
-    with evaluating(block), evaluating(original):
-        _compare(type(original).forward(original, x), block._fused_forward(x, "native", None))
-    try:
-        twin = _twin(original, generator)
+    try:  # on a copy: some write where they run
+        own, twin = copy.deepcopy(original), _twin(original, generator)
     except (RuntimeError, TypeError):  # what makes a weight from others at every call may refuse to be copied
+        own, twin = original, None
+    with evaluating(block), evaluating(own):
+        _compare(_ran(own, x), block._fused_forward(x, "native", None))
+    if twin is None:
         return
     with torch.random.fork_rng(devices=[]):  # a layer may drop something
         for training in (False, True):
@@ -294,8 +329,8 @@ def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
     if twin.training and any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
         return  # which may wait for other processes
     fused, again = copy.deepcopy(twin), copy.deepcopy(twin) if twin.training else None
-    expected = type(twin).forward(twin, x)
-    if again is not None and not torch.equal(expected, type(again).forward(again, x)):
+    expected = _ran(twin, x)
+    if again is not None and not torch.equal(expected, _ran(again, x)):
         if not (block.drop_rate or block._found.before or block._found.behind):
             raise Unlike("in training its forward drops something that its structure does not show")
         return
@@ -304,6 +339,17 @@ def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
     buffers = dict(twin.named_buffers())
     for name, buffer in ours.named_buffers():
         _compare(buffers[name].double(), buffer.double(), f"in what it writes to {name}")
+
+
+def _ran(module: nn.Module, x: Tensor) -> Any:
+    """What its forward makes of pixels."""
+    try:
+        return type(module).forward(module, x)
+    except Exception as error:  # whatever it is that it wants
+        said = next(iter(str(error).splitlines()), "")
+        raise Unlike(
+            f"its forward cannot be checked on a few random pixels ({type(error).__name__}: {said})"
+        ) from error
 
 
 def _compare(expected: Any, got: Tensor, where: str = "") -> None:

@@ -7,7 +7,6 @@ concatenation) counts nothing, which is also how the paper's counter saw it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import integer
+from .layers import meta_copy
 
 Cost = tuple[int, int, int]  # multiply-accumulates, #FLOPS, #MAdds of one call
 
@@ -99,17 +99,6 @@ def checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     if not input_shape:
         raise ValueError("input_shape must hold at least the batch size, got an empty one")
     return tuple(integer("input_shape entry", side, 1) for side in input_shape)
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers lie on the meta device; the weights themselves are never copied."""
-    memo: dict[int, Any] = {}  # deepcopy takes what it finds here in place of copying
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Cost] | None:

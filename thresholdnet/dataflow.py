@@ -1,4 +1,4 @@
-"""What a module computes, written down while it runs once: convolutions, BatchNorms, activations and what they read.
+"""What a module computes, written down while a copy runs: convolutions, BatchNorms, activations and what they read.
 
 The layers and links of a block are read off that, whatever its classes and attributes are called.
 """
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+
+from .layers import meta_copy
 
 CONV, NORM, ACT, DROP, JOIN, INPUT, OTHER = "conv", "norm", "act", "drop", "join", "input", "other"
 
@@ -83,14 +85,18 @@ class Flow(NamedTuple):
 def flow_of(module: nn.Module, x: Tensor) -> Flow | None:
     """The layers of a module that joins what they made; None for one that does anything else with x.
 
-    In front and behind others of its modules may run, one after the other. The module runs once, in the mode in which
-    it is: in eval mode its statistics stay.
+    In front and behind others of its modules may run, one after the other. A copy runs once, in eval mode, on the meta
+    device, for a forward may write wherever it likes. x: on that device.
     """
-    watch = _Watch(module, x)
+    try:
+        twin = meta_copy(module).eval()
+    except Exception:  # what refuses to be copied
+        return None
+    watch = _Watch(twin, x)
     handles = register_module_forward_pre_hook(watch.begin), register_module_forward_hook(watch.end)
     try:
         with watch:
-            result = module(x)
+            result = twin.forward(x)
     except Exception:  # it may want something else than one batch of pixels
         return None
     finally:
@@ -184,7 +190,8 @@ def _dropout2d(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) ->
 
 
 def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
-    return Step(JOIN, tuple(map(watch.number, tensors))) if dim in (1, -3) else None
+    parts = [tensor for tensor in tensors if tensor.shape != (0,)]  # which torch leaves out, and some begin with
+    return Step(JOIN, tuple(map(watch.number, parts))) if dim in (1, -3) else None
 
 
 _KNOWN: dict[Any, Callable[..., Step | None]] = {

@@ -6,10 +6,12 @@ calls no module, so it must ask.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -144,3 +146,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers lie on the meta device; the weights themselves are never copied."""
+    memo: dict[int, Any] = {}  # deepcopy takes what it finds here in place of copying
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)

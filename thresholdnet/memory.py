@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from . import ops
 from .checks import one_of
-from .counting import checked_shape, meta_copy
-from .layers import Unlike
+from .counting import checked_shape
+from .layers import Unlike, meta_copy
 from .linked import LinkedBlock
 from .models import fuse_blocks
 from .recognise import recognise

@@ -13,6 +13,7 @@ layouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -30,11 +31,11 @@ from .layers import (
     batch_norm,
     channels_read,
     convolution,
-    evaluating,
     forms_inside,
     hooked,
     idle,
 )
+from .linked import LinkedBlock
 from .links import Links
 from .plan import UNITS, BlockPlan
 
@@ -77,7 +78,13 @@ def recognise(block: nn.Module) -> Found | None:
     Raises:
         Unlike: it is, but the engine has no form for it; the message is the reason.
     """
-    return by_rules(block) or by_running(block)
+    try:
+        return by_rules(block) or by_running(block)
+    except Unlike:
+        with suppress(Unlike):  # a rule may have looked at names that mean something else here
+            if found := by_running(block):
+                return found
+        raise
 
 
 def by_rules(block: nn.Module) -> Found | None:
@@ -139,7 +146,10 @@ def harmonic_block(block: nn.Module) -> Found | None:
         return None
     if not layers or [name for name, _ in block.named_children()] != ["layers"]:
         return None
-    pattern = Links([list(row) for row in sources])
+    try:
+        pattern = Links([list(row) for row in sources])
+    except (TypeError, ValueError):  # something else of this name
+        return None
     units, nodes, activation = _layers("layers", layers, pattern)
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
@@ -172,10 +182,10 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
 
 
 def by_running(block: nn.Module) -> Found | None:
-    """A block of linked layers in any layout, by what it does with a few pixels in eval mode.
+    """A block of linked layers in any layout, by what a copy of it does with a few pixels in eval mode.
 
-    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. What
-    runs in front of its layers or behind them is part of it only where no module inside holds just those layers.
+    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. No module
+    inside may hold all of its layers: that would be the block.
     """
     inside = [*block.modules()]
     parts = [module for module in inside if not module._modules]
@@ -184,20 +194,17 @@ def by_running(block: nn.Module) -> Found | None:
     if [each.kind for each in signature(block.forward).parameters.values()] != [Parameter.POSITIONAL_OR_KEYWORD]:
         return None
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
-    if not convolutions or any(map(hooked, inside[1:])):
+    if not convolutions or any(hooked(module) or isinstance(module, LinkedBlock) for module in inside[1:]):
         return None
     read = channels_read(next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm)))
-    with evaluating(block):
-        flow = flow_of(block, convolutions[0].weight.detach().new_zeros(2, read, 6, 5))
+    flow = flow_of(block, torch.empty(2, read, 6, 5, dtype=convolutions[0].weight.dtype, device="meta"))
     if flow is None or not flow.layers or _alone_inside(block, flow):
         return None
     return _linked(block, flow)
 
 
 def _alone_inside(block: nn.Module, flow: Flow) -> bool:
-    """Whether a module inside the block is one with the same layers."""
-    if not flow.before and not flow.behind:
-        return False
+    """Whether a module inside the block is one with the same layers: the less is replaced, the better."""
     first, *others = [path for layer in flow.layers for path in layer.modules]
     for end in [i for i, letter in enumerate(first) if letter == "."]:
         if all(path.startswith(first[: end + 1]) for path in others):
