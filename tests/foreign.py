@@ -330,3 +330,11 @@ class HarDUnit(nn.Module):
             made.append(layer(torch.cat([made[s] for s in row], 1)))
         y = torch.cat([y for i, y in enumerate(made) if i % 2 or i == len(made) - 1], 1)
         return self.downsample(self.conv(y))
+
+
+def with_biases(model):
+    """The same, its convolutions with random biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(torch.randn(module.out_channels))
+    return model

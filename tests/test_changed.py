@@ -177,7 +177,11 @@ def step(block, x):
 
 def assert_steps_equal(found, expected):
     assert found.keys() == expected.keys()
+    largest = max(tensor.abs().max().item() for tensor in expected.values())
     for name, tensor in expected.items():
+        if tensor.abs().max() < 1e-12 * largest:  # truly 0, as of a bias in front of a BatchNorm: mere rounding
+            assert found[name].abs().max() < 1e-12 * largest, name
+            continue
         assert_close(found[name].double(), tensor.double(), torch.float64, name)
 
 
@@ -199,7 +203,7 @@ def test_a_changed_block_computes_what_its_modules_say(kind, change, training):
         return
     twin = plain_of(copy.deepcopy(block))
     found, expected = step(block, x), step(twin, x)
-    assert block.backend == "reference"
+    assert block.backend == ("native" if change == "bias" else "reference")
     assert_steps_equal(found, expected)
 
 

@@ -240,7 +240,7 @@ def test_why_a_block_was_left_is_said_once():
     model, lines = nn.Sequential(Twice(), nn.Sequential(strided)), []
     tn.convert(model, report=lines.append)
     assert lines[0] == "left 0: a module runs in it more than once"
-    assert lines[1] == "left 1: 0.1.bottle_neck.5 must be a 3x3 convolution of stride 1, padding 1, one group, no bias"
+    assert lines[1] == "left 1: 0.1.bottle_neck.5 must be a 3x3 convolution of stride 1, padding 1, one group"
     assert lines[2:] == [f"fused 1.0.{i}: dense block, 1 layers, 1 links" for i in (0, 2)] + [
         "fused 1.0: transitions between its blocks"
     ]

@@ -31,9 +31,9 @@ HEAVY = {
 ORDER = [
     "checks", "constants", "packing", "ahead", "recording", "straight", "pooling", "together", "recorder", "overlap",
     "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine",
-    "transition", "transforms", "ops", "functional", "layers", "linked", "blocks", "chain", "graphs", "models",
-    "dataflow", "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data",
-    "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "transition", "transforms", "ops", "functional", "layers", "biases", "linked", "blocks", "chain", "graphs",
+    "models", "dataflow", "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams",
+    "memory", "data", "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

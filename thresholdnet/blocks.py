@@ -209,13 +209,13 @@ class ThresholdBlock(LinkedBlock):
         drops = ["drop"] if self.drop_rate else []
         if plan.unit == "bottleneck":
             names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *drops]
-            inner = convolution("conv1", layer.conv1, 1, read)
-            found = convolution("conv2", layer.conv2, 3, inner)
+            inner = convolution("conv1", layer.conv1, 1, read, bias=True)
+            found = convolution("conv2", layer.conv2, 3, inner, bias=True)
             same = inner == plan.bottleneck_widths[index]
             behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
         else:
             names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
-            found, same = convolution("conv", layer.conv, 3, read), True
+            found, same = convolution("conv", layer.conv, 3, read, bias=True), True
             behind = [activation_behind("norm", layer.norm, layer.act)]
         alike = {*behind} == {self.activation} and found == width and same and [*layer._modules] == names
         drop = (layer.drop.p, layer.drop.training) if "drop" in names else (self.drop_rate, self.training)

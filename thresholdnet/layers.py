@@ -29,18 +29,20 @@ class Unlike(Exception):
     """Why a block that looks like a known one cannot run in the engine."""
 
 
-def convolution(name: str, conv: Any, kernel: int, channels: int) -> int:
-    """The channels that a convolution of the expected form writes; raises `Unlike` for any other."""
+def convolution(name: str, conv: Any, kernel: int, channels: int, bias: bool = False) -> int:
+    """The channels that a convolution of the expected form writes; raises `Unlike` for any other.
+
+    bias: whether it may have one.
+    """
     if not isinstance(conv, nn.Conv2d):
         raise Unlike(f"{name} must be a Conv2d, got {type(conv).__name__}")
     if not torchs_convolution(conv):
         raise Unlike(f"{name} must convolve as nn.Conv2d does, got {type(conv).__name__} with a forward of its own")
     size, pad = (kernel, kernel), (kernel // 2, kernel // 2)
     form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or conv.bias is not None:
-        raise Unlike(
-            f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, one group, no bias"
-        )
+    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or (conv.bias is not None and not bias):
+        ending = "one group" if bias else "one group, no bias"
+        raise Unlike(f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, {ending}")
     if conv.in_channels != channels:
         raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
     return conv.out_channels

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync, transforms
 from .backends import CHOICES, candidates, pick
+from .biases import Biases, has_biases
 from .checks import boolean, one_of
 from .constants import compiler_constant
 from .layers import hooked, states_inside
@@ -35,6 +36,7 @@ class LinkedBlock(nn.Module):
     activation: str
     drop_rate: float
     drop_channels = False  # whether dropout takes whole channels of an image
+    _biased: tuple[list[Any], list[Tensor], Any] = ([], [], None)  # what was written, of which tensors; its `Biases`
     _checked: tuple[list[Any], bool, Sequence[Any]] = ([], True, ())  # the modules' states, whether they fit, `_units`
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
@@ -126,7 +128,8 @@ class LinkedBlock(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_checked", None)  # of these very modules
+        for name in ("_checked", "_biased"):  # of these very modules
+            state.pop(name, None)
         return state
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
@@ -156,7 +159,9 @@ class LinkedBlock(nn.Module):
         rounded = backend == "triton" and not transforms.active()
         if not rounded:
             weights = {number: weight.to(x.dtype) for number, weight in weights.items()}
-        parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights)]
+        biases = self._biases(units, norms, fixed, first) if has_biases(units) else None
+        betas: Iterator[Any] = iter([norm.bias for norm in norms] if biases is None else biases.betas)
+        parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights, betas)]
         if tail is not None:
             parameters.append(tail if rounded else tail.to(x.dtype))
         running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
@@ -169,9 +174,25 @@ class LinkedBlock(nn.Module):
             ops.block, x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
             self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
         )  # fmt: skip
+        if biases is not None:
+            y, statistics = biases.output(y), biases.noted(statistics) if statistics else statistics
         if statistics:
             update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
         return y
+
+    def _biases(
+        self, units: Sequence[Sequence[nn.Module]], norms: Sequence[Any], fixed: Sequence[bool], like: Tensor
+    ) -> Biases:
+        """Made once for inference with given statistics, until something is written."""
+        if torch.is_grad_enabled() or not all(fixed) or torch.compiler.is_compiling() or transforms.active():
+            return Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
+        tensors = [t for unit in units for module in unit for t in (*module.parameters(), *module.buffers())]
+        written = [*((id(t), t._version) for t in tensors), *(norm.eps for norm in norms)]
+        if written != self._biased[0]:
+            made = Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
+            self._biased = written, tensors, made  # held, so that no other tensor takes an id
+        biases: Biases = self._biased[2]
+        return biases
 
     def _masks(self, x: Tensor) -> list[Tensor]:
         """What dropout leaves of every layer's output."""
@@ -233,16 +254,23 @@ def check_images(name: str, x: Tensor, channels: int) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
 
 
-def _in_forward_order(unit: Sequence[nn.Module], weights: dict[int, Tensor]) -> Iterator[Tensor]:
+def _in_forward_order(
+    unit: Sequence[nn.Module], weights: dict[int, Tensor], betas: Iterator[Tensor | None]
+) -> Iterator[Tensor]:
     """A unit's parameters as the engine takes them; ones and zeros stand for an affine that is switched off."""
     for module in unit:
         if isinstance(module, nn.Conv2d):
             yield weights[id(module)]
         elif isinstance(module, _BatchNorm):
-            weight, bias = module.weight, module.bias
+            weight, bias = module.weight, next(betas)
             like = next(iter(weights.values()))
             yield like.new_ones(module.num_features) if weight is None else weight
-            yield like.new_zeros(module.num_features) if bias is None else bias
+            yield or_zeros(module, like) if bias is None else bias
+
+
+def or_zeros(norm: _BatchNorm, like: Tensor) -> Tensor:
+    """A BatchNorm's beta, zeros where it has none."""
+    return like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

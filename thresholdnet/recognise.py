@@ -79,12 +79,13 @@ def recognise(block: nn.Module) -> Found | None:
         Unlike: it is, but the engine has no form for it; the message is the reason.
     """
     try:
-        return by_rules(block) or by_running(block)
+        found = by_rules(block)
     except Unlike:
         with suppress(Unlike):  # a rule may have looked at names that mean something else here
             if found := by_running(block):
                 return found
         raise
+    return found or by_running(block)
 
 
 def by_rules(block: nn.Module) -> Found | None:
@@ -127,8 +128,8 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
         known = {*_DENSE, "relu1", "relu2"}
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
-        inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths)))
-        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1]))
+        inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths), bias=True))
+        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], bias=True))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
@@ -184,8 +185,8 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
 def by_running(block: nn.Module) -> Found | None:
     """A block of linked layers in any layout, by what a copy of it does with a few pixels in eval mode.
 
-    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. No module
-    inside may hold all of its layers: that would be the block.
+    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. No
+    module inside may hold all of its layers: that would be the block.
     """
     inside = [*block.modules()]
     parts = [module for module in inside if not module._modules]
@@ -240,9 +241,9 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         if unit == "bn_relu_conv" and convolutions[-1][1].kernel_size == (1, 1):
             raise Unlike(f"{convolutions[-1][0]} must be followed by BatchNorm, activation and a 3x3 convolution alone")
         for path, conv in convolutions[:-1]:
-            channels = convolution(path, conv, 1, channels)
+            channels = convolution(path, conv, 1, channels, bias=True)
             inner.append(channels)
-        nodes.append(convolution(*convolutions[-1], 3, channels))
+        nodes.append(convolution(*convolutions[-1], 3, channels, bias=True))
     try:
         pattern = Links([layer.sources for layer in flow.layers])
     except ValueError as error:
@@ -294,7 +295,7 @@ def _layers(path: str, layers: Any, pattern: Links) -> tuple[tuple[tuple[str, ..
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
         unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row)))
+        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), bias=True))
         activations.add(act)
         units.append(unit)
     return tuple(units), tuple(nodes), _the("activation", activations)

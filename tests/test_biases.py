@@ -1,0 +1,102 @@
+"""Blocks whose convolutions have biases: values, gradients, statistics in every mode, and what is made once."""
+
+import copy
+
+import pytest
+import torch
+from foreign import HarDBlock, InOneRow, NewFirst, PlainLayer, PowersOfTwoBack, Stage, dense_row, with_biases
+from test_convert import assert_equal_in_all, blocks, quiet, randomise
+from torch import nn
+
+import thresholdnet as tn
+from thresholdnet.biases import Biases
+
+F64 = torch.float64
+MAKE = {
+    "bottleneck": lambda: dense_row(InOneRow, 12, 5, 3),
+    "new first": lambda: dense_row(NewFirst, 12, 5, 3),
+    "bn_relu_conv": lambda: dense_row(PlainLayer, 12, 5, 3),
+    "conv_bn_relu": lambda: HarDBlock(12, 6, 1.7, 4, keep_base=True),
+    "sparse": lambda: PowersOfTwoBack(12, 5, 5),
+    "a transition in front": lambda: Stage(6, 5, 3),
+}
+
+
+def biased(name, some=False):
+    torch.manual_seed(0)
+    model = with_biases(randomise(nn.ModuleList([MAKE[name]()])))
+    if some:  # every other convolution has none
+        for module in [m for m in model.modules() if isinstance(m, nn.Conv2d)][::2]:
+            module.bias = None
+    return model.double()[0]
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("name", MAKE)
+def test_biases(name, some):
+    original = nn.Sequential(biased(name, some), nn.Conv2d(3, 3, 1))[:1]
+    converted = quiet(nn.ModuleList([copy.deepcopy(original[0])]))
+    assert len(blocks(converted)) == 1
+    x = torch.randn(3, 12, 6, 7, dtype=F64)
+    assert_equal_in_all(converted[0], original[0], x)
+    assert converted[0].backend == "native"
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "bn_relu_conv", "conv_bn_relu"])
+def test_gradients_behind_given_statistics(name):
+    """In training with frozen BatchNorms a bias has a gradient, which has to pass through the shift."""
+    original = biased(name).train()
+    norms = [m for m in original.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms[::2]:
+        norm.eval()
+    converted = quiet(copy.deepcopy(original))
+    x, grads = torch.randn(2, 12, 5, 6, dtype=F64), []
+    for model in (converted, original):
+        own = x.clone().requires_grad_()
+        y = model(own)
+        grads.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [own, *model.parameters()])])
+    assert converted.backend == "native"
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert any(g.abs().max() > 1e-3 for g in grads[0][1:] if g.dim() == 1)
+    for ours, theirs in zip(converted.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_shifts_are_made_once_for_serving(monkeypatch):
+    made = []
+    monkeypatch.setattr(Biases, "__init__", lambda self, *args, init=Biases.__init__: made.append(init(self, *args)))
+    original = biased("bottleneck").eval()
+    block = tn.prepack(quiet(copy.deepcopy(original)))
+    x = torch.randn(2, 12, 5, 6, dtype=F64)
+    made.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(block(x), original(x), rtol=1e-9, atol=1e-9)
+        assert len(made) <= 1  # the check before it took its place ran it with these
+        for change in (
+            lambda m: m[1].bottle_neck[2].bias.add_(1),
+            lambda m: m[0].bottle_neck[3].running_var.mul_(2),
+            lambda m: setattr(m[2].bottle_neck[0], "eps", 0.1),
+        ):
+            for model in (block, original):
+                change(model)
+            made.clear()
+            for _ in range(2):
+                torch.testing.assert_close(block(x), original(x), rtol=1e-9, atol=1e-9)
+            assert len(made) == 1
+        torch.testing.assert_close(copy.deepcopy(block)(x), block(x), rtol=1e-9, atol=1e-9)
+
+
+def test_half_and_compiled():
+    original = biased("bn_relu_conv").float().eval()
+    block = quiet(copy.deepcopy(original))
+    x = torch.randn(2, 12, 5, 6)
+    expected = original(x)
+    torch.testing.assert_close(
+        torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected, rtol=1e-4, atol=1e-4
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == torch.bfloat16
+        torch.testing.assert_close(block(x).float(), expected, rtol=0.1, atol=0.2)
+    assert block.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
