@@ -311,23 +311,29 @@ def test_a_block_in_two_places_is_one():
 
 
 class Holder(nn.Module):
-    """Keeps its blocks in a list of its own beside their registration."""
+    """Keeps its blocks in a list and a tuple of its own beside their registration, and runs them from there."""
 
     def __init__(self):
         super().__init__()
-        self.held = [torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.5)]
+        self.held = [torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.5), None]
+        self.kept = (self.held[0],)
         self.add_module("block", self.held[0])
 
-    def forward(self, x):
-        return self.held[0](x)
+    def forward(self, x, kept=False):
+        return (self.kept if kept else self.held)[0](x) * 2
 
 
-def test_who_holds_the_original_sees_its_mode():
-    model = quiet(Holder()).eval()
+def test_who_holds_a_block_beside_its_registration():
+    original = Holder()
+    model = quiet(copy.deepcopy(original)).eval()
     x = torch.randn(2, 8, 6, 6)
-    torch.testing.assert_close(model(x), model.block(x))  # nothing is dropped
-    assert isinstance(model.block, ConvertedBlock)
-    assert model.train().held[0].training and (model(x) == 0).any()
+    assert model.held[0] is model.block and isinstance(model.block, ConvertedBlock) and model.held[1] is None
+    torch.testing.assert_close(model(x), original.eval()(x))
+    assert model.block.backend == "native"
+    torch.testing.assert_close(model(x, kept=True), model(x))  # the original, and nothing is dropped
+    assert model.train().kept[0].training and (model(x, kept=True) == 0).any()
+    block = model.block.original()
+    assert tn.to_reference(model).held[0] is model.block is block
 
 
 def test_a_method_that_adds_layers():

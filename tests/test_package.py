@@ -33,7 +33,8 @@ ORDER = [
     "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine",
     "transition", "transforms", "ops", "functional", "layers", "biases", "linked", "blocks", "chain", "graphs",
     "models", "dataflow", "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams",
-    "memory", "data", "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "memory", "data", "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

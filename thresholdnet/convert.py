@@ -281,9 +281,14 @@ def _inside_a_block(model: nn.Module, name: str) -> bool:
 
 
 def _put(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
+    """A module in the place of another, in lists that somebody keeps beside the registered modules too."""
     if not name:
         return block
+    old = model.get_submodule(name)
     model.set_submodule(name, block)
+    for module in model.modules():
+        for held in [value for value in vars(module).values() if type(value) is list]:
+            held[:] = [block if each is old and held is not vars(block).get("_original") else each for each in held]
     return model
 
 
