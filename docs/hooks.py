@@ -51,7 +51,8 @@ def measured_runs() -> str:
 
 FILLED = {
     "kernel_operands": kernel_operands, "measured_runs": measured_runs, "memory": measured.memory,
-    "compiled": measured.compiled, "trained": measured.trained, "host_time": measured.host_time, "source": source,
+    "compiled": measured.compiled, "trained": measured.trained, "host_time": measured.host_time,
+    "converted": measured.converted, "source": source,
 }  # fmt: skip
 
 

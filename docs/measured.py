@@ -174,6 +174,32 @@ def host_time() -> str:
     return "\n".join([*_table(head, lines), "", where])
 
 
+def converted() -> str:
+    """What `thresholdnet convert` measured of other people's models, all files of bench/results."""
+    lines, machines = [], set()
+    for file in sorted(RESULTS.glob("*/convert/*.json")):
+        found = json.loads(file.read_text())
+        machine, own = found["machine"], {row["mode"]: row for row in found["rows"] if not row["ratios"]}
+        machines.add(f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}")
+        for row in (row for row in found["rows"] if row["ratios"]):
+            base = own[row["mode"]]
+            speed = row["ratios"][base["provider"]]
+            kept = base["saved_bytes"] and f"{row['saved_bytes'] / base['saved_bytes']:.2f}"
+            lines.append(
+                [
+                    f"`{file.stem}`: `{found['model']}`",
+                    f"{row['mode']} {'x'.join(map(str, row['shape']))}",
+                    row["provider"].replace("_", ", "),
+                    f"{speed['median']:.2f} ({speed['p20']:.2f} to {speed['p80']:.2f})",
+                    kept or "-",
+                    f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
+                ]
+            )
+    head = ("file and model", "step", "of", "speed (p20 to p80)", "kept", "peak")
+    where = f"*Its own time over that of its converted copy, and bytes of its own; {'; '.join(sorted(machines))}.*"
+    return "\n".join([*_table(head, lines), "", where])
+
+
 def trained() -> str:
     """Every training run of bench/results."""
     lines = []

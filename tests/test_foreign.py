@@ -94,6 +94,22 @@ def test_a_step_that_is_wrong_has_no_time(monkeypatch):
     assert row["reason"].startswith("wrong: output off by") and row["ms_median"] is None
 
 
+def test_the_readme_says_what_the_files_say():
+    root = HERE.parent
+    if not (root / "bench").is_dir():
+        pytest.skip("run outside a checkout")
+    found = [json.loads(file.read_text()) for file in (root / "bench/results/xeon-2core/convert").glob("*.json")]
+    rows = [(row, next(own for own in each["rows"] if own["mode"] == row["mode"])) for each in found for row in each["rows"]
+            if row["provider"] == "converted"]  # fmt: skip
+    speeds = {mode: [row["ratios"]["eager_channels_last"]["median"] for row, _ in rows if row["mode"] == mode]
+              for mode in ("train", "infer")}  # fmt: skip
+    kept = [row["saved_bytes"] / own["saved_bytes"] for row, own in rows if row["mode"] == "train"]
+    text = " ".join((root / "README.md").read_text().split())
+    for values, words in ((speeds["train"], "train {} to {} times"), (kept, "keep {} to {} of"),
+                          (speeds["infer"], "answer {} to {} times")):  # fmt: skip
+        assert words.format(f"{min(values):.2f}", f"{max(values):.2f}") in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
