@@ -336,6 +336,21 @@ def test_who_holds_a_block_beside_its_registration():
     assert tn.to_reference(model).held[0] is model.block is block
 
 
+def test_a_replica_has_modules_of_its_own():
+    """As nn.DataParallel makes them: where one runs in plain torch, it does so on its own device."""
+    block = quiet(torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)).eval()
+    replica = block._replicate_for_data_parallel()
+    for name, child in [*replica._modules.items()]:
+        replica._modules[name] = copy.deepcopy(child)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        next(replica._modules["denselayer1"].parameters()).mul_(2)
+    plain = replica.original()
+    assert plain.denselayer1 is replica._modules["denselayer1"] and block.original().denselayer1 is block.denselayer1
+    torch.testing.assert_close(replica(x), plain(x))
+    assert not torch.allclose(replica(x), block(x))
+
+
 def test_a_method_that_adds_layers():
     class Growing(torchvision.models.densenet._DenseBlock):
         def grow(self):

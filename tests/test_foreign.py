@@ -108,10 +108,8 @@ def test_the_readme_says_what_the_files_say():
         rows["train", "converted"]["saved_bytes"] / rows["train", compared.AS_IT_IS]["saved_bytes"] for rows in found
     ]
     text = " ".join((root / "README.md").read_text().split())
-    said = (
-        (speeds["train"], "train {} to {} times"), (kept, "keep {} to {} of"), (speeds["infer"], "answer {} to {} times")
-    )  # fmt: skip
-    for values, words in said:
+    said = {"train {} to {} times": speeds["train"], "keep {} to {} of": kept, "answer {} to {} times": speeds["infer"]}
+    for words, values in said.items():
         assert words.format(f"{min(values):.2f}", f"{max(values):.2f}") in text
 
 

@@ -79,6 +79,9 @@ class ConvertedBlock(LinkedBlock):
     def original(self) -> nn.Module:
         """The block as it was, with today's modules and mode."""
         block = self._original[0]
+        if block._modules is not self._modules:  # this one is a replica of nn.DataParallel's
+            block = copy.copy(block)
+            block._modules = self._modules
         block.training = self.training
         return block
 

@@ -210,9 +210,8 @@ class Verbs:
             turned = weight.flip(2, 3) if padding else weight
             turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
             g = F.conv2d(dz, turned, padding=padding)
-            return g.contiguous(
-                memory_format=torch.channels_last
-            )  # one channel is in either order, and leads the library
+            # one channel is in either order, and leads the library
+            return g.contiguous(memory_format=torch.channels_last)
         like = torch.empty(  # for its shape and order; never touched
             (dz.shape[0], weight.shape[1], *dz.shape[2:]),
             dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
