@@ -234,6 +234,15 @@ def test_what_does_something_else_is_left(make):
     assert torch.equal(converted(x), original(x))
 
 
+def test_dropout_behind_an_activation_is_left():
+    block = PowersOfTwoBack(12, 5, 3, bottleneck=False)
+    for unit in block.units:
+        unit.add_module("drop", nn.Dropout(0.5))
+    lines = []
+    assert not blocks(tn.convert(nn.ModuleList([block]), report=lines.append))
+    assert lines[0] == "left 0: its layers drop something behind their activation"
+
+
 def test_why_a_block_was_left_is_said_once():
     strided = dense_row(InOneRow, 12, 5, 3)
     strided[1].bottle_neck[5] = nn.Conv2d(20, 5, 3, padding=2, dilation=2, bias=False)

@@ -290,8 +290,9 @@ def _put(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
     old = model.get_submodule(name)
     model.set_submodule(name, block)
     for module in model.modules():
-        for held in [value for value in vars(module).values() if type(value) is list]:
-            held[:] = [block if each is old and held is not vars(block).get("_original") else each for each in held]
+        for held in [value for name, value in vars(module).items() if type(value) is list and name != "_original"]:
+            if any(each is old for each in held):
+                held[:] = [block if each is old else each for each in held]
     return model
 
 

@@ -6,8 +6,8 @@ what it found. Known: DenseNet-BC blocks as torchvision and timm lay them out; H
 Pytorch-HarDNet, FC-HarDNet, HarDNet-MSEG and ThreshNet, and ThreshNet's dense layers, which stand alone; VoVNet's
 one-shot aggregation as in timm and vovnet-detectron2.
 
-What no rule knows is run once, and recognised by what it did (`dataflow.py`): blocks of linked layers in all other
-layouts.
+Of what no rule knows a copy is run once, and it is recognised by what that did (`dataflow.py`): blocks of linked layers
+in all other layouts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .layers import (
 )
 from .linked import LinkedBlock
 from .links import Links
-from .plan import UNITS, BlockPlan
+from .plan import BlockPlan
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
 
@@ -192,10 +192,14 @@ def by_running(block: nn.Module) -> Found | None:
     parts = [module for module in inside if not module._modules]
     if isinstance(block, torch.jit.ScriptModule) or not all(isinstance(part, _PARTS) for part in parts):
         return None
-    if [each.kind for each in signature(block.forward).parameters.values()] != [Parameter.POSITIONAL_OR_KEYWORD]:
+    try:
+        taken = [each.kind for each in signature(block.forward).parameters.values()]
+    except (TypeError, ValueError):  # of no function of Python's
         return None
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
-    if not convolutions or any(hooked(module) or isinstance(module, LinkedBlock) for module in inside[1:]):
+    if taken != [Parameter.POSITIONAL_OR_KEYWORD] or not convolutions:
+        return None
+    if any(hooked(module) or isinstance(module, LinkedBlock) for module in inside[1:]):
         return None
     read = channels_read(next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm)))
     flow = flow_of(block, torch.empty(2, read, 6, 5, dtype=convolutions[0].weight.dtype, device="meta"))
@@ -223,8 +227,9 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
     if patched := [name for name, module in block.named_modules() if "forward" in vars(module)]:
         raise Unlike(f"{patched[0] or 'it'} has had its forward replaced")
     unit = _the("order of convolution, BatchNorm and activation", {layer.unit for layer in flow.layers})
-    if unit not in UNITS:
-        raise Unlike("its layers are a BatchNorm, an activation and one convolution, which the engine has no form for")
+    drop = _the("dropout", {layer.drop for layer in flow.layers})
+    if drop.rate and unit == "conv_bn_relu":
+        raise Unlike("its layers drop something behind their activation")
     paths = [path for layer in flow.layers for path in layer.modules]
     if len({*paths}) < len(paths):
         raise Unlike("a module runs in it more than once")
@@ -251,7 +256,6 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
     plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)), flow.behind
-    drop = _the("dropout", {layer.drop for layer in flow.layers})
     tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
