@@ -63,6 +63,57 @@ def test_gradients_behind_given_statistics(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("name", ["bottleneck", "bn_relu_conv"])
+def test_a_bias_is_dropped_with_its_feature(name, channels, monkeypatch):
+    original = biased(name).train()
+    for layer in original.children():
+        drop = (nn.Dropout2d if channels else nn.Dropout)(0.4)
+        if name == "bottleneck":
+            layer.bottle_neck.append(drop)
+        else:
+            layer.drop = drop
+    block = quiet(copy.deepcopy(original))
+    assert block.drop_rate == 0.4 and block.drop_channels == channels
+    x = torch.randn(3, 12, 5, 6, dtype=F64)
+    masks = block._masks(x)
+    monkeypatch.setattr(type(block), "_masks", lambda self, x: masks)
+
+    class Drops(nn.Module):  # what these masks leave
+        def __init__(self, mask):
+            super().__init__()
+            self.mask = mask
+
+        def forward(self, y):
+            return y * self.mask / 0.6
+
+    for layer, mask in zip(original.children(), masks, strict=True):
+        if name == "bottleneck":
+            layer.bottle_neck[6] = Drops(mask)
+        else:
+            layer.drop = Drops(mask)
+    grads = []
+    for model in (block, original):
+        own = x.clone().requires_grad_()
+        y = model(own)
+        grads.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [own, *model.parameters()])])
+    assert block.backend == "native"
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_biases_alone():
+    original = biased("bn_relu_conv").train()
+    for name, parameter in original.named_parameters():
+        parameter.requires_grad_(name == "1.conv.bias")
+    block, x, grads = quiet(copy.deepcopy(original)), torch.randn(2, 12, 5, 6, dtype=F64), []
+    for model in (block, original):
+        model(x).sin().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert block.backend == "native" and list(grads[0]) == list(grads[1]) == ["1.conv.bias"]
+    torch.testing.assert_close(grads[0]["1.conv.bias"], grads[1]["1.conv.bias"], rtol=1e-9, atol=1e-9)
+
+
 def test_shifts_are_made_once_for_serving(monkeypatch):
     made = []
     monkeypatch.setattr(Biases, "__init__", lambda self, *args, init=Biases.__init__: made.append(init(self, *args)))

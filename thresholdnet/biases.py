@@ -1,10 +1,8 @@
-"""Biases of a block's convolutions, of which the engine knows nothing: shifts of BatchNorms and of the output.
+"""Biases of a block's convolutions: those of features go to the engine, the others shift the BatchNorms behind them.
 
 BatchNorm of z + b is that of z where the batch's statistics count, whose mean alone is b more. With given statistics
 
     gamma (z + b - mean) rstd + beta = gamma (z - mean) rstd + (beta + gamma rstd b)
-
-A bias of a raw feature stands in front of the BatchNorm of everyone who reads it, and in the output.
 """
 
 from __future__ import annotations
@@ -27,8 +25,9 @@ class Biases:
     """What the biases of a call's layers do.
 
     Attributes:
-        of_norms: per BatchNorm in forward order what was added to what it reads, [C]; None for nothing.
-        of_output: the same for the block's output.
+        of_norms: per BatchNorm in forward order what was added to what it reads, [C]; None for nothing that the engine
+            does not add itself.
+        of_features: of every layer's feature, as the engine takes them, zeros where it has none; empty for none at all.
         betas: of the BatchNorms, as the engine is to take them.
     """
 
@@ -39,12 +38,16 @@ class Biases:
         """fixed: per BatchNorm, whether it has given statistics; betas: of the BatchNorms."""
         own = [[module._parameters.get("bias") for module in unit if _convolves(module)] for unit in units]
         self.of_norms: list[Tensor | None] = []
-        self.of_output: Tensor | None = None
+        self.of_features: list[Tensor] = []
         if plan.pre_activation:
-            features = [None, *(biases[-1] for biases in own)]  # of every node
-            for sources, biases in zip(plan.links, own, strict=True):
-                self.of_norms += [_joined(plan, features, sources), *biases[:-1]]
-            self.of_output = _joined(plan, features, plan.outputs)
+            for inner in own:
+                self.of_norms += [None, *inner[:-1]]
+            if any(inner[-1] is not None for inner in own):
+                like = betas[0]
+                self.of_features = [
+                    like.new_zeros(width) if bias is None else bias
+                    for width, (*_, bias) in zip(plan.widths, own, strict=True)
+                ]
         else:
             self.of_norms = [bias for (bias,) in own]
         self.betas = [
@@ -59,10 +62,6 @@ class Biases:
             for used, bias in zip(statistics, self.of_norms, strict=True)
         ]
 
-    def output(self, y: Tensor) -> Tensor:
-        """The block's output."""
-        return y if self.of_output is None else y + self.of_output.to(y.dtype)[:, None, None]
-
 
 def _shifted(norm: Any, given: bool, beta: Tensor, bias: Tensor) -> Tensor:
     if not given:
@@ -75,12 +74,3 @@ def _shifted(norm: Any, given: bool, beta: Tensor, bias: Tensor) -> Tensor:
 
 def _convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d)
-
-
-def _joined(plan: BlockPlan, features: Sequence[Tensor | None], nodes: Sequence[int]) -> Tensor | None:
-    """The nodes' biases side by side, zeros for one that has none; None where all are so."""
-    like = next((bias for node in nodes if (bias := features[node]) is not None), None)
-    if like is None:
-        return None
-    parts = [(node, features[node]) for node in nodes]
-    return torch.cat([like.new_zeros(plan.node_widths[node]) if bias is None else bias for node, bias in parts])

@@ -162,6 +162,8 @@ class LinkedBlock(nn.Module):
         biases = self._biases(units, norms, fixed, first) if has_biases(units) else None
         betas: Iterator[Any] = iter([norm.bias for norm in norms] if biases is None else biases.betas)
         parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights, betas)]
+        if biases is not None:
+            parameters += biases.of_features
         if tail is not None:
             parameters.append(tail if rounded else tail.to(x.dtype))
         running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
@@ -174,9 +176,8 @@ class LinkedBlock(nn.Module):
             ops.block, x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
             self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
         )  # fmt: skip
-        if biases is not None:
-            y, statistics = biases.output(y), biases.noted(statistics) if statistics else statistics
         if statistics:
+            statistics = statistics if biases is None else biases.noted(statistics)
             update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
         return y
 

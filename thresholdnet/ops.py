@@ -96,7 +96,8 @@ def _(
         norms.append(structure.link_widths[i] if structure.pre_activation else width)
         norms += structure.bottleneck_widths[i : i + 1]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]
-    tail = len(parameters) > engine.parameters_a_layer(structure) * structure.num_layers
+    more = len(parameters) > engine.parameters_a_layer(structure) * structure.num_layers
+    tail = more and not structure.pre_activation  # of which those are biases
     channels = parameters[-1].shape[0] if tail else structure.out_channels
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

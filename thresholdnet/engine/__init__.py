@@ -33,6 +33,7 @@ def forward(
         x: [N, C, H, W].
         parameters: as in `reference.block_forward`. A conv_bn_relu block takes one more at the end: the weight
             [O, out_channels, 1, 1] of a 1x1 convolution of the output, which is then returned in the output's place.
+            Blocks of the other units may take L more: a bias for each layer's feature.
         running: mean and variance of every BatchNorm in forward order; read only where it is fixed.
         extras: see `Extras`.
 

@@ -1,7 +1,8 @@
 """What blocks of pre-activation layers share, whose BatchNorm stands in front of their convolutions.
 
 Node i is the raw feature f_i; its readers r normalise it each with an affine of their own over statistics that all of
-them share: a_r = act(f * s_r + t_r). What they do with a_r is a subclass's.
+them share: a_r = act(f * s_r + t_r). What they do with a_r is a subclass's; a bias b_r is added to f_r, which may be
+dropped then.
 """
 
 from __future__ import annotations
@@ -20,8 +21,20 @@ class Features(Block):
     """A block whose nodes are raw features; the first parameters of every layer are gamma and beta over what it reads.
 
     A subclass makes the features of a layer (`layer_forward`), and on the way back what their readers send
-    (`layer_backward`), behind `begin_backward`.
+    (`layer_backward`), behind `begin_backward`. Behind the parameters of all layers may stand a bias [C] for each one's
+    feature.
     """
+
+    @property
+    def biases(self) -> Sequence[Tensor]:
+        """Of every layer's feature, or none."""
+        return self.parameters[self.per_layer * self.plan.num_layers :]
+
+    def lowest_needed(self, needs: Sequence[bool]) -> int:
+        """See `Block.lowest_needed`: a bias belongs to a layer."""
+        own = 1 + self.per_layer * self.plan.num_layers
+        biased = next((layer for layer, needed in enumerate(needs[own:], start=1) if needed), self.plan.num_layers + 1)
+        return min(biased, super().lowest_needed(needs[:own])) if any(needs[:own]) else biased
 
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         plan, verbs, save = self.plan, self.verbs, self.spec.save
@@ -36,6 +49,10 @@ class Features(Block):
             feature, found = self.layer_forward(
                 i, live(nodes, sources), weights, statistics, running, wanted and not drop, made["inner"]
             )
+            if self.biases:
+                bias = self.biases[i - 1].to(self.wide)
+                feature.add_(bias.to(feature.dtype)[:, None, None])
+                found = found and (found[0] + bias, found[1])
             if drop:
                 self.drop(i, feature)
                 found = verbs.moments(feature) if wanted else None
@@ -121,6 +138,8 @@ class Features(Block):
             if i in arriving:  # else a dead end
                 dfeature = shares.applied(verbs, i, arriving.pop(i), nodes[i])
                 self.drop(i, dfeature)
+                if self.biases and needs[bias := 1 + self.per_layer * plan.num_layers + i - 1]:
+                    grads[bias] = dfeature.sum((0, 2, 3), dtype=self.wide)
                 waiting.append(self.layer_backward(i, dfeature, live(nodes, plan.links[i - 1]), norms, needs, grads))
             if (plan.num_layers - i + 1) % at_once == 0 or i == lowest:
                 self._send(waiting, tuple(range(i)), nodes, arriving, shares)
