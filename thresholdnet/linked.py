@@ -37,7 +37,8 @@ class LinkedBlock(nn.Module):
     drop_rate: float
     drop_channels = False  # whether dropout takes whole channels of an image
     _biased: tuple[list[Any], list[Tensor], Any] = ([], [], None)  # what was written, of which tensors; its `Biases`
-    _checked: tuple[list[Any], bool, Sequence[Any]] = ([], True, ())  # the modules' states, whether they fit, `_units`
+    _checked: tuple[list[Any], bool, Sequence[Any], bool] = ([], True, (), False)
+    """The modules' states, whether they fit, `_units`, and whether a convolution has a bias."""
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
         """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
@@ -123,7 +124,8 @@ class LinkedBlock(nn.Module):
         states = states_inside(self)
         if states is not None and states != self._checked[0]:
             fit = self._fits()
-            self._checked = states, fit, self._units() if fit else ()
+            units = self._units() if fit else ()
+            self._checked = states, fit, units, has_biases(units)
         return states is not None and self._checked[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,8 +135,9 @@ class LinkedBlock(nn.Module):
         return state
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        known = () if torch.compiler.is_compiling() else self._checked[2]
+        known, biased = ((), False) if torch.compiler.is_compiling() else self._checked[2:]
         units = known or self._units()
+        biased = biased if known else has_biases(units)
         norms = [module for unit in units for module in unit if isinstance(module, _BatchNorm)]
         convolutions = [module for unit in units for module in unit if isinstance(module, nn.Conv2d)]
         fixed = [not norm.training and norm.running_mean is not None for norm in norms]
@@ -159,7 +162,7 @@ class LinkedBlock(nn.Module):
         rounded = backend == "triton" and not transforms.active()
         if not rounded:
             weights = {number: weight.to(x.dtype) for number, weight in weights.items()}
-        biases = self._biases(units, norms, fixed, first) if has_biases(units) else None
+        biases = self._biases(units, norms, fixed, first) if biased else None
         betas: Iterator[Any] = iter([norm.bias for norm in norms] if biases is None else biases.betas)
         parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights, betas)]
         if biases is not None:
