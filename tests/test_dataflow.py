@@ -243,6 +243,18 @@ def test_dropout_behind_an_activation_is_left():
     assert lines[0] == "left 0: its layers drop something behind their activation"
 
 
+@pytest.mark.parametrize("layer", [InOneRow, DropsByRate])
+def test_what_a_layer_with_dropout_does_in_training_is_checked(layer):
+    class Louder(layer):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.cat([y[:, : x.shape[1]], y[:, x.shape[1] :] * (1 + self.training)], 1) if self.training else y
+
+    row, lines = dense_row(Louder, 12, 5, 2, **{"droprate" if layer is DropsByRate else "drop": 0.5}), []
+    assert not blocks(tn.convert(nn.ModuleList([row]), report=lines.append))
+    assert "computes something else than its structure says, in training" in lines[0]
+
+
 def test_why_a_block_was_left_is_said_once():
     strided = dense_row(InOneRow, 12, 5, 3)
     strided[1].bottle_neck[5] = nn.Conv2d(20, 5, 3, padding=2, dilation=2, bias=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chain import Chain, run
-from .layers import Unlike, channels_read, evaluating, forms_inside
+from .layers import RATES, Unlike, channels_read, evaluating, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
 from .recognise import Found, by_rules, recognise
@@ -337,6 +337,10 @@ def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
     """The same of a copy of a block, in its mode, in which it runs once; `block` says what was found."""
     if twin.training and any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
         return  # which may wait for other processes
+    for module in twin.modules():  # all but what they drop
+        for name in RATES:
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
     fused, again = copy.deepcopy(twin), copy.deepcopy(twin) if twin.training else None
     expected = _ran(twin, x)
     if again is not None and not torch.equal(expected, _ran(again, x)):
@@ -344,6 +348,7 @@ def _check_twin(twin: nn.Module, block: ConvertedBlock, x: Tensor) -> None:
             raise Unlike("in training its forward drops something that its structure does not show")
         return
     ours = ConvertedBlock(fused, block._found)
+    ours.drop_rate = 0.0
     _compare(expected, ours._fused_forward(x, "native", None), "in training" if twin.training else "with other weights")
     buffers = dict(twin.named_buffers())
     for name, buffer in ours.named_buffers():

@@ -19,10 +19,10 @@ ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 """Module class -> the engine's name of what it computes."""
 
 CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward")
-DROPOUT = ("training", "p", "drop_rate", "droprate", "dropRate", "dropout", "dropout_rate", "dropout_prob")
-"""Attributes of layers that drop something: their mode, and how much, in nn.Dropout's and in other people's words."""
+RATES = ("p", "drop_rate", "droprate", "dropRate", "dropout", "dropout_rate", "dropout_prob")
+"""Attributes that say how much a layer drops: nn.Dropout's, and other people's."""
 
-_RATES = frozenset(DROPOUT[1:])
+_DROPS = frozenset(RATES)
 
 
 class Unlike(Exception):
@@ -123,8 +123,8 @@ def states_inside(module: nn.Module) -> list[Any] | None:
         states += id(each), type(each), own.get("forward")
         if "kernel_size" in own:
             states += own["_parameters"].get("bias") is None, *map(own.get, CONVOLUTION)
-        elif not _RATES.isdisjoint(own):
-            states += map(own.get, DROPOUT)
+        elif not _DROPS.isdisjoint(own):
+            states += own.get("training"), *map(own.get, RATES)
     return states
 
 
@@ -133,7 +133,7 @@ def forms_inside(module: nn.Module) -> tuple[Any, ...]:
     forms: list[Any] = []
     for path, each in module.named_modules(remove_duplicate=False):
         own = each.__dict__
-        forms.append((path, type(each), own.get("forward"), *(own.get(name) for name in (*CONVOLUTION, *DROPOUT[1:]))))
+        forms.append((path, type(each), own.get("forward"), *(own.get(name) for name in (*CONVOLUTION, *RATES))))
     return tuple(forms)
 
 
