@@ -119,6 +119,10 @@ def test_the_readme_says_what_the_files_say():
         (("densenet121",), "model must be MODULE:FACTORY, such as torchvision.models:densenet121, got 'densenet121'"),
         (("torchvision.models:nothing",), "model must be one that can be imported, got 'torchvision.models:nothing'"),
         (("no.such.module:thing",), "model must be one that can be imported, got 'no.such.module:thing'"),
+        (
+            ("torchvision.models:densenet",),
+            "model must be a class or a function that makes one, got a module at 'torch",
+        ),
         (("json:dumps", "--model-arg", "obj=3"), "model must be an nn.Module, got str from json:dumps"),
         (("foreign:NewFirst", "--path", HERE), "NewFirst.__init__() missing 2 required positional arguments"),
         (("foreign:NewFirst", *SMALL, "--shape", 2, 3, 8, 8), "model must take images of shape (2, 3, 8, 8)"),

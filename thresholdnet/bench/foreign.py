@@ -46,6 +46,8 @@ def load(name: str, arguments: Mapping[str, Any] | None = None, path: Path | Non
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model must be one that can be imported, got {name!r} ({error})") from error
+    if not callable(make):
+        raise TypeError(f"model must be a class or a function that makes one, got a {type(make).__name__} at {name!r}")
     model = make(**(arguments or {}))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__} from {name}")
