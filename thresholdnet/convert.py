@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chain import Chain, run
-from .layers import RATES, Unlike, channels_read, evaluating, forms_inside
+from .layers import RATES, Unlike, channels_read, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
 from .recognise import Found, by_rules, recognise
@@ -149,17 +150,8 @@ class ConvertedBlock(LinkedBlock):
 class ConvertedContainer(ConvertedBlock):
     """A block whose class is one of torch's containers, as DenseNet's nn.ModuleDict: parts of it are parts of that."""
 
-    def __len__(self) -> int:
-        return len(self.original())  # type: ignore[arg-type]  # a container, and so below
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.original())  # type: ignore[call-overload]
-
     def __getitem__(self, key: Any) -> Any:
-        return self.original()[key]  # type: ignore[index]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.original()  # type: ignore[operator]
+        return self.original()[key]  # type: ignore[index]  # a container; a slice is of its class
 
 
 @lru_cache(maxsize=1024)
@@ -324,7 +316,7 @@ def _check(original: nn.Module, block: ConvertedBlock) -> None:
         own, twin = copy.deepcopy(original), _twin(original, generator)
     except (RuntimeError, TypeError):  # what makes a weight from others at every call may refuse to be copied
         own, twin = original, None
-    with evaluating(block), evaluating(own):
+    with _evaluating(block), _evaluating(own):
         _compare(_ran(own, x), block._fused_forward(x, "native", None))
     if twin is None:
         return
@@ -396,3 +388,16 @@ def _twin(original: nn.Module, generator: torch.Generator) -> nn.Module:
             if name.endswith("_hooks"):
                 hooks.clear()
     return twin
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """A module and all inside in eval mode, and then in the modes that they had."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        for m in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

@@ -7,8 +7,6 @@ calls no module, so it must ask.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -135,19 +133,6 @@ def forms_inside(module: nn.Module) -> tuple[Any, ...]:
         own = each.__dict__
         forms.append((path, type(each), own.get("forward"), *(own.get(name) for name in (*CONVOLUTION, *RATES))))
     return tuple(forms)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module and all inside in eval mode, and then in the modes that they had."""
-    modes = {m: m.training for m in module.modules()}
-    try:
-        for m in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

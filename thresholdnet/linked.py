@@ -188,15 +188,17 @@ class LinkedBlock(nn.Module):
         self, units: Sequence[Sequence[nn.Module]], norms: Sequence[Any], fixed: Sequence[bool], like: Tensor
     ) -> Biases:
         """Made once for inference with given statistics, until something is written."""
-        if torch.is_grad_enabled() or not all(fixed) or torch.compiler.is_compiling() or transforms.active():
-            return Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
-        tensors = [t for unit in units for module in unit for t in (*module.parameters(), *module.buffers())]
+        kept = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms.active()) and all(fixed)
+        modules = [module for unit in units for module in unit] if kept else []
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         written = [*((id(t), t._version) for t in tensors), *(norm.eps for norm in norms)]
-        if written != self._biased[0]:
-            made = Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
+        if kept and written == self._biased[0]:
+            known: Biases = self._biased[2]
+            return known
+        made = Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
+        if kept:
             self._biased = written, tensors, made  # held, so that no other tensor takes an id
-        biases: Biases = self._biased[2]
-        return biases
+        return made
 
     def _masks(self, x: Tensor) -> list[Tensor]:
         """What dropout leaves of every layer's output."""

@@ -88,21 +88,15 @@ def compare(
             tell(f"{mode}: {text}", (number + share) / 2)
 
         steps = dict(_steps(plain, converted, images, train, any(b.plan.unit == "bottleneck" for b in fused)))
-        rows += _rows(steps, settings, say, {"mode": mode, "dtype": dtype, "shape": list(shape)}, dtype)
+        rows += _rows(steps, settings, say, {"mode": mode, "dtype": dtype, "shape": list(shape)})
     return {"report": lines, "blocks": len(fused), "rows": rows}
 
 
 class _Step(Runner):
     """A step of a model that may return several tensors, from the mean of each."""
 
-    def step(self) -> Any:
-        """Run once; returns what the model did."""
-        if not self.train:
-            with torch.no_grad():
-                return self.call(self.images)
-        self.clear()
-        out = self.call(self.images)
-        self.backward(out)
+    def returned(self, out: Any) -> Any:
+        """All of it."""
         return out
 
     def backward(self, out: Any) -> None:
@@ -135,7 +129,7 @@ def _steps(
         yield "converted_prepacked", of(converted, prepack)
 
 
-def _rows(steps: Mapping[str, Callable[[], _Step]], settings: Settings, tell: Tell, case: Row, dtype: str) -> list[Row]:
+def _rows(steps: Mapping[str, Callable[[], _Step]], settings: Settings, tell: Tell, case: Row) -> list[Row]:
     entries = [Entry(name, False) for name in steps]
     truth: list[Tensor] = []
     for index, (entry, make) in enumerate(zip(entries, steps.values(), strict=True)):
@@ -144,7 +138,7 @@ def _rows(steps: Mapping[str, Callable[[], _Step]], settings: Settings, tell: Te
             runner = make()
             found = _output(runner)
             truth = truth or found
-            error, bound = check.rms(found, truth), check.FLOORS[dtype]["output"]
+            error, bound = check.rms(found, truth), check.FLOORS[case["dtype"]]["output"]
             entry.said["check"] = {"output": {"error": error, "bound": bound}}
             complaint = check.complaint({"output": error}, {"output": bound})
             if complaint is not None:

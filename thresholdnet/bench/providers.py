@@ -68,7 +68,11 @@ class Runner:
             self.clear()
             out = self.call(self.images)
             self.backward(out)
-            return out.detach()
+            return self.returned(out)
+
+    def returned(self, out: Tensor) -> Tensor:
+        """What a training step returns of the model's output."""
+        return out.detach()
 
     def backward(self, out: Tensor) -> None:
         """From cross entropy with fixed labels, or from a fixed gradient of a block's output."""

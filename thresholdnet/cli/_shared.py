@@ -11,6 +11,7 @@ try:
     import typer
     from rich.console import Console
     from rich.measure import Measurement
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table as RichTable
 except ImportError as error:
     sys.exit(f"error: the command line needs: pip install 'thresholdnet[train]' ({error})")
@@ -43,6 +44,13 @@ def print_table(table: RichTable) -> None:
     wide = console.options.update(width=10_000)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
+
+
+def progress(quiet: bool) -> Progress:
+    """A bar on a terminal's stderr, with a description, a share and the time since it began."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 def write_or_print(text: str, out: Path | None) -> None:

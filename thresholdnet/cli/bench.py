@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..bench import LEVELS, OPERATION_PROVIDERS, PRESETS, PROVIDERS
-from ._shared import Device, JsonFlag, app
+from ._shared import Device, JsonFlag, app, progress
 
 
 def _listed(named: dict[str, str]) -> str:
@@ -134,17 +133,14 @@ def bench_command(
 
 def _run_bench(jobs: Sequence[Any], providers: Sequence[str], settings: Any, results: Any, quiet: bool) -> None:
     """Measure the cases, one after the other, each written as it is done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .. import bench
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        bar = progress.add_task("", total=len(jobs))
+    with progress(quiet) as shown:
+        bar = shown.add_task("", total=len(jobs))
         for done, job in enumerate(jobs):
 
             def tell(text: str, share: float, done: int = done, job: Any = job) -> None:
-                progress.update(bar, completed=done + share, description=f"{done + 1}/{len(jobs)} {job}: {text}")
+                shown.update(bar, completed=done + share, description=f"{done + 1}/{len(jobs)} {job}: {text}")
 
             bench.run(job, providers, settings, results, tell)
 

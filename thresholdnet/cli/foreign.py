@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ._shared import Device, JsonFlag, app, pairs, print_table
+from ._shared import Device, JsonFlag, app, pairs, print_table, progress
 
 HELP = "\n\n".join(  # typer keeps line breaks, so a paragraph is one line
     (
@@ -57,12 +55,10 @@ def convert_command(
         return
     place = device or bench.default_device()
     settings = bench.Settings(rounds=rounds, warmup=min(rounds, 2), device=place)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
-        bar = progress.add_task("", total=1)
+    with progress(as_json) as shown:
+        bar = shown.add_task("", total=1)
         found = foreign.compare(
-            made, shape, dtype, settings, lambda text, share: progress.update(bar, completed=share, description=text)
+            made, shape, dtype, settings, lambda text, share: shown.update(bar, completed=share, description=text)
         )
     document = {"machine": bench.machine(device=place), "model": model, **found}
     text = json.dumps(document, indent=1) + "\n"

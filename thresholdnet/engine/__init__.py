@@ -17,8 +17,9 @@ from ..gradients import own_gradients
 from ..plan import BlockPlan
 from .bn_relu_conv import BNReLUConv
 from .bottleneck import Bottleneck
-from .call import NO_EXTRAS, Block, Extras, Spec
+from .call import NO_EXTRAS, Extras, Spec
 from .conv_bn_relu import ConvBNReLU
+from .features import Features
 
 __all__ = ["NO_EXTRAS", "Extras", "Spec", "backward", "forward", "parameters_a_layer"]
 
@@ -73,8 +74,10 @@ def parameters_a_layer(plan: BlockPlan) -> int:
     return _unit(plan).per_layer
 
 
-def _unit(plan: BlockPlan) -> type[Block]:
+def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[Features]:
     return _UNITS[plan.unit]
 
 
-_UNITS: dict[str, type[Block]] = {"conv_bn_relu": ConvBNReLU, "bn_relu_conv": BNReLUConv, "bottleneck": Bottleneck}
+_UNITS: dict[str, type[ConvBNReLU] | type[Features]] = {
+    "conv_bn_relu": ConvBNReLU, "bn_relu_conv": BNReLUConv, "bottleneck": Bottleneck,
+}  # fmt: skip

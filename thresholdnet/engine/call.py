@@ -85,16 +85,6 @@ class Block:
     per_layer: int  # parameters a layer
     norms: tuple[int, ...]  # positions of the BatchNorm weights among them
 
-    def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """See `engine.forward`."""
-        raise NotImplementedError
-
-    def backward(
-        self, grad: Tensor, statistics: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """See `engine.backward`; None where there is no gradient."""
-        raise NotImplementedError
-
     def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
         self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
         self.act = spec.activation
@@ -208,10 +198,11 @@ class Block:
 
     def lowest_needed(self, needs: Sequence[bool]) -> int:
         """First node whose gradient somebody asked for: backward stops there."""
-        if needs[0]:
-            return 0
-        first = next(i for i, needed in enumerate(needs[1:]) if needed) // self.per_layer + 1
-        return min(first, self.plan.num_layers + 1)
+        return 0 if needs[0] else min(self.layer_of(place) for place, needed in enumerate(needs[1:]) if needed)
+
+    def layer_of(self, place: int) -> int:
+        """Which layer a parameter belongs to; L + 1: to what stands behind the block."""
+        return min(place // self.per_layer, self.plan.num_layers) + 1
 
     def reached(self, lowest: int) -> list[int]:
         """The nodes down to `lowest` that a gradient reaches, from the last one on: the others are dead ends."""

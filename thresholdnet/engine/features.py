@@ -30,11 +30,10 @@ class Features(Block):
         """Of every layer's feature, or none."""
         return self.parameters[self.per_layer * self.plan.num_layers :]
 
-    def lowest_needed(self, needs: Sequence[bool]) -> int:
-        """See `Block.lowest_needed`: a bias belongs to a layer."""
-        own = 1 + self.per_layer * self.plan.num_layers
-        biased = next((layer for layer, needed in enumerate(needs[own:], start=1) if needed), self.plan.num_layers + 1)
-        return min(biased, super().lowest_needed(needs[:own])) if any(needs[:own]) else biased
+    def layer_of(self, place: int) -> int:
+        """See `Block.layer_of`: a bias belongs to its layer."""
+        bias = place - self.per_layer * self.plan.num_layers
+        return super().layer_of(place) if bias < 0 else bias + 1
 
     def forward(self, running: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         plan, verbs, save = self.plan, self.verbs, self.spec.save
