@@ -43,7 +43,7 @@ SLOTS = {"source", "out", "raw", "dz", "z", "g", "feature", "packed"}
 TABLES = {
     "entries", "entry_row8", "taps_inside", "first_pixel", "channel", "k_of_weight", "column", "tables", "gradients",
     "dz_at8", "out_at8", "layouts", "feature_at8", "column_channel", "programs", "matrices", "k_weight",
-    "k_offset", "steps",
+    "k_offset", "steps", "noted",
 }  # fmt: skip
 
 
@@ -118,9 +118,9 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
 
     capability = ARCHITECTURES[architecture]
     tf32, vector = dtype == "float32", 4 if dtype == "float32" else 8
-    for affine, tile in shipped_weight_gradients(capability, dtype):
+    for affine, taps, tile in shipped_weight_gradients(capability, dtype):
         constants: dict[str, Any] = {
-            "TILE_ROWS": tile.rows, "TILE_K": tile.chunk, "TILE_COLUMNS": tile.columns, "TAPS": not affine,
+            "TILE_ROWS": tile.rows, "TILE_K": tile.chunk, "TILE_COLUMNS": tile.columns, "TAPS": taps,
             "SLOT_ROWS": False, "AFFINE": affine, "ACTIVATION": int(affine), "SWAPPED": tile.swapped,
             "TF32": tf32, "VECTOR": vector,
         }  # fmt: skip
@@ -128,11 +128,12 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
             "weight_gradient.weight_gradient", architecture, dtype, tuple(constants.items()), tile.warps, tile.stages,
             registers=tile.registers,
         )  # fmt: skip
-    for channels in (32, 512):
-        readers = readers_config(capability, dtype, channels)
+    read = ((32, 128, 1, 1), (512, 128, 1, 1), (32, 16, 1, 9), (512, 16, 1, 9), (512, 32, 1, 9), (512, 32, 2, 9))
+    for channels, depth, parts, taps in read:
+        readers = readers_config(capability, dtype, channels, 3 if taps > 1 else 1)
         constants = {
-            "TILE_ROWS": readers.rows, "TILE_COLUMNS": readers.columns, "DEPTH": 128, "PARTS": 1, "ACTIVATION": 1,
-            "ADD": True, "TF32": tf32, "STAGES": readers.stages,
+            "TILE_ROWS": readers.rows, "TILE_COLUMNS": readers.columns, "DEPTH": depth, "PARTS": parts, "TAPS": taps,
+            "ACTIVATION": 1, "ADD": True, "TF32": tf32, "STAGES": readers.stages,
         }  # fmt: skip
         yield Form(
             "readers.gather_readers", architecture, dtype, tuple(constants.items()), readers.warps, readers.stages,
@@ -154,7 +155,8 @@ def other_forms(architecture: int, dtype: str, quick: bool = False) -> Iterator[
         ("conv.finish_splits", {"SPLITS": 2, "TILE_ROWS": 64, **end}),
         ("conv.finish_splits", {"SPLITS": 32, "TILE_ROWS": 8, **end}),
         ("pack.pack_weights", {"TILE_COLUMNS": 8, "TILE_K": 256, "AFFINE": True}),
-        ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64}),
+        ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 64, "TAPS": 1}),
+        ("readers.pack_readers", {"TILE_COLUMNS": 16, "TILE_DEPTH": 16, "TAPS": 9}),
         ("readers.merge_readers", {"READERS": 2, "TERMS": True, "TILES": 1024, "BLOCK": 8}),
         ("weight_gradient.reduce_splits", {"SPLITS": 32, "WEIGHTS": 16, "COLUMNS": 16}),
         ("weight_gradient.reduce_splits", {"SPLITS": 256, "WEIGHTS": 2, "COLUMNS": 16}),

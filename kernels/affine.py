@@ -73,13 +73,14 @@ def batch_norm_vectors(
 
 @triton.jit(do_not_specialize=["length", "channels", "columns"])
 def pack_affine(
-    gamma, beta, statistics, channel, column, affine, used, length, channels, columns,
+    gamma, beta, statistics, channel, column, noted, affine, used, length, channels, columns,
     EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """gamma, beta [channels] (of any dtype), statistics [2, columns] -> affine [2, length], used [2, channels].
 
     At position k of K stands channel[k], -1 for none, which has its mean and variance in column[k]; affine is (scale,
-    shift) there, 0 for none. used: mean and variance in the order of channels. Grid (blocks of positions,).
+    shift) there, 0 for none. used: mean and variance in the order of channels, each from the position where noted[k] is
+    1. Grid (blocks of positions,).
     """
     ACC: tl.constexpr = affine.dtype.element_ty
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -87,6 +88,7 @@ def pack_affine(
     c = tl.load(channel + k, mask=inside, other=-1)
     node_channel = tl.load(column + k, mask=inside, other=0)
     real = c >= 0
+    first = tl.load(noted + k, mask=inside, other=0) != 0
     wait_for_predecessor(PDL)
     scale = tl.load(gamma + c, mask=real, other=0.0).to(ACC)
     shift = tl.load(beta + c, mask=real, other=0.0).to(ACC)
@@ -95,5 +97,5 @@ def pack_affine(
     scale, shift = affine_of(scale, shift, mean, variance, EPS)
     tl.store(affine + k, scale, mask=inside)
     tl.store(affine + length + k, shift, mask=inside)
-    tl.store(used + c, mean, mask=real)
-    tl.store(used + channels + c, variance, mask=real)
+    tl.store(used + c, mean, mask=first)
+    tl.store(used + channels + c, variance, mask=first)

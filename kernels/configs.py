@@ -70,7 +70,7 @@ class WeightGradientConfig:
 
 @dataclass(frozen=True)
 class ReadersConfig:
-    """Tile of the gathered 1x1 data gradient: `rows` pixels x `columns` channels; registers as above."""
+    """Tile of the gathered data gradient: `rows` pixels x `columns` channels; registers as above."""
 
     rows: int
     columns: int
@@ -165,9 +165,10 @@ def _convolution_tile(
         return ConvolutionConfig(32, 32, 0, 16, 4, 2)
     chunk = 32 if dtype == "float32" else 64
     if capability[0] == 9 and dtype in HALF:
-        return _hopper_convolution(padded, kernel_size, pixels, grouped, affine or gradient)
+        return _hopper_convolution(padded, kernel_size, pixels, grouped, affine, gradient)
     if grouped:
         rows, columns, columns2, warps = GROUPED[padded]
+        warps = 8 if affine and columns2 and capability[0] == 8 else warps  # with 4, an affine on load spills
         return ConvolutionConfig(rows, columns, columns2, chunk, warps, 3, (2, 2))
     columns, columns2 = _column_parts(padded, affine and capability[0] == 8)
     warps = 8 if columns + columns2 >= 96 else 4  # 64 + 32 columns spill on sm_80 with 4
@@ -190,11 +191,13 @@ def _column_parts(padded: int, registers_are_short: bool) -> tuple[int, int]:
     return min(tiles, key=lambda parts: (tiles[parts] * sum(parts), tiles[parts]))  # least padding, then fewest tiles
 
 
-def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: bool, short: bool) -> ConvolutionConfig:
+def _hopper_convolution(
+    padded: int, kernel_size: int, pixels: int, grouped: bool, affine: bool, gradient: bool
+) -> ConvolutionConfig:
     """As measured on an H100: 4 warps of up to 255 registers leave room for two programs, 8 warps mostly for one.
 
     Where the tiles do not fill the multiprocessors once, a long pipeline hides latency that no other program would.
-    short: of registers, for what is done before or behind the product.
+    Registers are short with an affine, more so with taps, and with a gradient's mask.
     """
     wave = MULTIPROCESSORS[9]
     if grouped and pixels // 4 >= 128 * wave:
@@ -211,7 +214,8 @@ def _hopper_convolution(padded: int, kernel_size: int, pixels: int, grouped: boo
     stages = 4 if columns == 16 else 3
     if -(-pixels // rows) * across <= wave:
         stages = min(6, SHARED // (2 * 64 * (rows + columns + columns2)))
-    spills = columns + columns2 > (128 if short else 160) and not few  # with 4 warps
+    most = 96 if affine and kernel_size == 3 else 128 if affine or gradient else 160
+    spills = columns + columns2 > most and not few  # with 4 warps
     return ConvolutionConfig(rows, columns, columns2, 64, 8 if spills else 4, stages)
 
 
@@ -266,8 +270,11 @@ def weight_gradient_splits(capability: Capability, config: WeightGradientConfig,
 
 
 @lru_cache(maxsize=4096)
-def readers_config(capability: Capability, dtype: str, channels: int) -> ReadersConfig:
-    """Choose the tile of the gathered data gradient of 1x1 readers for slots of `channels` in all."""
+def readers_config(capability: Capability, dtype: str, channels: int, kernel_size: int = 1) -> ReadersConfig:
+    """Choose the tile of the gathered data gradient of readers for slots of `channels` in all."""
+    if kernel_size == 3 and capability is not None and dtype in HALF:
+        # predicted: a step is a tap of few channels, whose few kB take longer from the L2 cache than their product does
+        return replace(readers_config(capability, dtype, channels), stages=4)
     if capability is None:
         return ReadersConfig(32, 16)
     if dtype == "float64":
@@ -289,6 +296,7 @@ def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[i
         (1, False, False),
         (1, False, True),
         (1, True, False),
+        (3, True, False),
     ):
         for padded in (8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160, 192):
             # the last one with K too short for splits
@@ -307,13 +315,13 @@ def shipped_convolutions(capability: Capability, dtype: str) -> Iterator[tuple[i
                     yield item
 
 
-def shipped_weight_gradients(capability: Capability, dtype: str) -> Iterator[tuple[bool, WeightGradientConfig]]:
-    """(affine, tile) of every weight gradient that `weight_gradient_config` can choose; for compile checks."""
+def shipped_weight_gradients(capability: Capability, dtype: str) -> Iterator[tuple[bool, bool, WeightGradientConfig]]:
+    """(affine, 3x3, tile) of every weight gradient that `weight_gradient_config` can choose; for compile checks."""
     seen = set()
-    for affine in (False, True):
+    for affine, taps in ((False, True), (True, False), (True, True)):
         for padded in (16, 32, 64, 128, 160):
             for k_rows in (512, 2048):
-                item = affine, weight_gradient_config(capability, dtype, padded, k_rows, affine)
+                item = affine, taps, weight_gradient_config(capability, dtype, padded, k_rows, affine)
                 if item not in seen:
                     seen.add(item)
                     yield item

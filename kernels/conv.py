@@ -2,7 +2,7 @@
 
     acc[m, n] = sum over k of A[m, k] W[n, k]
     A[m, k]   = source[pixel_m * row_k + delta_k] where tap_k of pixel_m lies inside the image, else 0
-    with AFFINE, A[m, k] = act(that * scale_k + shift_k): BatchNorm and activation on load, for 1x1 kernels
+    with AFFINE, A[m, k] = act(that * scale_k + shift_k): BatchNorm and activation on load, anew for every tap
 
 and one of these epilogues writes the slot `out`:
 

@@ -1,4 +1,4 @@
-"""The launcher of the data gradient that 1x1 readers behind BatchNorm send to what they read; see readers.py."""
+"""The launcher of the data gradient that readers behind BatchNorm send to what they read; see readers.py."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernel
 from . import readers as device_readers
 from .configs import ReadersConfig, readers_config
 from .device import capability_of, check_device, on_device_of
-from .device_tables import device_columns, device_offsets
+from .device_tables import device_columns, device_offsets, device_pixels
 from .operands import (
     accumulator_of,
     activation_code,
     check_rows,
-    check_weight,
+    check_weights,
     dtype_name,
     lay_out,
     padded_width,
     per_channel,
     uses_tf32,
+    with_even_taps,
 )
 from .tables import LANES
 from .tiles import cdiv, power_of_2, readers_tile
@@ -43,14 +44,14 @@ def gradient_of_readers(
     terms: tuple[Tensor, Sequence[Tensor]] | None = None,
     config: ReadersConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gather the gradients of R readers, each act(BatchNorm(features)) and a 1x1 convolution, into the features' slots.
+    """Gather the gradients of R readers, each act(BatchNorm(features)) and a convolution, into the features' slots.
 
     out_c = rstd_c * sum over readers of gamma_rc g_rc; the share of the statistics is left to `launch.bn_backward` (see
     readers.py), with q = -rstd^2 sum_r(gamma_r sum_g_xhat_r) / n and r = -rstd sum_r(gamma_r sum_g_r) / n.
 
     Args:
         dz: R slots [N, K, H, W] of one K and row, in one allocation: gradients of the readers' raw outputs.
-        weights: R weights [K, C, 1, 1], C = the summed channels of `outs`; zeros where a reader lacks a channel.
+        weights: R weights [K, C, k, k], k 1 or 3, C = the summed channels of `outs`; zeros where a reader lacks one.
         outs: slots [N, C_j, H, W] of the gradient, in one allocation, apart from the others.
         features: the matching slots of the raw features, in one allocation.
         gammas, betas: R affines [C]; zeros where a reader lacks a channel.
@@ -89,9 +90,7 @@ def gradient_of_readers(
             raise ValueError(
                 f"{name} must be slots of one row{' and width' if name == 'dz' else ''}, got different ones"
             )
-    for i, weight in enumerate(weights):
-        if check_weight(f"weights[{i}]", weight, depth, channels) != 1:
-            raise ValueError(f"weights[{i}] must be a 1x1 weight, got {tuple(weight.shape)}")
+    kernel_size = check_weights("weights", weights, channels, [depth] * readers)
     scales = tuple(per_channel(f"gammas[{i}]", v, channels, first) for i, v in enumerate(gammas))
     shifts = tuple(per_channel(f"betas[{i}]", v, channels, first) for i, v in enumerate(betas))
     mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
@@ -105,36 +104,41 @@ def gradient_of_readers(
     if read.pixels == 0:
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
     if config is None:
-        shape = Shape("readers", dtype_name(first), 1, False, readers * depth, channels, *read.images)
+        shape = Shape("readers", dtype_name(first), kernel_size, False, readers * depth, channels, *read.images)
         tuned = choice(first.device, shape).tile
-        rule = readers_config(capability_of(first.device), dtype_name(first), channels)
+        rule = readers_config(capability_of(first.device), dtype_name(first), channels, kernel_size)
         config = tuned if isinstance(tuned, ReadersConfig) else rule
-    part = min(256, max(16, power_of_2(padded_width(depth))))
+    most = 256 if kernel_size == 1 else 32  # more for every tap would spill
+    part = min(most, max(16, power_of_2(padded_width(depth))))
     parts = cdiv(padded_width(depth), part)
     out_at8, feature_at8, column_channel = device_columns(written.sources, raw.sources, config.columns, first.device)
     dz_at8 = device_offsets(tuple(source.offset // LANES for source in read.sources), first.device)
     columns = len(column_channel)
     tiles = cdiv(read.pixels, config.rows)
-    layouts = tuple(step for weight in weights for step in weight.stride()[:2])
-    packed = torch.empty(readers, columns, parts * part, dtype=first.dtype, device=first.device)
+    taps = kernel_size**2
+    weights = [with_even_taps(weight) for weight in weights]
+    layouts = tuple(step for weight in weights for step in (*weight.stride()[:2], weight.stride(3)))
+    inside = device_pixels(*read.images, (1, 1), first.device)[0] if taps > 1 else dz_at8
+    packed = torch.empty(readers, columns, taps * parts * part, dtype=first.dtype, device=first.device)
     affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
     partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
     sums = torch.empty(readers, 2, channels, dtype=accumulator, device=first.device)
     deep = min(64, part)
     with on_device_of(first):
         start(
-            device_readers.pack_readers, (columns // 16, parts * part // deep, readers),
+            device_readers.pack_readers, (columns // 16, taps * parts * part // deep, readers),
             tuple(weights), scales, shifts, device_offsets(layouts, first.device), column_channel, packed, affine,
-            depth, TILE_COLUMNS=16, TILE_DEPTH=deep, num_warps=4,
+            depth, TILE_COLUMNS=16, TILE_DEPTH=deep, TAPS=taps, num_warps=4,
         )  # fmt: skip
         start(
             device_readers.gather_readers, (columns // config.columns, tiles),
             read.base, packed, written.base, raw.base, affine, mean, rstd,
-            dz_at8, out_at8, feature_at8, column_channel, partial,
-            read.pixels, readers, len(out_at8), padded_width(depth) // LANES, read.row8, written.row8, raw.row8,
-            TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts,
+            dz_at8, out_at8, feature_at8, column_channel, inside, partial,
+            read.pixels, read.width, readers, len(out_at8), padded_width(depth) // LANES,
+            read.row8, written.row8, raw.row8,
+            TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts, TAPS=taps,
             ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
-            STAGES=config.stages if parts == 1 and part <= 128 else 1, num_warps=config.warps,
+            STAGES=config.stages if (parts == 1 or taps > 1) and part <= 128 else 1, num_warps=config.warps,
             maxnreg=config.registers or None,
         )  # fmt: skip
         at_once, warps = readers_tile(tiles)

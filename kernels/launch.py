@@ -40,6 +40,7 @@ from .operands import (
     check_same_images,
     check_slots,
     check_weight,
+    check_weights,
     copy_elements,
     dtype_name,
     lay_out,
@@ -92,7 +93,7 @@ def conv(
         weight: [O, sum C_i, k, k], k 1 or 3, any floating dtype; it is rounded to the slots' dtype. Or what `pack` made
             of it.
         out: slot [N, O, H, W], apart from the sources.
-        affine: (scale, shift), each [sum C_i]: convolve act(source * scale + shift) instead. Meant for 1x1 kernels.
+        affine: (scale, shift), each [sum C_i]: convolve act(source * scale + shift) instead.
             With a packed weight, what `pack_affine` made for it.
         activation: "relu", "relu6" or None; used after `affine` and after `bias`, wherever one is given.
         bias: [O]: out = act(result + bias), for folded inference.
@@ -176,7 +177,7 @@ def gradient(
     else:
         if len(weights) != len(dz):
             raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
-        kernel_size = _check_readers("weights", read, channels, [d.shape[1] for d in dz])
+        kernel_size = check_weights("weights", read, channels, [d.shape[1] for d in dz])
     vectors: tuple[Tensor, ...] = ()
     if mask is not None:
         if activation_code(activation) == 0:
@@ -229,24 +230,13 @@ def pack(
     for i, (own, normal) in enumerate(zip(weights, normalised, strict=True)):
         if widths is None:
             read, channels = tuple(weight.shape[0] for weight in own), own[0].shape[1] if own else 1
-            kernel_size = _check_readers(f"weights[{i}]", own, channels, read)
+            kernel_size = check_weights(f"weights[{i}]", own, channels, read)
         else:
             read, channels = tuple(widths[i]), own[0].shape[0]
             kernel_size = check_weight(f"weights[{i}][0]", own[0], channels, sum(read))
         config = _chosen_config(like, images, sum(read), channels, kernel_size, normal, widths is None)
         matrices.append(Matrix(read, channels, kernel_size, widths is None, config))
     return pack_matrices(matrices, weights, like)
-
-
-def _check_readers(name: str, weights: Sequence[Tensor], channels: int, widths: Sequence[int]) -> int:
-    """The kernel size of readers' weights of the right shapes."""
-    kernel_size = 1
-    for i, (width, weight) in enumerate(zip(widths, weights, strict=True)):
-        size = check_weight(f"{name}[{i}]", weight, width, channels)
-        if i and size != kernel_size:
-            raise ValueError(f"{name} must have one kernel size, got {kernel_size} and {size}")
-        kernel_size = size
-    return kernel_size
 
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,23 @@ def check_weight(name: str, weight: Tensor, out_channels: int, channels: int) ->
     return shape[2]
 
 
+def check_weights(name: str, weights: Sequence[Tensor], channels: int, widths: Sequence[int]) -> int:
+    """The kernel size of readers' weights of the right shapes."""
+    kernel_size = 1
+    for i, (width, weight) in enumerate(zip(widths, weights, strict=True)):
+        size = check_weight(f"{name}[{i}]", weight, width, channels)
+        if i and size != kernel_size:
+            raise ValueError(f"{name} must have one kernel size, got {kernel_size} and {size}")
+        kernel_size = size
+    return kernel_size
+
+
+def with_even_taps(weight: Tensor) -> Tensor:
+    """A weight whose taps lie one step apart, that of its last side: itself, where they do."""
+    uneven = weight.shape[2] > 1 and weight.stride(2) != weight.shape[2] * weight.stride(3)
+    return weight.detach().contiguous() if uneven else weight
+
+
 def check_same_images(name: str, tensor: Tensor, out: Tensor) -> None:
     """Raise ValueError unless both have one shape."""
     if tensor.shape != out.shape:

@@ -35,7 +35,7 @@ class PackedAffine(NamedTuple):
 def pack_affine(
     weight: PackedWeight, gamma: Tensor, beta: Tensor, statistics: Tensor, starts: Sequence[int], eps: float
 ) -> tuple[PackedAffine, Tensor]:
-    """The affine of a BatchNorm, packed for `launch.conv` with the packed 1x1 weight behind it.
+    """The affine of a BatchNorm, packed for `launch.conv` with the packed weight behind it.
 
     Args:
         weight: as `launch.pack` made it for a convolution.
@@ -49,11 +49,11 @@ def pack_affine(
 
     Raises:
         TypeError: statistics of another dtype.
-        ValueError: a weight that is not a 1x1 convolution's, or a shape or start that is not as above.
+        ValueError: a weight that is a data gradient's, or a shape or start that is not as above.
     """
     matrix = weight.matrix
-    if matrix.kernel_size != 1 or matrix.transposed:
-        raise ValueError(f"weight must be packed for a 1x1 convolution, got {matrix}")
+    if matrix.transposed:
+        raise ValueError(f"weight must be packed for a convolution, got {matrix}")
     accumulator = accumulator_of(weight.values)
     if statistics.dtype != accumulator:
         raise TypeError(f"statistics must be {accumulator}, got {statistics.dtype}")
@@ -69,25 +69,26 @@ def pack_affine(
     ends = [start + width for start, width in zip(starts, matrix.widths, strict=True)]
     if min(starts) < 0 or max(ends) > columns:
         raise ValueError(f"starts must leave each source's channels within {columns}, got {tuple(starts)}")
-    channel, column = _tables(matrix, tuple(starts), statistics.device)
-    length = len(channel)
+    tables = _tables(matrix, tuple(starts), statistics.device)
+    length = len(tables[0])
     made = torch.empty(2, length, dtype=accumulator, device=statistics.device)
     used = torch.empty(2, channels, dtype=accumulator, device=statistics.device)
     with on_device_of(statistics):
         start(
             device_affine.pack_affine, (cdiv(length, BLOCK),),
-            gamma.contiguous(), beta.contiguous(), statistics, channel, column, made, used, length, channels, columns,
+            gamma.contiguous(), beta.contiguous(), statistics, *tables, made, used, length, channels, columns,
             EPS=eps, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return PackedAffine(made, matrix), used
 
 
 @device_constant(maxsize=4096)
-def _tables(matrix: Matrix, starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every position of K, and of the chunk that the convolution loads ahead: its channel, -1 for none, and where
-    that channel's statistics lie."""
-    ahead = np.full(matrix.config.chunk, -1, np.int32)
-    channel = np.concatenate([matrix.rows[0], ahead])  # of a 1x1 kernel the numbers of its weights
+def _tables(matrix: Matrix, starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For every position of K, and of the chunk that the convolution loads ahead: its channel, -1 for none, where that
+    channel's statistics lie, and whether it is the channel's first position."""
+    channel = matrix.k_channels
     of_channel = np.concatenate([np.arange(width) + first for width, first in zip(matrix.widths, starts, strict=True)])
     column = np.where(channel >= 0, of_channel[channel], 0).astype(np.int32)
-    return upload(channel, device), upload(column, device)
+    noted = np.zeros(len(channel), np.int32)
+    noted[np.unique(channel, return_index=True)[1][-sum(matrix.widths) :]] = 1  # the number before them is none
+    return upload(channel, device), upload(column, device), upload(noted, device)

@@ -20,8 +20,8 @@ from . import pack as device_pack
 from .configs import ConvolutionConfig
 from .device import INTERPRETED, on_device_of
 from .device_tables import upload
-from .operands import MAX_ELEMENTS, padded_width
-from .tables import LANES, weight_rows
+from .operands import MAX_ELEMENTS, padded_width, with_even_taps
+from .tables import LANES, k_channels, weight_rows
 from .tiles import cdiv, power_of_2
 
 MOST_WEIGHTS = 64  # that one launch reads: each is compiled into it, and a parameter
@@ -65,6 +65,11 @@ class Matrix(NamedTuple):
     def rows(self) -> np.ndarray:
         """`KTable.weight_index`, [pixels, K]."""
         return weight_rows(self.widths, self.kernel_size, self.config.chunk, self.config.group, self.transposed)
+
+    @property
+    def k_channels(self) -> np.ndarray:
+        """`KTable.channel`, [K + chunk]."""
+        return k_channels(self.widths, self.kernel_size, self.config.chunk, self.config.group)
 
 
 class PackedWeight(NamedTuple):
@@ -126,12 +131,7 @@ def _readable(weights: Sequence[Tensor]) -> list[Tensor]:
     """Weights of one dtype whose taps lie one step apart, as many as a launch can read."""
     if len(weights) > MOST_WEIGHTS or len({weight.dtype for weight in weights}) > 1:
         weights = [torch.cat([weight.detach() for weight in weights])]
-    return [
-        weight.detach().contiguous()
-        if weight.shape[2] > 1 and weight.stride(2) != weight.shape[2] * weight.stride(3)
-        else weight
-        for weight in weights
-    ]
+    return [with_even_taps(weight) for weight in weights]
 
 
 def _launches(matrices: Sequence[Matrix], weights: Sequence[Sequence[Tensor]]) -> Iterator[slice]:

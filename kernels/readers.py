@@ -1,9 +1,9 @@
-"""Data gradient of several readers' 1x1 convolutions behind BatchNorm + activation, gathered into slots at once.
+"""Data gradient of several readers' convolutions behind BatchNorm + activation, gathered into slots at once.
 
 Reader r normalises feature c with the shared statistics and its own affine: a_rc = act(gamma_rc xhat_c + beta_rc), and
-convolves a_r by W_r. Backward, for one tile of pixels p and channels c:
+convolves a_r by W_r, 1x1 or 3x3. Backward, for one tile of pixels p and channels c:
 
-    g_rc[p]  = sum over n of W_r[n, c] dz_r[p, n], where act' (gamma_rc xhat_c + beta_rc) = 1, else 0
+    g_rc[p]  = sum over t, n of W_r[n, c, -t] dz_r[p + t, n], where act' (gamma_rc xhat_c + beta_rc) = 1, else 0
     G_c[p]   = rstd_c * sum over r of gamma_rc g_rc[p]        (with ADD: added to what is there)
     sums     = per tile, reader and channel: sum of g_rc (beta's gradient) and of g_rc xhat_c (gamma's)
 
@@ -11,7 +11,8 @@ The statistics' own share, Q_c f_c + R_c, is linear in these sums and applied on
 read-modify-write of G serves all readers. A reader that lacks a channel has zeros for it in W, gamma and beta. The
 tile is computed transposed, [channels, pixels]: affine and sums then run along rows, without shuffles between threads.
 
-Letters: n channel of a reader's dz, c feature channel, f raw feature, xhat = (f - mean) rstd.
+Letters: n channel of a reader's dz, c feature channel, t shift of a tap, where p + t lies inside the image (one of no
+shift in a 1x1 kernel), f raw feature, xhat = (f - mean) rstd.
 """
 
 # mypy: allow-untyped-defs
@@ -26,25 +27,28 @@ from .dependent import wait_for_predecessor
 @triton.jit(do_not_specialize=["depth"])
 def pack_readers(
     weights, gammas, betas, layouts, column_channel, packed, affine, depth,
-    TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr, PDL: tl.constexpr = False,
+    TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr, TAPS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """packed [readers, columns, depths] = W_r[d, channel of the column]; affine [readers, 2, columns] = gamma, beta.
+    """packed [readers, columns, taps, depths] = W_r[d, channel of the column, tap], the taps from last to first.
 
-    0 in padding; grid (column tiles, depth tiles, readers). layouts [readers, 2]: a weight's steps between two rows and
-    two channels; depth: its rows.
+    affine [readers, 2, columns] = gamma, beta. 0 in padding; grid (column tiles, depth tiles of all taps, readers).
+    layouts [readers, 3]: a weight's steps between two rows, two channels and two taps; depth: its rows.
     """
     columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    d = tl.program_id(1) * TILE_DEPTH + tl.arange(0, TILE_DEPTH)
+    k = tl.program_id(1) * TILE_DEPTH + tl.arange(0, TILE_DEPTH)
     all_columns = tl.num_programs(0) * TILE_COLUMNS
-    depths = tl.num_programs(1) * TILE_DEPTH
+    all_k = tl.num_programs(1) * TILE_DEPTH
+    d = k % (all_k // TAPS)
+    tap = TAPS - 1 - k // (all_k // TAPS)
     channel = tl.load(column_channel + columns)
     mask = (channel >= 0)[:, None] & (d < depth)[None, :]
     wait_for_predecessor(PDL)
     for reader in tl.static_range(len(weights)):  # a program does its own one
         if tl.program_id(2) == reader:
-            row = channel[:, None] * tl.load(layouts + reader * 2 + 1) + d[None, :] * tl.load(layouts + reader * 2)
-            value = tl.load(weights[reader] + row, mask=mask, other=0.0).to(packed.dtype.element_ty)
-            tl.store(packed + ((reader * all_columns + columns)[:, None] * depths + d[None, :]), value)
+            row = d * tl.load(layouts + reader * 3) + tap * tl.load(layouts + reader * 3 + 2)
+            at = channel[:, None] * tl.load(layouts + reader * 3 + 1) + row[None, :]
+            value = tl.load(weights[reader] + at, mask=mask, other=0.0).to(packed.dtype.element_ty)
+            tl.store(packed + ((reader * all_columns + columns)[:, None] * all_k + k[None, :]), value)
             if tl.program_id(1) == 0:
                 gamma = tl.load(gammas[reader] + channel, mask=channel >= 0, other=0.0)
                 beta = tl.load(betas[reader] + channel, mask=channel >= 0, other=0.0)
@@ -87,23 +91,24 @@ def merge_readers(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "readers", "columns8", "depth8", "dz_row8", "out_row8", "feature_row8"]
+    do_not_specialize=["rows", "image_width", "readers", "columns8", "depth8", "dz_row8", "out_row8", "feature_row8"]
 )  # fmt: skip
 def gather_readers(
-    dz, weight, out, feature, affine, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, partial,
-    rows, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    dz, weight, out, feature, affine, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, taps_inside, partial,
+    rows, image_width, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, TAPS: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One tile; grid (column tiles, row tiles).
 
     dz_at8 [readers], out_at8 and feature_at8 [columns / 8]: where each reader's dz and each 8 columns lie, in units of
-    8 elements; column_channel [columns]: the column's channel, -1 in padding. weight [readers, columns, PARTS *
-    DEPTH]; depth8: padded channels of dz / 8; affine [readers, 2, columns]: gamma, beta; mean, rstd [channels]; partial
-    [row tiles, readers, 2, columns].
+    8 elements; column_channel [columns]: the column's channel, -1 in padding. TAPS: 1, or 9 that read taps_inside
+    [rows]. weight [readers, columns, TAPS * PARTS * DEPTH]; depth8: padded channels of dz / 8; affine [readers, 2,
+    columns]: gamma, beta; mean, rstd [channels]; partial [row tiles, readers, 2, columns].
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    READERS_STAGES: tl.constexpr = STAGES if TAPS == 1 else 1  # a pipeline serves the innermost loop
     all_columns = tl.num_programs(0) * TILE_COLUMNS
     tile = tl.program_id(1)
     pixel = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -113,6 +118,8 @@ def gather_readers(
     channel = tl.load(column_channel + columns, mask=stored, other=-1)
     real = channel >= 0
     k = tl.arange(0, DEPTH)
+    if TAPS > 1:
+        inside = tl.load(taps_inside + pixel, mask=row_valid, other=0)
     mask = row_valid[:, None] & stored[None, :]
     feature_at = tl.load(feature_at8 + columns // 8, mask=stored, other=0) * 8 + columns % 8
     feature_at = tl.max_contiguous(tl.multiple_of(feature_at, 8), 8)
@@ -127,20 +134,30 @@ def gather_readers(
         before = tl.load(to, mask=mask, other=0.0)
     xhat = (tl.trans(f).to(ACC) - center[:, None]) * width[:, None]
     total = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
-    for reader in tl.range(0, readers, num_stages=STAGES):
+    for reader in tl.range(0, readers, num_stages=READERS_STAGES):
         dz_at = dz + tl.load(dz_at8 + reader) * 8 + (pixel * (dz_row8 * 8))[:, None] + k[None, :]
-        weight_at = weight + (reader * all_columns + columns[:, None]) * (PARTS * DEPTH) + k[None, :]
+        weight_at = weight + (reader * all_columns + columns[:, None]) * (TAPS * PARTS * DEPTH) + k[None, :]
         scale = tl.load(affine + reader * 2 * all_columns + columns)
         shift = tl.load(affine + (reader * 2 + 1) * all_columns + columns)
         g = tl.zeros((TILE_COLUMNS, TILE_ROWS), ACC)
-        for part in tl.static_range(PARTS):
-            d = tl.load(
-                dz_at + part * DEPTH,
-                mask=row_valid[:, None] & (part * DEPTH + k < depth8 * 8)[None, :],
-                other=0.0,
-            )
-            w = tl.load(weight_at + part * DEPTH)
-            g = tl.dot(w, d.T, g, input_precision=PRECISION, out_dtype=ACC)
+        if TAPS == 1:
+            for part in tl.static_range(PARTS):
+                d = tl.load(
+                    dz_at + part * DEPTH,
+                    mask=row_valid[:, None] & (part * DEPTH + k < depth8 * 8)[None, :],
+                    other=0.0,
+                )
+                w = tl.load(weight_at + part * DEPTH)
+                g = tl.dot(w, d.T, g, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for step in tl.range(0, TAPS * PARTS, num_stages=STAGES):
+                tap = step // PARTS
+                first = step % PARTS * DEPTH
+                shifted = ((tap // 3 - 1) * image_width + tap % 3 - 1) * (dz_row8 * 8) + first
+                valid = ((inside >> tap) & 1) != 0
+                d = tl.load(dz_at + shifted, mask=valid[:, None] & (first + k < depth8 * 8)[None, :], other=0.0)
+                w = tl.load(weight_at + step * DEPTH)
+                g = tl.dot(w, d.T, g, input_precision=PRECISION, out_dtype=ACC)
         passes = passes_gradient(xhat * scale[:, None] + shift[:, None], ACTIVATION)
         g = tl.where(passes, g, 0.0)
         total += g * scale[:, None]

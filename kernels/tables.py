@@ -106,7 +106,9 @@ def k_table(
     if not order:
         none = np.zeros(0, np.int32)
         empty = np.zeros(per_chunk, np.int32)
-        return _frozen(KTable(empty, empty.copy(), weight_index, np.full(chunk, -1, np.int32), none, 0))
+        return _frozen(
+            KTable(empty, empty.copy(), weight_index, k_channels(widths, kernel_size, chunk, group), none, 0)
+        )
     spare = (chunks + 1) * per_chunk - len(order)
     center = shifts.index((0, 0))
     g, t = np.array(order + [(0, center)] * spare).T
@@ -114,8 +116,6 @@ def k_table(
     delta = (dy[t] * image_width + dx[t]) * np.array(row)[g] + np.array(offset)[g]
     if np.abs(delta).max() >= MAX_DELTA:
         raise ValueError(f"slots must lie within {MAX_DELTA} elements of each other, got {int(np.abs(delta).max())}")
-    used = np.arange(len(g)) < len(order)
-    k_channel = np.where(used[:, None], _group_channels(widths)[g], -1).reshape(-1)
     k_of_weight = np.full(sum(widths) * taps if group == (1, 1) else 0, -1, np.int32)
     if group == (1, 1):
         real = np.flatnonzero(weight_index[0] >= 0)
@@ -124,7 +124,7 @@ def k_table(
         (delta // LANES << TAP_BITS | t).astype(np.int32),
         (np.array(row)[g] // LANES).astype(np.int32),
         weight_index,
-        k_channel.astype(np.int32),
+        k_channels(widths, kernel_size, chunk, group),
         k_of_weight,
         chunks,
     )
@@ -137,19 +137,28 @@ def weight_rows(
     widths: tuple[int, ...], kernel_size: int, chunk: int, group: Group = (1, 1), transposed: bool = False
 ) -> Array:
     """`KTable.weight_index` of sources of these widths: it does not depend on where they lie. Arguments as there."""
-    shifts, channel = tap_shifts(kernel_size, group), _group_channels(widths)
-    order = _k_order(len(channel), len(shifts), chunk // LANES)
-    rows = -(-len(order) // (chunk // LANES)) * chunk
-    g, t = np.array(order, np.int32).reshape(-1, 2).T
+    shifts, channel = tap_shifts(kernel_size, group), k_channels(widths, kernel_size, chunk, group)[:-chunk]
+    t = np.zeros(len(channel) // LANES, np.int32)  # of padding any
+    order = _k_order(sum(-(-width // LANES) for width in widths), len(shifts), chunk // LANES)
+    t[: len(order)] = [tap for _, tap in order]
     dy, dx = np.array(shifts)[t].repeat(LANES, 0).T
-    k_channel, taps = channel[g].reshape(-1), kernel_size * kernel_size
-    index = np.full((group[0] * group[1], rows), -1, np.int32)
-    for position, real in enumerate(index):
-        real[: len(k_channel)] = _weight_index(k_channel, dy, dx, taps, position // group[1], position % group[1])
+    taps, positions = kernel_size * kernel_size, group[0] * group[1]
+    index = np.array([_weight_index(channel, dy, dx, taps, *divmod(at, group[1])) for at in range(positions)], np.int32)
     if transposed:
         index = np.where(index >= 0, index // taps * taps + taps - 1 - index % taps, -1).astype(np.int32)
     index.setflags(write=False)
     return index
+
+
+@lru_cache(maxsize=4096)
+def k_channels(widths: tuple[int, ...], kernel_size: int, chunk: int, group: Group = (1, 1)) -> Array:
+    """`KTable.channel` of sources of these widths. Arguments as there."""
+    channel, per_chunk = _group_channels(widths), chunk // LANES
+    order = _k_order(len(channel), len(tap_shifts(kernel_size, group)), per_chunk)
+    made = np.full((-(-len(order) // per_chunk) + 1) * chunk, -1, np.int32)
+    made[: len(order) * LANES] = channel[[g for g, _ in order]].reshape(-1)
+    made.setflags(write=False)
+    return made
 
 
 def _group_channels(widths: Sequence[int]) -> Array:
@@ -240,7 +249,7 @@ def pixel_table(batch: int, height: int, width: int, group: Group = (1, 1)) -> P
 
 
 def column_table(outs: tuple[Source, ...], features: tuple[Source, ...], multiple: int) -> tuple[Array, Array, Array]:
-    """Where the columns of the gathered 1x1 data gradient lie: each slot's padded channels, one slot after the other.
+    """Where the columns of the gathered data gradient lie: each slot's padded channels, one slot after the other.
 
     Args:
         outs, features: matching slots of the gradient and of the raw features.

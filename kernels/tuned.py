@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     """What a choice is made for: a convolution of in_channels to out_channels over batch x height x width pixels.
 
     kind: "forward"; "gradient", the data gradient of a slot of out_channels, gathered from in_channels of its readers;
-    "weight", the weight gradient of that forward convolution; or "readers", what a group of 1x1 readers behind
+    "weight", the weight gradient of that forward convolution; or "readers", what a group of readers behind
     BatchNorm send to slots of out_channels together, from in_channels of all readers together. affine: an affine and an
     activation on load.
     """

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
-from thresholdnet.backends import cuda, libraries, native
+from thresholdnet.backends import libraries, native
 
 backends = sys.modules["thresholdnet.backends"]  # tn.backends is the function of the same name
 
@@ -213,22 +213,3 @@ def test_a_data_gradient_lies_in_channels_last_order(kernel):
         assert g.is_contiguous(memory_format=torch.channels_last), (g.shape, g.stride())
         wanted = torch.nn.functional.conv_transpose2d(dz.double(), weight.double(), padding=kernel // 2)
         assert_close(g, wanted, torch.float32)
-
-
-def test_a_unit_that_a_backend_has_no_kernels_for(monkeypatch):
-    """By name it raises, and "auto" leaves it to others."""
-    monkeypatch.setattr(backends, "_reason", lambda name: None)
-    monkeypatch.setattr(backends, "_interpreted", lambda: False)
-    assert backends.candidates("auto", "bottleneck") == ("triton", "native")
-    assert backends.candidates("auto", "bn_relu_conv") == ("native",)
-    block = tn.ThresholdBlock(4, tn.links.dense(2), 4, unit="bn_relu_conv", fused=True)
-    with pytest.raises(
-        RuntimeError, match="backend 'triton' cannot run here: it has no kernels for unit 'bn_relu_conv'"
-    ):
-        block.fuse(True, "triton")
-    monkeypatch.setattr(cuda, "takes", lambda plan, x: True)
-    with FakeTensorMode():
-        half = torch.empty(1, 4, 2, 2, dtype=torch.bfloat16, device="cuda")
-    assert backends.engine_for("native", block.plan, half) == "native"
-    bottleneck = tn.ThresholdBlock(4, tn.links.dense(2), 4, unit="bottleneck")
-    assert backends.engine_for("native", bottleneck.plan, half) == "cuda"

@@ -13,7 +13,7 @@ from torch import nn
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links, ops, transforms
-from thresholdnet.backends import load, unit_refusal
+from thresholdnet.backends import load
 from thresholdnet.models import fuse_blocks
 from thresholdnet.reference import Statistics, block_forward
 
@@ -23,8 +23,6 @@ BACKENDS = [name for name, reason in tn.backends().items() if reason is None and
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    if reason := unit_refusal(request.param, request.node.callspec.params.get("unit", "")):
-        pytest.skip(reason)
     return request.param
 
 
@@ -240,22 +238,25 @@ def test_float32(unit, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("unit", UNITS)
 def test_half_formats_are_no_worse_than_plain_torch(unit, dtype, backend):
-    """Both against fp64 of the same rounded operands, over several images: single masks flip near 0 on either side."""
+    """Both against fp64 of the same rounded operands, with masks that no rounding flips: a flip outweighs all else."""
     exact = _block(links.threshold_ab(6, 3), unit, width=16, k=8)
+    for module in exact.modules():  # 3 channels of 4 pass everywhere, the fourth nowhere
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data += torch.where(torch.arange(len(module.bias)) % 4 == 3, -8, 8)
     exact.to(dtype).to(F64)
     half = copy.deepcopy(exact).to(dtype)
     errors = torch.zeros(2, 3)  # (ours, plain torch) x (output, gradient of x, gradients of parameters), squared
-    images, size = (20, (4, 16, 12, 12)) if backend == "native" else (3, (2, 16, 8, 8))
-    for seed in range(images):
-        x = torch.randn(size, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        truth, _ = _both(exact, backend, x.to(F64))
+    for seed in range(3):
+        x = torch.randn(2, 16, 8, 8, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        truth, _ = _both(exact, "native", x.to(F64))
         theirs, ours = _both(half, backend, x)
         assert ours[0].dtype == dtype and ours[1].dtype == dtype
         for side, result in enumerate((ours, theirs)):
-            errors[side, 0] += rms_error(result[0], truth[0]) ** 2
-            errors[side, 1] += rms_error(result[1], truth[1]) ** 2
-            errors[side, 2] += sum(rms_error(a, t) ** 2 for a, t in zip(result[2], truth[2], strict=True))
-    assert (errors[0] <= 1.1 * errors[1]).all(), errors.sqrt()
+            parameters = (torch.cat([g.double().flatten() for g in gradients[2]]) for gradients in (result, truth))
+            pairs = (result[0], truth[0]), (result[1], truth[1]), parameters
+            errors[side] += torch.tensor([rms_error(*pair) for pair in pairs]) ** 2
+    ours, theirs = errors.sqrt()  # a feature's gradient is rounded once more, before the statistics' share
+    assert (ours <= 1.1 * theirs).all(), errors.sqrt()
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -21,7 +21,7 @@ from twins import pair
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, constants, engine, functional, packing, replay
-from thresholdnet.backends import csrc, unit_refusal
+from thresholdnet.backends import csrc
 from thresholdnet.backends.winograd import use as use_winograd
 from thresholdnet.pooling import ALIGNMENT
 from thresholdnet.recording import Launch, Operation, Recording, tensors_in
@@ -85,8 +85,6 @@ def recordings() -> list[Recording]:
 
 def block_of(pattern: str, unit: str, backend: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
     torch.manual_seed(0)
-    if reason := unit_refusal(backend, unit):
-        pytest.skip(reason)
     block = ThresholdBlock(7, PATTERNS[pattern], 5, unit=unit, fused=True, backend=backend, dtype=dtype, **arguments)
     for module in block.modules():  # away from the identity that BatchNorm starts as
         if isinstance(module, nn.BatchNorm2d):

@@ -47,7 +47,7 @@ class LinkedBlock(nn.Module):
             one_of("recompute", recompute, ("bottleneck",))
         self.fused, self.recompute = boolean("fused", fused) and self.can_fuse, recompute
         self._choice = backend if self.fused else "reference"
-        self._candidates = candidates(self._choice, self.plan.unit)
+        self._candidates = candidates(self._choice)
         self._plan_text = self.plan.to_text()
         self._widest_row = self.plan.widest_row
         self._ran = "reference"

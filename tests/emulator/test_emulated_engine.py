@@ -12,7 +12,7 @@ from thresholdnet import ThresholdBlock, links, ops
 from thresholdnet.backends import backends, csrc, cuda, cuda_launch, engine_for, load
 
 F64 = torch.float64
-UNITS = ("conv_bn_relu", "bottleneck")
+UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 PATTERNS = {"dense": links.dense(3), "harmonic": links.harmonic(4), "threshold_ab": links.threshold_ab(5, 2)}
 
 
@@ -80,7 +80,8 @@ def test_float16_recompute_and_relu6(unit):
     truth = _step(copy.deepcopy(block).to(F64), x.to(F64))
     for a, b in zip([*kept[:2], *kept[2]], [*again[:2], *again[2]], strict=True):
         assert torch.equal(a, b)  # also: two runs are equal to the bit
-    assert (_errors(kept, truth) < 0.05).all(), _errors(kept, truth)
+    ours, plain = _errors(kept, truth), _errors(_step(copy.deepcopy(block), x), truth)
+    assert (ours <= (1.1 * plain).clamp_min(0.01)).all(), (ours, plain)  # a mask near 0 may flip on both sides
 
 
 def test_features_are_read_out_of_the_output():

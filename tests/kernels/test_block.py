@@ -6,7 +6,7 @@ from poisoned import padding, rows, whole, write
 from thresholdnet.kernels import launch
 from tolerances import assert_near
 
-from thresholdnet import reference
+from thresholdnet import links, reference
 from thresholdnet.plan import plan_block
 
 EPS = 1e-5
@@ -30,6 +30,8 @@ def problem(plan, dtype, size, activation):
         if plan.unit == "bottleneck":
             parameters += [*norm(read), rounded(inner, read, 1, 1) / read**0.5, *norm(inner)]
             parameters += [rounded(width, inner, 3, 3) / (9 * inner) ** 0.5]
+        elif plan.unit == "bn_relu_conv":
+            parameters += [*norm(read), rounded(width, read, 3, 3) / (9 * read) ** 0.5]
         else:
             parameters += [rounded(width, read, 3, 3) / (9 * read) ** 0.5, *norm(width)]
     parameters = [p.to(dtype).double().requires_grad_() for p in parameters]
@@ -201,6 +203,52 @@ def bottleneck(plan, x, parameters, dy, dtype, activation, group):
     return [raw[node] for node in plan.outputs], grads[0], gradients
 
 
+def bn_relu_conv(plan, x, parameters, dy, dtype, activation):
+    """The same for BN - act - Conv3x3 units of dense links, each reader's gradient gathered into all it reads."""
+    size = x.shape[0], *x.shape[2:]
+    pixels, exact = size[0] * size[1] * size[2], torch.float64 if dtype == torch.float64 else torch.float32
+    (_, raw), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(2))
+    write(raw[0], x.detach())
+    mean, variance = (v[:, None] for v in launch.slot_statistics(raw[0]))
+    starts, start = [0], 0
+    for node, width in enumerate(plan.node_widths):
+        write(grads[node], dy[:, start : start + width])
+        starts.append(start := start + width)
+    shares = torch.zeros(2, start, dtype=exact)  # sums over readers of gamma sum g, and of gamma sum g xhat
+    gradients, kept = [None] * len(parameters), [None]
+    for layer in range(1, plan.num_layers + 1):
+        gamma, beta, weight = (p.detach().to(exact) for p in parameters[3 * layer - 3 : 3 * layer])
+        scale, shift, rstd = scale_shift(mean.flatten(), variance.flatten(), gamma, beta)
+        kept.append((gamma, beta, weight, scale, shift, rstd))
+        made = launch.conv(
+            raw[:layer], weight, raw[layer], affine=(scale, shift), activation=activation, statistics=True
+        )
+        mean, variance = (torch.cat([known, new[:, None]]) for known, new in zip((mean, variance), made, strict=True))
+    mean, variance = mean.flatten(), variance.flatten()
+
+    def finish(node):
+        """The statistics' share of the gradient, once a channel."""
+        own = slice(starts[node], starts[node + 1])
+        rstd = torch.rsqrt(variance[own] + EPS)
+        b = -rstd * rstd * shares[1, own] / pixels
+        launch.bn_backward(grads[node], raw[node], None, b, -rstd * shares[0, own] / pixels - b * mean[own])
+
+    for layer in range(plan.num_layers, 0, -1):
+        finish(layer)
+        gamma, beta, weight, scale, shift, rstd = kept[layer]
+        gradients[3 * layer - 1] = launch.weight_gradient(
+            raw[:layer], grads[layer], 3, affine=(scale, shift), activation=activation
+        )
+        sums = launch.gradient_of_readers(
+            [grads[layer]], [weight], grads[:layer], raw[:layer], [gamma], [beta], mean[: starts[layer]], rstd,
+            add=True, activation=activation,
+        )  # fmt: skip
+        gradients[3 * layer - 2], gradients[3 * layer - 3] = sums[0][0], sums[1][0]
+        shares[:, : starts[layer]] += gamma * torch.cat(sums)
+    finish(0)
+    return raw, grads[0], gradients
+
+
 # Rounding errors grow from layer to layer and where BatchNorm's backward cancels sums: 10 times a kernel's.
 CHAIN = 10
 
@@ -244,3 +292,11 @@ def test_bottleneck(name, group, dtype):
         return bottleneck(*arguments, group)
 
     compare(BOTTLENECKS[name], run, dtype, (2, 5, 7), "relu")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("size", ((2, 7, 5), (2, 6, 4)), ids=str)
+@pytest.mark.parametrize("activation", ("relu", "relu6"))
+def test_bn_relu_conv(activation, size, dtype):
+    plan = plan_block(10, links.dense(4), 6, unit="bn_relu_conv", width_rule="constant", outputs="all")
+    compare(plan, bn_relu_conv, dtype, size, activation)

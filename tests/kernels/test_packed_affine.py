@@ -17,10 +17,10 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def packed(widths=WIDTHS, dtype=torch.float32, chunk=32):
-    """A packed 1x1 weight of 6 channels."""
-    matrix = Matrix(widths, 6, 1, False, ConvolutionConfig(32, 32, 0, chunk))
-    (made,) = pack([matrix], [[torch.randn(6, sum(widths), 1, 1)]], torch.empty(0, dtype=dtype))
+def packed(widths=WIDTHS, dtype=torch.float32, chunk=32, kernel=1, group=(1, 1)):
+    """A packed weight of 6 channels."""
+    matrix = Matrix(widths, 6, kernel, False, ConvolutionConfig(32, 32, 0, chunk, group=group))
+    (made,) = pack([matrix], [[torch.randn(6, sum(widths), kernel, kernel)]], torch.empty(0, dtype=dtype))
     return made
 
 
@@ -36,32 +36,37 @@ def poisoned(dtype, widths=WIDTHS, starts=STARTS):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("widths", "starts"), ((WIDTHS, STARTS), ((1,), (59,)), ((60,), (0,))), ids=str)
-def test_pack_affine(widths, starts, parameters, dtype, chunk):
-    weight = packed(widths, dtype, chunk)
+@pytest.mark.parametrize(("kernel", "group"), ((1, (1, 1)), (3, (1, 1)), (3, (2, 2))), ids=str)
+def test_pack_affine(widths, starts, parameters, dtype, chunk, kernel, group):
+    weight = packed(widths, dtype, chunk, kernel, group)
     statistics, read = poisoned(dtype, widths, starts)
     gamma, beta = torch.randn(2, 2 * len(read)).to(parameters)[:, ::2]  # not dense
     made, used = pack_affine(weight, gamma, beta, statistics, starts, EPS)
     assert made.matrix == weight.matrix and torch.equal(used, statistics[:, read]) and used._base is None
     affine = torch.stack(launch.batch_norm_affine(gamma, beta, *used, EPS))
-    channel = torch.from_numpy(weight.matrix.rows[0].copy()).long()
+    of_pixels = torch.from_numpy(weight.matrix.rows.copy()).long()  # each has a weight there, or -1
+    channel = torch.where(of_pixels >= 0, of_pixels // kernel**2, -1).amax(0)
     expected = torch.where(channel >= 0, affine[:, channel], 0)
     assert torch.equal(made.values[:, : len(channel)], expected)
     assert not made.values[:, len(channel) :].any() and made.values.shape[1] == len(channel) + chunk
     scale = gamma.double() / (statistics[1, read].double() + EPS).sqrt()
     formula = torch.stack([scale, beta.double() - statistics[0, read].double() * scale])
     near = {"rtol": 1e-5, "atol": 1e-5} if wide(dtype) == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(made.values[:, : len(channel)][:, channel >= 0].double(), formula, **near)
+    torch.testing.assert_close(
+        made.values[:, : len(channel)][:, channel >= 0].double(), formula[:, channel[channel >= 0]], **near
+    )
 
 
 @pytest.mark.parametrize("splits", (1, 2))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_convolution_with_both_packed_is_the_same(dtype, splits):
-    _, (*sources, out) = rows(2, 4, 3, (*WIDTHS, 6), dtype)
+@pytest.mark.parametrize(("kernel", "group"), ((1, (1, 1)), (3, (1, 1)), (3, (2, 2))), ids=str)
+def test_a_convolution_with_both_packed_is_the_same(dtype, splits, kernel, group):
+    _, (*sources, out) = rows(2, 4, 6, (*WIDTHS, 6), dtype)
     for source in sources:
         fill(source)
-    config = ConvolutionConfig(32, 32, 0, 16, splits=splits)
-    matrix = Matrix(WIDTHS, 6, 1, False, config)
-    values, gamma, beta = torch.randn(6, 25, 1, 1), torch.randn(25), torch.randn(25)
+    config = ConvolutionConfig(32, 32, 0, 16, group=group, splits=splits)
+    matrix = Matrix(WIDTHS, 6, kernel, False, config)
+    values, gamma, beta = torch.randn(6, 25, kernel, kernel), torch.randn(25), torch.randn(25)
     statistics, _ = poisoned(dtype)
     (weight,) = pack([matrix], [[values]], sources[0])
     affine, used = pack_affine(weight, gamma, beta, statistics, STARTS, EPS)
@@ -85,7 +90,7 @@ def test_what_cannot_be_packed():
     gamma, beta = torch.randn(2, 25)
     turned = weight._replace(matrix=weight.matrix._replace(transposed=True))
     for error, words, arguments in (
-        (ValueError, "for a 1x1 convolution", (turned, gamma, beta, statistics, STARTS)),
+        (ValueError, "for a convolution", (turned, gamma, beta, statistics, STARTS)),
         (TypeError, "statistics must be torch.float32", (weight, gamma, beta, statistics.double(), STARTS)),
         (ValueError, r"gamma must have the shape \(25,\)", (weight, gamma[1:], beta, statistics, STARTS)),
         (ValueError, r"beta must have the shape \(25,\)", (weight, gamma, beta[None], statistics, STARTS)),

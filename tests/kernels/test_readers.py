@@ -1,4 +1,4 @@
-"""The gathered 1x1 data gradient against its formula in fp64."""
+"""The gathered data gradient against its formula in fp64."""
 
 import poisoned as layouts
 import pytest
@@ -7,6 +7,7 @@ from poisoned import fill, padding, rows
 from thresholdnet.kernels import launch
 from thresholdnet.kernels.configs import ReadersConfig
 from tolerances import assert_near
+from torch.nn.functional import conv_transpose2d
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +19,7 @@ def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     total, sums, sums_xhat = 0, [], []
     for d, weight, gamma, beta in zip(dz, weights, gammas, betas, strict=True):
         y = gamma.double()[:, None, None] * xhat + beta.double()[:, None, None]
-        g = torch.einsum("knij,kc->ncij".replace("kn", "nk"), d.double(), weight.to(dtype).double()[:, :, 0, 0])
+        g = conv_transpose2d(d.double(), weight.to(dtype).double(), padding=weight.shape[2] // 2)
         g = g * ((y > 0) & (y < 6) if activation == "relu6" else y > 0)
         total = total + gamma.double()[:, None, None] * g
         sums.append(g.sum((0, 2, 3)))
@@ -26,7 +27,7 @@ def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     return total * rstd, torch.stack(sums), torch.stack(sums_xhat)
 
 
-def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None, terms=False):
+def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None, terms=False, kernel=1):
     _, (*outs, unlinked) = rows(*size, (*widths, 8), dtype)
     _, features = rows(*size, widths, dtype)
     _, dz = layouts.arena(*size, (depth,) * readers, dtype)
@@ -34,7 +35,8 @@ def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), c
         fill(slot)
     start = [fill(out).clone() if add else out.clone() for out in outs]
     channels = sum(widths)
-    weights = [torch.randn(depth, channels, 1, 1) / depth**0.5 for _ in range(readers)]
+    weights = [torch.randn(depth, channels, kernel, kernel) / (kernel * depth**0.5) for _ in range(readers)]
+    weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
     gammas, betas = [torch.rand(channels) * 3 for _ in weights], [torch.randn(channels) for _ in weights]
     gammas[0][:3] = betas[0][:3] = 0  # channels that reader 0 lacks
     weights[0][:, :3] = 0
@@ -57,13 +59,15 @@ def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), c
     for got, want in zip(sums, expected, strict=True):
         assert_near(got, want, exact)
     assert unlinked.isnan().all()
+    return [*(out.clone() for out in outs), *sums]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("add", (False, True))
 @pytest.mark.parametrize("readers", (1, 2, 4))
-def test_dtypes_and_readers(dtype, add, readers):
-    run(dtype, 24, readers, (10, 14, 20), add)
+@pytest.mark.parametrize("kernel", (1, 3))
+def test_dtypes_and_readers(dtype, add, readers, kernel):
+    run(dtype, 24, readers, (10, 14, 20), add, kernel=kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -88,16 +92,41 @@ def test_terms_that_do_not_fit():
             )
 
 
+@pytest.mark.parametrize("kernel", (1, 3))
 @pytest.mark.parametrize("depth", (3, 16, 128, 300))
-def test_depths(depth):
-    run(torch.float32, depth, 2, (6, 12), True)
+def test_depths(depth, kernel):
+    run(torch.float32, depth, 2, (6, 12), True, kernel=kernel)
 
 
-@pytest.mark.parametrize("size", ((1, 1, 1), (3, 1, 13), (1, 9, 1)), ids=str)
-def test_sizes(size):
-    run(torch.float32, 16, 2, (33,), False, "relu6", size)
+@pytest.mark.parametrize("kernel", (1, 3))
+@pytest.mark.parametrize("size", ((1, 1, 1), (3, 1, 13), (1, 9, 1), (2, 7, 6)), ids=str)
+def test_sizes(size, kernel):
+    run(torch.float32, 16, 2, (33,), False, "relu6", size, kernel=kernel)
 
 
+@pytest.mark.parametrize("kernel", (1, 3))
 @pytest.mark.parametrize("config", (ReadersConfig(16, 32), ReadersConfig(64, 64, 4, 2)), ids=str)
-def test_tiles(config):
-    run(torch.float32, 16, 3, (10, 40), True, config=config)
+def test_tiles(config, kernel):
+    run(torch.float32, 16, 3, (10, 40), True, config=config, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", (1, 3))
+def test_two_runs_are_equal_to_the_bit(kernel):
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(run(torch.bfloat16, 12, 2, (10, 14), True, kernel=kernel))
+    assert all(map(torch.equal, *made))
+
+
+def test_weights_that_do_not_fit():
+    _, (out,), _, (feature,) = *rows(1, 2, 2, (8,), torch.float32), *rows(1, 2, 2, (8,), torch.float32)
+    _, dz = layouts.arena(1, 2, 2, (8, 8), torch.float32)
+    ones = torch.ones(8)
+    for sizes, message in (
+        ((1, 3), "weights must have one kernel size, got 1 and 3"),
+        ((3, 2), r"weights\[1\] must have the shape \(8, 8, k, k\), k 1 or 3, got \(8, 8, 2, 2\)"),
+    ):
+        weights = [torch.ones(8, 8, size, size) for size in sizes]
+        with pytest.raises(ValueError, match=message):
+            launch.gradient_of_readers(dz, weights, [out], [feature], [ones] * 2, [ones] * 2, ones, ones, add=False)

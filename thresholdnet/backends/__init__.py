@@ -28,10 +28,7 @@ NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
 AUTOMATIC = ("triton", "native")
 """What "auto" chooses among, best first: Triton's kernels on a GPU in half formats, as an H100 measured them
-(bench/results/h100), the rest natively."""
-
-NATIVE_UNITS = ("bn_relu_conv",)
-"""Units of which Triton's and CUDA's kernels have no backward: theirs reads features through 1x1 convolutions alone."""
+(bench/results/h100; with unit "bn_relu_conv" that is a prediction), the rest natively."""
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -55,17 +52,17 @@ def details() -> dict[str, str]:
     return {name: said[name] for name in NAMES if name in usable}
 
 
-def candidates(choice: str = "auto", unit: str = "") -> tuple[str, ...]:
-    """What may run blocks of a unit on this machine for a choice, best first; unit "": other operators.
+def candidates(choice: str = "auto") -> tuple[str, ...]:
+    """What may run on this machine for a choice, best first.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: asked for by name and cannot run here; the message has the reason.
     """
     if one_of("backend", choice, CHOICES) == "auto":
-        usable = (name for name in AUTOMATIC if (unit_refusal(name, unit) or _reason(name)) is None)
+        usable = (name for name in AUTOMATIC if _reason(name) is None)
         return tuple(name for name in usable if name != "triton" or not _interpreted())
-    reason = unit_refusal(choice, unit) or _reason(choice)
+    reason = _reason(choice)
     if reason is not None:
         raise RuntimeError(f"backend {choice!r} cannot run here: {reason}")
     return (choice,)
@@ -112,11 +109,6 @@ def refusal(name: str, x: Tensor) -> str | None:
     return None
 
 
-def unit_refusal(name: str, unit: str) -> str | None:
-    """None where a backend has kernels for a block's unit, else the reason."""
-    return f"it has no kernels for unit {unit!r}" if name == "triton" and unit in NATIVE_UNITS else None
-
-
 def _automatic_refusal(x: Tensor, row: int) -> str | None:
     """None where "auto" may take Triton for x, else the reason."""
     from ..kernels.operands import MAX_ELEMENTS
@@ -141,7 +133,7 @@ def engine_for(name: str, plan: BlockPlan, x: Tensor) -> str:
     if x.device.type == "cuda":
         from . import cuda
 
-        return "cuda" if plan.unit not in NATIVE_UNITS and cuda.takes(plan, x) else name
+        return "cuda" if cuda.takes(plan, x) else name
     return "winograd" if winograd.enabled() else name
 
 

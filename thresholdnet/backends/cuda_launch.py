@@ -27,6 +27,7 @@ from ..kernels.operands import (
     check_same_images,
     check_slots,
     check_weight,
+    check_weights,
     dtype_name,
     lay_out,
     padded_width,
@@ -141,10 +142,7 @@ def gradient(
     if len(weights) != len(dz):
         raise ValueError(f"weights must hold one weight for each of the {len(dz)} readers, got {len(weights)}")
     channels = out.shape[1]
-    sizes = {check_weight(f"weights[{i}]", weights[i], d.shape[1], channels) for i, d in enumerate(dz)}
-    if len(sizes) > 1:
-        raise ValueError(f"weights must have one kernel size, got {' and '.join(map(str, sorted(sizes)))}")
-    kernel_size = next(iter(sizes), 1)
+    kernel_size = check_weights("weights", weights, channels, [d.shape[1] for d in dz])
     vectors: list[Tensor] = []
     if mask is not None:
         if activation_code(activation) == 0:
@@ -268,13 +266,12 @@ def gradient_of_readers(
     mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
     to, raw, sums = [whole(out) for out in outs], [whole(feature) for feature in features], []
     nothing = first.new_empty(0)
+    check_weights("weights", weights, channels, [d.shape[1] for d in dz])
     for i, (d, weight, gamma, beta) in enumerate(zip(dz, weights, gammas, betas, strict=True)):
-        if check_weight(f"weights[{i}]", weight, d.shape[1], channels) != 1:
-            raise ValueError(f"weights[{i}] must be a 1x1 weight, got {tuple(weight.shape)}")
         scale = per_channel(f"gammas[{i}]", gamma, channels, first) * rstd
         shift = per_channel(f"betas[{i}]", beta, channels, first) - mean * scale
         vectors = [v if places is None else _spread(v, 0, places.of_padded) for v in (scale, shift, mean, rstd)]
-        transposed = weight.detach().transpose(0, 1)
+        transposed = weight.detach().transpose(0, 1).flip(2, 3)
         if places is not None:
             transposed = _spread(transposed, 0, places.of_padded)
         g = _convolved(_gathered([d], None, 0), transposed, [d.shape[1]])

@@ -1,7 +1,7 @@
 """The engine's verbs on kernels that read the linked slots where they lie: nothing is concatenated.
 
 All tensors of one kind lie in one allocation, each in a slot padded to 8 channels (`kernels.slots`): side by side in
-pixel rows in bottleneck blocks and where every width is a multiple of 32, else one dense slot after the other. What
+pixel rows in pre-activation blocks and where every width is a multiple of 32, else one dense slot after the other. What
 backward needs is such an allocation as a whole. The kernels come as a launcher, a module with the functions of
 `kernels.launch`; an engine is a subclass of `Verbs` that names one.
 """
@@ -256,7 +256,7 @@ class Verbs:
                 f"input of the block must give fewer than 2^31 elements for all layers together, got {elements} from "
                 f"shape {tuple(self.like.shape)}: use a smaller batch or backend='native'"
             )
-        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.unit == "bottleneck")
+        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.pre_activation)
         rows = dense or elements >= MAX_DELTA  # entries of a K table reach across one allocation
         return slots.allocate(
             batch, widths, height, width, dtype=self.like.dtype, device=self.like.device,
@@ -279,8 +279,8 @@ def output_holds_features(plan: BlockPlan) -> bool:
 
 
 def needs_input(plan: BlockPlan) -> bool:
-    """Whether backward needs the block's input; a bottleneck block has it in the rows of its nodes."""
-    return plan.unit == "conv_bn_relu"
+    """Whether backward needs the block's input; a pre-activation block has it in the rows of its nodes."""
+    return not plan.pre_activation
 
 
 def kept_like(plan: BlockPlan, x: Tensor, kinds: Sequence[str]) -> list[Tensor]:

@@ -165,7 +165,8 @@ class Features(Block):
     def readers_at_once(self) -> int:
         """Readers whose gradients one launch gathers: they must agree on the statistics of what they read."""
         fixed = any(self.fixed(i, 0) for i in range(1, self.plan.num_layers + 1))
-        alike = len(set(self.spec.eps[:: len(self.norms)])) == 1 and len(set(self.plan.bottleneck_widths)) == 1
+        sent = self.plan.bottleneck_widths or self.plan.widths
+        alike = len(set(self.spec.eps[:: len(self.norms)])) == 1 and len(set(sent)) == 1
         return self.verbs.readers_at_once if alike and not fixed else 1
 
     def _send(
