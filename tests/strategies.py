@@ -205,13 +205,11 @@ def some_of(count: int) -> st.SearchStrategy[frozenset[int]]:
 
 
 @st.composite
-def block_cases(
-    draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Sequence[str] = PASSES, units: Sequence[str] = UNITS
-) -> BlockCase:
+def block_cases(draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Sequence[str] = PASSES) -> BlockCase:
     """Any block."""
     rows, threshold = draw(link_rows())
     depth = len(rows)
-    unit = draw(st.sampled_from(units))
+    unit = draw(st.sampled_from(UNITS))
     norms = depth * (2 if unit == "bottleneck" else 1)
     bare, untracked = draw(some_of(norms)), draw(some_of(norms))
     # untracked BatchNorms use the batch's statistics in eval mode too
