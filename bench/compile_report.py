@@ -205,11 +205,13 @@ def quick_forms() -> list[Form]:
             picked.setdefault((form.kernel, architecture), form)
     keep = [form for form in picked.values() if form.architecture == 90 or form.tensor_core]
     gradient = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 3][:3]
-    affine = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["AFFINE"]][-1:]
+    normalised = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["AFFINE"]]
+    affine = [next(f for f in normalised[::-1] if dict(f.constants)["TAPS"] == taps) for taps in (False, True)]
+    taps = [form for form in other_forms(90, "bfloat16") if dict(form.constants).get("TAPS") == 9][1:]
     split = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 4][::12]
     fp32 = [*convolution_forms(90, "float32", 2)][4:5]
     early = overlapping(form for form in keep if form.architecture == 90)
-    return [*keep, *gradient, *affine, *split, *fp32, *early]
+    return [*keep, *gradient, *affine, *taps, *split, *fp32, *early]
 
 
 def compile_form(form: Form) -> Report:

@@ -163,6 +163,14 @@ def gpu_steps(out: Path) -> list[Step]:
             )
             for model in MODELS
         ),
+        Step(
+            "bench train 32 densenet40",  # layers without bottlenecks
+            measured(
+                "train", ("eager_channels_last", *ours[:2]), *GRAPH,
+                "--model", "densenet40", "--batch", "64", "--image", "32",
+            ),
+            60, 20,
+        ),
         # what eager gains by cuDNN's own measuring, which takes its time
         Step(
             "bench cudnn",

@@ -51,6 +51,7 @@ def sets() -> list[Kernels]:
         Kernels(f"{MODELS[0]} 224", (*v1, *large)),
         Kernels(f"{MODELS[0]} 32", (*v1, *small)),
         *(Kernels(f"{model} 224", ("--model", model, *large)) for model in MODELS[1:]),
+        Kernels("densenet40 32", ("--model", "densenet40", "--batch", "64", "--image", "32")),
         Kernels(f"overlap {MODELS[0]} 224", (*v1, *large), OVERLAP),
         Kernels(f"overlap {MODELS[0]} 32", (*v1, *small), OVERLAP),
         *(Kernels(f"tables {model} 32", ("--model", model, *small, "--parameters", "float32")) for model in MODELS),

@@ -7,7 +7,7 @@
     python bench/tune.py --interpreter          three tiny shapes in Triton's interpreter: a trial of the tool, no times
 
 For every distinct shape of the models' linked convolutions (forward, data gradient, weight gradient, and the gradient
-that a group of 1x1 readers sends) a handful of tiles of the Triton kernels, and for half formats the forms of the CUDA
+that a group of readers sends) a handful of tiles of the Triton kernels, and for half formats the forms of the CUDA
 kernels with gather + library among them. A candidate whose result is not the rule's is out, and so is one less than 2 %
 faster than the rule, or not so when the two are timed again in turn: noise must not pick. The file is written whole
 after every shape. Leave the machine alone meanwhile.
@@ -22,7 +22,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def works_of(model: str, batch: int, side: int, dtype: str) -> Iterator[Work]:
         tail = parameters[-1][0] if len(parameters) > engine.parameters_a_layer(plan) * plan.num_layers else 0
         for kind, size, affine, read, wrote, masked in _convolutions(plan, tail):
             shape = (kind, dtype, size, affine, sum(read), wrote, images, height, width)
-            dense = plan.unit == "bottleneck" or all(w % 32 == 0 for w in (*read, wrote))
+            dense = plan.pre_activation or all(w % 32 == 0 for w in (*read, wrote))
             rows = dense and kind != "readers"
             yield Work(_shape(*shape), tuple(read), "rows" if rows else "arena", masked)
 
@@ -79,7 +79,13 @@ def _convolutions(plan: Any, tail: int) -> Iterator[tuple[str, int, bool, list[i
                 yield kind, 1, True, read, inner, False
                 yield kind, 3, False, [inner], width, False
             yield "gradient", 3, False, [width], inner, True
-        yield from _sent(plan)
+        yield from _sent(plan, plan.bottleneck_widths, 1)
+        return
+    if plan.pre_activation:
+        for read, width in zip(linked, plan.widths, strict=True):
+            yield "forward", 3, True, read, width, False
+            yield "weight", 3, len(read) > 1, read, width, False  # one source is normalised once, not for every tap
+        yield from _sent(plan, plan.widths, 3)
         return
     for read, width in zip(linked, plan.widths, strict=True):
         yield "forward", 3, False, read, width, False
@@ -95,12 +101,12 @@ def _convolutions(plan: Any, tail: int) -> Iterator[tuple[str, int, bool, list[i
             yield "gradient", 1, False, [tail], width, False
 
 
-def _sent(plan: Any) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
+def _sent(plan: Any, sent: Sequence[int], kernel_size: int) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
     """What the engine's groups of readers send, in the form of `_convolutions`: to each layer of the group, then on."""
     from thresholdnet.backends.slotted import readers_at_once
 
-    layers, inner = plan.num_layers, plan.bottleneck_widths
-    at_once = readers_at_once(plan) if len(set(inner)) == 1 else 1
+    layers = plan.num_layers
+    at_once = readers_at_once(plan) if len(set(sent)) == 1 else 1
     arriving, waiting = set(plan.outputs), list[int]()
 
     def send(targets: set[int]) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
@@ -108,8 +114,8 @@ def _sent(plan: Any) -> Iterator[tuple[str, int, bool, list[int], int, bool]]:
         reached = targets.intersection(node for reader in readers for node in plan.links[reader - 1])
         arriving.update(reached)
         if readers:
-            read = [inner[reader - 1] for reader in readers]
-            yield "readers", 1, False, read, sum(plan.node_widths[node] for node in reached), False
+            read = [sent[reader - 1] for reader in readers]
+            yield "readers", kernel_size, False, read, sum(plan.node_widths[node] for node in reached), False
 
     for layer in range(layers, 0, -1):
         yield from send({layer})
@@ -157,7 +163,7 @@ def tiles(work: Work, capability: Any) -> list[Any]:
             if columns < 2 * widest and widest > 32
         ]  # fmt: skip
     elif s.kind == "readers":
-        rule = configs.readers_config(capability, s.dtype, s.out_channels)
+        rule = configs.readers_config(capability, s.dtype, s.out_channels, s.kernel_size)
         others = [
             configs.ReadersConfig(rows, columns, 4 if rows * columns <= 4096 else 8, stages, registers)
             for rows, columns in ((64, 64), (128, 64), (64, 32), (128, 32), (32, 64))
@@ -206,7 +212,12 @@ def forms(work: Work) -> list[str]:
     from thresholdnet.backends import csrc, cuda_launch
 
     s = work.shape
-    if s.kind in ("weight", "readers") or s.dtype not in configs.HALF or csrc.cuda_reason() is not None:
+    if (
+        s.kind in ("weight", "readers")
+        or (s.affine and s.kernel_size == 3)
+        or s.dtype not in configs.HALF
+        or csrc.cuda_reason() is not None
+    ):
         return []
     rule = cuda_launch.convolution_form(s.kernel_size, s.out_channels, s.height, s.width)
     thin = s.kernel_size == 3 and s.out_channels <= 32

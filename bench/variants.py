@@ -80,7 +80,6 @@ class Activated(Operation):
     """A bottleneck's 3x3 convolution, with the BatchNorm and the activation that stand in front of it."""
 
     activates = True
-    written = property(lambda self: self.stage.plan.widths[self.layer - 1])
 
 
 def block_of(size: Size, model: str, growth: int = 0) -> Stage:
@@ -128,7 +127,7 @@ def lie(op: Operation, o: Operands, layout: str = "", multiple: int = 8) -> list
 
     layout: "rows" or "arena", by default what the engine takes for the block.
     """
-    layout = layout or ("rows" if op.stage.plan.unit == "bottleneck" else "arena")
+    layout = layout or ("rows" if op.stage.plan.pre_activation else "arena")
     widths = op.stage.plan.node_widths if op.nodes else op.widths
     padded = [-(-width // multiple) * multiple for width in widths]
     made = slots.allocate(op.batch, padded, *o.z.shape[2:], dtype=o.z.dtype, device=o.z.device, layout=layout)
@@ -278,7 +277,7 @@ def layout(size: Size) -> Iterator[Comparison]:
     """One dense tensor for every slot ("arena") against all slots side by side in a pixel's row ("rows")."""
 
     def variants(op: Operation, o: Operands) -> Variants:
-        both = ("rows", "arena") if op.stage.plan.unit == "bottleneck" else ("arena", "rows")
+        both = ("rows", "arena") if op.stage.plan.pre_activation else ("arena", "rows")
         return {name: call(launch, op, o, lie(op, o, name)) for name in both}
 
     for name in ("convolution", "weight_gradient"):

@@ -20,6 +20,7 @@ from thresholdnet.plan import plan_block
 CPU = torch.device("cpu")
 PLANS = {
     "conv_bn_relu": plan_block(5, [[0], [1, 0], [2, 0, 1]], [6, 3, 9], unit="conv_bn_relu", outputs="all"),
+    "bn_relu_conv": plan_block(5, [[0], [1, 0], [2, 0, 1]], [6, 3, 9], unit="bn_relu_conv"),
     "bottleneck": plan_block(5, [[0], [1, 0], [2, 0, 1]], [6, 3, 9], unit="bottleneck"),
 }
 
@@ -35,6 +36,7 @@ EVERY = [
     for name in bench.OPERATIONS
     if (layer, name) != (3, "data_gradient")  # no layer reads the last one
 ]
+EVERY += [("bn_relu_conv", name, 3, 3) for name in (*layers.PRODUCTS, "gather", "statistics")]
 EVERY += [("bottleneck", name, 3, 1) for name in bench.OPERATIONS]
 EVERY += [("bottleneck", name, 3, 3) for name in (*layers.PRODUCTS, "statistics")]
 
@@ -137,7 +139,7 @@ def test_counts_of_a_harmonic_layer():
 
 
 def test_the_work_of_all_layers_is_the_work_of_the_block():
-    for model in ("hardnet68/stages.1", "densenet121/stages.1"):
+    for model in ("hardnet68/stages.1", "densenet121/stages.1", "densenet40/stages.1"):
         (stage,) = bench.stages.stages(bench.Case(model, 224, 2, "fp32", "train"))
         ops = [
             bench.Operation(model, stage, layer, kernel, "convolution", 224, 2, "fp32")

@@ -20,7 +20,7 @@ def kit(monkeypatch):
 
 def test_sets(kit):
     names = [each.name for each in kit.sets()]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 12
     done = run("anywhere", "--list", "--only", "tables")
     assert done.returncode == 0 and done.stdout.split("\n")[:-1] == [f"tables {model} 32" for model in kit.MODELS]
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import thresholdnet as tn
@@ -20,6 +21,7 @@ PARAMETERS = {
     "densenet169": 14_149_480,
     "densenet201": 20_013_928,
     "densenet161": 28_681_000,
+    "densenet40": 1_464_232,
     "log_densenet121": 5_229_096,
     "sparse_densenet121": 7_338_216,
     "hardnet68": 17_565_348,
@@ -36,6 +38,11 @@ BASELINES = {
 OURS = sorted(set(tn.list_models()) - BASELINES)
 
 
+def reductions(name):
+    """Of the levels of a model's pyramid."""
+    return [1, 2, 4] if name == "densenet40" else [2, 4, 8, 16, 32]
+
+
 def _count(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -48,6 +55,7 @@ def test_parameters_with_1000_classes(name, count):
 def test_parameters_with_10_classes():
     assert _count(tn.create_model("thresholdnet_v1", 10, device="meta")) == 14_371_858
     assert _count(tn.create_model("thresholdnet_v2", 10, device="meta")) == 16_189_202
+    assert _count(tn.create_model("densenet40", 10, device="meta")) == 1_019_722
 
 
 def test_hardnet85_has_36_67_million():
@@ -57,8 +65,8 @@ def test_hardnet85_has_36_67_million():
 def test_every_model_of_the_design_is_listed():
     assert set(tn.list_models()) == BASELINES | {
         "thresholdnet_v1", "thresholdnet_v2", "thresholdnet_ab", "thresholdnet_bc", "hardnet68", "hardnet85",
-        "hardnet39ds", "hardnet68ds", "densenet121", "densenet169", "densenet201", "densenet161", "log_densenet121",
-        "sparse_densenet121",
+        "hardnet39ds", "hardnet68ds", "densenet121", "densenet169", "densenet201", "densenet161", "densenet40",
+        "log_densenet121", "sparse_densenet121",
     }  # fmt: skip
     assert tn.list_models("hardnet*") == ["hardnet39ds", "hardnet68", "hardnet68ds", "hardnet85"]
 
@@ -94,7 +102,7 @@ def test_forward_backward_features_and_round_trip(name):
     assert features.shape == (
         2,
         model.num_features,
-        -(-33 // 32) if model.min_size == 1 else 1,
+        -(-33 // 32) if model.min_size == 1 else 33 // reductions(name)[-1],
         features.shape[3],
     )
     torch.testing.assert_close(model.forward_head(features), model(x))
@@ -110,16 +118,17 @@ def test_pyramids(name):
     backbone = tn.create_model(name, features_only=True).eval()
     x = torch.randn(1, 3, 64, 96)
     levels = backbone(x)
-    assert [info["reduction"] for info in backbone.feature_info] == [2, 4, 8, 16, 32]
+    assert [info["reduction"] for info in backbone.feature_info] == reductions(name)
     for info, level in zip(backbone.feature_info, levels, strict=True):
         assert level.shape == (1, info["channels"], 64 // info["reduction"], 96 // info["reduction"])
     if isinstance(classifier, Network):
         weights = {k: v for k, v in classifier.state_dict().items() if not k.startswith("head.")}
         backbone.load_state_dict(weights)
         torch.testing.assert_close(backbone(x)[-1], classifier.forward_features(x))
-    some = tn.create_model(name, features_only=True, out_indices=(1, 3))
-    assert [info["index"] for info in some.feature_info] == [1, 3]
-    assert [level.shape[2] for level in some(x)] == [16, 4]
+    chosen = range(len(levels))[1:4:2]
+    some = tn.create_model(name, features_only=True, out_indices=chosen)
+    assert [info["index"] for info in some.feature_info] == list(chosen)
+    assert [level.shape[2] for level in some(x)] == [64 // reduction for reduction in reductions(name)[1:4:2]]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -204,6 +213,33 @@ def test_ab_and_bc_arguments():
         16, 8, "harmonic"
     )
     assert "threshold" in model_arguments("thresholdnet_ab") and "n" in model_arguments("sparse_densenet121")
+
+
+def test_densenet40_is_the_network_of_its_paper():
+    """Written out: a convolution, three blocks of BN - ReLU - Conv3x3 on all before, transitions, BN - ReLU, mean."""
+    torch.manual_seed(0)
+    model = tn.create_model("densenet40", 10, dtype=torch.float64).eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(vector, 0.5, 1.5)
+    state = model.state_dict()
+
+    def relu_of_norm(x, name):
+        norm = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, *norm))
+
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    x = F.conv2d(images, state["stem.conv.weight"], padding=1)
+    for stage in range(3):
+        if stage:
+            x = F.conv2d(relu_of_norm(x, f"stages.{stage}.norm"), state[f"stages.{stage}.conv.weight"])
+            x = F.avg_pool2d(x, 2)
+        for layer in range(12):
+            name = f"stages.{stage}.block.layers.{layer}"
+            made = F.conv2d(relu_of_norm(x, f"{name}.norm"), state[f"{name}.conv.weight"], padding=1)
+            x = torch.cat([x, made], 1)
+    pooled = relu_of_norm(x, "stages.2.last_norm").mean((2, 3))
+    torch.testing.assert_close(model(images), F.linear(pooled, state["head.weight"], state["head.bias"]))
 
 
 def test_pruned_densenets():

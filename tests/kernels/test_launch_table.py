@@ -12,7 +12,7 @@ from thresholdnet.kernels.configs import ConvolutionConfig, ReadersConfig, Weigh
 from tolerances import assert_near
 
 import thresholdnet as tn
-from thresholdnet.plan import plan_block
+from thresholdnet.plan import UNITS, plan_block
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import tune
@@ -93,7 +93,7 @@ def test_readers_take_their_row(table, monkeypatch):
         assert_near(a, b, torch.float32)
 
 
-@pytest.mark.parametrize("unit", ("conv_bn_relu", "bottleneck"))
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_tuner_measures_what_a_block_convolves(unit, monkeypatch):
     asked = set()
     for module in (launch, weight_gradients, gathered_readers):

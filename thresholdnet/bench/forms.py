@@ -135,7 +135,7 @@ def plain(op: Operation, o: Operands) -> Form:
     arrived: list[Tensor] = []
 
     def send() -> list[Tensor]:
-        g, *sums = backward(activate_backward(_backward(o.gradient, y, o.weights[0], 0, 0), y))
+        g, *sums = backward(activate_backward(_backward(o.gradient, y, o.weights[0], padding, 0), y))
         made = list(g.split(op.widths, dim=1))
         if not arrived:
             arrived.extend(made)
@@ -198,9 +198,10 @@ def ours(backend: str, op: Operation, o: Operands) -> Form:
         verbs: Any = load(engine_for(backend, plan, o.z)).Verbs(plan, o.z)
     weight, width = o.weights[0], op.written
     # where the engine has what the convolution wrote, its gradient, and what is made of either
-    written: Place = ("inner" if op.activates else "raw" if plan.unit == "conv_bn_relu" else "node", layer)
-    arriving: Place = ("waiting", 0) if op.activates else ("gradient", layer)
-    activated: Place = ("scratch", width) if op.activates else ("node", layer)
+    inner = op.activates and plan.unit == "bottleneck"
+    written: Place = ("inner" if inner else "node" if plan.pre_activation else "raw", layer)
+    arriving: Place = ("waiting", 0) if inner else ("gradient", layer)
+    activated: Place = ("scratch", width) if inner else ("node", layer)
     reads: list[Place] = [("gradient" if op.from_readers else "node", node) for node in op.nodes]
     if op.operation in ("statistics", "normalise", "norm_backward"):
         z = verbs.arrive(o.z, written)

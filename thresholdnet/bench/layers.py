@@ -15,8 +15,8 @@ from .stages import Stage, stages
 PRODUCTS = ("convolution", "data_gradient", "weight_gradient")
 OPERATIONS = {
     "convolution": "over the linked sources, with BatchNorm and activation first where the layer has them in front",
-    "data_gradient": "of a layer's output, gathered from all its readers; in a 1x1 layer of a bottleneck, of what it "
-    "reads, through the activation and BatchNorm in front of it, added to what arrived before",
+    "data_gradient": "of a layer's output, gathered from all its readers; of a layer with BatchNorm and activation in "
+    "front, of what it reads, through both, added to what arrived before",
     "weight_gradient": "over the linked sources, activated as in the convolution",
     "gather": "the linked sources side by side, activated as in the convolution",
     "statistics": "mean and variance of a layer's output",
@@ -56,7 +56,12 @@ class Operation:
     @property
     def activates(self) -> bool:
         """Whether a BatchNorm and an activation stand in front of the convolution."""
-        return self.stage.plan.unit == "bottleneck" and self.kernel == 1
+        return self.stage.plan.pre_activation and not self.within
+
+    @property
+    def within(self) -> bool:
+        """Whether it is a bottleneck's 3x3 convolution, which reads what the layer has made itself."""
+        return self.stage.plan.unit == "bottleneck" and self.kernel == 3
 
     @property
     def from_readers(self) -> bool:
@@ -65,11 +70,11 @@ class Operation:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """Nodes of the block that are read; none in a bottleneck's 3x3 convolution, which reads what lies within."""
+        """Nodes of the block that are read; none by a convolution `within`."""
         plan = self.stage.plan
         if self.from_readers:
             return plan.readers[self.layer]
-        return () if plan.unit == "bottleneck" and self.kernel == 3 else plan.links[self.layer - 1]
+        return () if self.within else plan.links[self.layer - 1]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -86,7 +91,7 @@ class Operation:
     def written(self) -> int:
         """O."""
         plan = self.stage.plan
-        return (plan.bottleneck_widths if self.activates else plan.widths)[self.layer - 1]
+        return (plan.widths if self.within else plan.bottleneck_widths or plan.widths)[self.layer - 1]
 
     @property
     def normalised(self) -> int:
@@ -168,6 +173,8 @@ def _of_layer(stage: Stage, layer: int) -> list[tuple[int, str]]:
     if plan.unit == "bottleneck":  # the 3x3 convolution's output is normalised by those who read it
         first = [(1, name) for name in OPERATIONS]
         return first + [(3, name) for name in (*PRODUCTS, "statistics")]
+    if plan.pre_activation:
+        return [(3, name) for name in (*PRODUCTS, "gather", "statistics")]
     absent = set() if plan.readers[layer] else {"data_gradient"}
     if len(plan.links[layer - 1]) == 1:
         absent.add("gather")  # a single source is read where it lies

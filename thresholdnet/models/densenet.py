@@ -1,4 +1,4 @@
-"""DenseNet-BC (arXiv 1608.06993), and the same frame with log-dense (arXiv 1711.00002) or sparse links (1804.05340)."""
+"""DenseNet (arXiv 1608.06993), and its frame with log-dense (arXiv 1711.00002) or sparse links (1804.05340)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,20 @@ def densenet161(
 
 
 @register
+def densenet40(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, **factory: Any) -> Network:
+    """DenseNet of 40 layers and growth rate 12, without bottlenecks and compression, for images of 32 pixels.
+
+    1,019,722 parameters with 10 classes ("DenseNet", 1.0M, in table 2 of the reference).
+    """
+    stem = Stage({"conv": nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False, **factory)}, 16, reduction=1)
+
+    def block(width: int, depth: int) -> ThresholdBlock:
+        return ThresholdBlock(width, links.dense(depth), 12, unit="bn_relu_conv", width_rule="constant", **factory)
+
+    return _assembled(stem, (12, 12, 12), block, 1, False, num_classes, in_chans, drop_rate, **factory)
+
+
+@register
 def log_densenet121(
     num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, small_stem: bool = False, **factory: Any
 ) -> Network:
@@ -95,16 +109,35 @@ def _densenet(
         stem_width,
         reduction=stride,
     )
+
+    def block(width: int, depth: int) -> ThresholdBlock:
+        return ThresholdBlock(width, pattern(depth), k, unit="bottleneck", width_rule="constant", **factory)
+
+    return _assembled(stem, layers, block, 2, not small_stem, num_classes, in_chans, drop_rate, **factory)
+
+
+def _assembled(
+    stem: Stage,
+    layers: Sequence[int],
+    make_block: Callable[[int, int], ThresholdBlock],
+    compression: int,
+    pool: bool,
+    num_classes: int,
+    in_chans: int,
+    drop_rate: float,
+    **factory: Any,
+) -> Network:
+    """make_block: from channels and layers. compression: what transitions divide channels by. pool: behind the stem."""
     stages: list[Stage] = []
-    width, reduction = stem_width, stride**2
+    width, reduction = stem.out_channels, stem.reduction * (2 if pool else 1)
     for index, depth in enumerate(layers):
         modules: dict[str, nn.Module]
         if index:
-            modules = _transition(width, width // 2, **factory)
-            width, reduction = width // 2, reduction * 2
+            modules = _transition(width, width // compression, **factory)
+            width, reduction = width // compression, reduction * 2
         else:
-            modules = {} if small_stem else {"pool": nn.MaxPool2d(3, 2, 1)}
-        block = ThresholdBlock(width, pattern(depth), k, unit="bottleneck", width_rule="constant", **factory)
+            modules = {"pool": nn.MaxPool2d(3, 2, 1)} if pool else {}
+        block = make_block(width, depth)
         modules["block"] = block
         width = block.out_channels
         if index == len(layers) - 1:
