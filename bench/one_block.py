@@ -17,7 +17,8 @@ def main() -> int:
     from thresholdnet import ThresholdBlock, links, replay
 
     (backend,) = sys.argv[1:]
-    for unit, rows in (("conv_bn_relu", links.harmonic(4)), ("bottleneck", links.dense(3))):
+    units = {"conv_bn_relu": links.harmonic(4), "bn_relu_conv": links.dense(3), "bottleneck": links.dense(3)}
+    for unit, rows in units.items():
         block = ThresholdBlock(20, rows, 12, unit=unit, fused=True, backend=backend).cuda().bfloat16()
         for images, high, wide in SIZES:
             x = torch.randn(images, 20, high, wide, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -291,6 +291,30 @@ def test_names_of_a_rule_with_another_meaning():
     assert quiet(nn.ModuleList([Row()]))[0].links == dense(3)
 
 
+class NamedAsTorchvisions(nn.Module):
+    """Layers with torchvision's names in a Sequential, but what a layer made stands in front."""
+
+    def __init__(self, read, k):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(read), nn.Conv2d(read, 2 * k, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(2 * k), nn.Conv2d(2 * k, k, 3, padding=1, bias=False)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        y = self.conv1(self.relu1(self.norm1(x)))
+        return torch.cat([self.conv2(self.relu2(self.norm2(y))), x], 1)
+
+
+def test_a_block_of_a_rule_that_does_something_else_is_run():
+    """The rule names what its modules are called; what the check refuses may be a block all the same."""
+    torch.manual_seed(0)
+    original = randomise(nn.Sequential(dense_row(NamedAsTorchvisions, 12, 5, 3), nn.AvgPool2d(2))).double()
+    assert by_rules(original[0]).plan.outputs == (0, 1, 2, 3)
+    converted = quiet(copy.deepcopy(original))
+    assert [block.plan.outputs for block in blocks(converted)] == [(3, 2, 1, 0)]
+    assert_equal_in_all(converted, original, torch.randn(3, 12, 6, 7, dtype=F64))
+
+
 def test_running_a_module_changes_nothing():
     """It runs once, in eval mode, without gradients, and whatever it raises is its own affair."""
     seen = []

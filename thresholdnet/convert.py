@@ -289,9 +289,12 @@ def _put(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
 
 
 def _replacement(module: nn.Module, backend: str, recompute: str | None) -> ConvertedBlock | None:
-    found = recognise(module)
-    if found is None:
-        return None
+    made: ConvertedBlock | None = recognise(module, lambda found: _made(module, found, backend, recompute))
+    return made
+
+
+def _made(module: nn.Module, found: Found, backend: str, recompute: str | None) -> ConvertedBlock:
+    """The block in place of a module that was recognised, once it has been checked."""
     if own := [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]:
         raise Unlike(f"it has a tensor {own[0]!r} of its own")
     if any(sharded(parameter) for parameter in module.parameters()):

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from .checks import integer, one_of, output_file
 from .convert import difference, to_reference
 from .layers import Unlike, hooked
-from .recognise import recognise
+from .recognise import Found, recognise
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "aoti": ".pt2"}
 """What a file's name ends in. Where it alone decides, .pt2 is a torch.export program."""
@@ -215,7 +215,7 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
     if type(module).forward is nn.Sequential.forward:
         return list(itertools.pairwise(module._modules))  # all names: a module may stand in several places
     try:
-        found = recognise(module)
+        found: Found | None = recognise(module)
     except Unlike:
         return []
     if found is None or found.plan.unit != "bottleneck":

@@ -24,7 +24,7 @@ from .counting import checked_shape
 from .layers import Unlike, meta_copy
 from .linked import LinkedBlock
 from .models import fuse_blocks
-from .recognise import recognise
+from .recognise import Found, recognise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -128,7 +128,7 @@ def _unconverted(model: nn.Module) -> str:
     inside = {part for block in model.modules() if isinstance(block, LinkedBlock) for part in block.modules()}
     for name, module in model.named_modules():
         try:
-            found = None if module in inside else recognise(module)
+            found: Found | None = None if module in inside else recognise(module)
         except Unlike:
             continue
         if found is not None:

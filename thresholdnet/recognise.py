@@ -13,7 +13,6 @@ in all other layouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -72,20 +71,24 @@ class Found:
     forms: tuple[Any, ...] = ()
 
 
-def recognise(block: nn.Module) -> Found | None:
-    """What the block is; None where it is nothing known.
+def recognise(block: nn.Module, accept: Callable[[Found], Any] = lambda found: found) -> Any:
+    """What `accept` makes of what the block is, by default that itself; None where it is nothing known.
+
+    A rule may have looked at names that mean something else here: what it, or `accept` behind it, refuses is run.
 
     Raises:
-        Unlike: it is, but the engine has no form for it; the message is the reason.
+        Unlike: it is, but the engine has no form for it, or `accept` refuses it; the message is the first reason.
     """
-    try:
-        found = by_rules(block)
-    except Unlike:
-        with suppress(Unlike):  # a rule may have looked at names that mean something else here
-            if found := by_running(block):
-                return found
-        raise
-    return found or by_running(block)
+    reason = None
+    for way in (by_rules, by_running):
+        try:
+            if found := way(block):
+                return accept(found)
+        except Unlike as unlike:
+            reason = reason or unlike
+    if reason is not None:
+        raise reason
+    return None
 
 
 def by_rules(block: nn.Module) -> Found | None:
