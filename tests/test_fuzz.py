@@ -93,7 +93,11 @@ def passes_in(language: str) -> Iterator[None]:
     winograd._choose.cache_clear()  # it asks `pays`
     winograd.use(forced)
     try:
-        with mock.patch.object(csrc, "takes", takes), mock.patch.object(winograd, "pays", pays):
+        with (
+            mock.patch.object(csrc, "takes", takes),
+            mock.patch.object(winograd, "pays", pays),
+            mock.patch.object(winograd, "ALONE", dict.fromkeys(winograd.ALONE, 1)),
+        ):
             yield
     finally:
         winograd.use(before)

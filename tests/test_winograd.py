@@ -33,7 +33,9 @@ UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
 
 
 @pytest.fixture
-def on():
+def on(monkeypatch):
+    """Winograd's form, for thin layers too."""
+    monkeypatch.setattr(winograd, "ALONE", dict.fromkeys(winograd.ALONE, 8))
     before = winograd.enabled()
     winograd.use(True)
     yield
@@ -342,6 +344,16 @@ def test_left_to_the_library(case, unit, on, calls):
     winograd.use(False)
     assert all(torch.equal(a, b) for a, b in zip(ours, _step(block, x), strict=True))
     assert not calls
+
+
+@pytest.mark.parametrize(("unit", "growth"), (("bn_relu_conv", 48), ("bottleneck", 32)))
+def test_layers_alone_with_what_they_read_must_be_wide(unit, growth):
+    """Their transforms serve one convolution."""
+    for width, wide in ((growth, True), (growth - 8, False)):
+        plan = plan_block(64, links.dense(2), width, unit=unit, width_rule="constant")
+        verbs = winograd.Verbs(plan, torch.empty(8, 64, 28, 28))
+        assert (verbs.way(1, torch.empty(width, 128, 3, 3)) == "winograd") == wide
+    assert verbs.way(1, torch.empty(growth, 128, 1, 1)) != "winograd"
 
 
 def test_the_rule():

@@ -32,17 +32,20 @@ def blocks(model: nn.Module) -> Iterator[ThresholdBlock]:
 # ---------------------------------------------------------------- checkpoints
 
 
+_RELEASED = ("densenet121", "densenet161", "densenet169", "densenet201")
+
+
 def checkpointed(model: nn.Module, name: str, classes: int) -> nn.Module:
     """A network whose backward computes parts of its layers again.
 
-    A DenseNet becomes torchvision's with memory_efficient=True, which repeats concatenation, BatchNorm, ReLU and 1x1
-    convolution of each layer. Other networks, and single blocks, do the same in their bottleneck layers, and repeat a
-    whole Conv-BN-ReLU layer; recomputed BatchNorms see the batch twice, as in torchvision's.
+    A DenseNet of torchvision's becomes that with memory_efficient=True, which repeats concatenation, BatchNorm, ReLU
+    and 1x1 convolution of each layer. Other networks, and single blocks, do the same in their bottleneck layers, and
+    repeat a whole layer of other units; recomputed BatchNorms see the batch twice, as in torchvision's.
 
     Raises:
         Unavailable: no linked blocks, or torchvision is missing.
     """
-    if name.startswith("densenet") and not isinstance(model, ThresholdBlock):
+    if name in _RELEASED and not isinstance(model, ThresholdBlock):
         return _memory_efficient(model, name, classes)
     if not any(blocks(model)):
         raise Unavailable("the model has no blocks of ours to checkpoint")
