@@ -111,7 +111,7 @@ def k_table(
         )
     spare = (chunks + 1) * per_chunk - len(order)
     center = shifts.index((0, 0))
-    g, t = np.array(order + [(0, center)] * spare).T
+    g, t = np.array([*order, *[(0, center)] * spare]).T
     dy, dx = np.array(shifts).T
     delta = (dy[t] * image_width + dx[t]) * np.array(row)[g] + np.array(offset)[g]
     if np.abs(delta).max() >= MAX_DELTA:
@@ -139,7 +139,7 @@ def weight_rows(
     """`KTable.weight_index` of sources of these widths: it does not depend on where they lie. Arguments as there."""
     shifts, channel = tap_shifts(kernel_size, group), k_channels(widths, kernel_size, chunk, group)[:-chunk]
     t = np.zeros(len(channel) // LANES, np.int32)  # of padding any
-    order = _k_order(sum(-(-width // LANES) for width in widths), len(shifts), chunk // LANES)
+    order = _k_order(len(_group_channels(widths)), len(shifts), chunk // LANES)
     t[: len(order)] = [tap for _, tap in order]
     dy, dx = np.array(shifts)[t].repeat(LANES, 0).T
     taps, positions = kernel_size * kernel_size, group[0] * group[1]
@@ -171,14 +171,15 @@ def _group_channels(widths: Sequence[int]) -> Array:
     return np.concatenate(channel)
 
 
-def _k_order(groups: int, taps: int, per_chunk: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4096)
+def _k_order(groups: int, taps: int, per_chunk: int) -> tuple[tuple[int, int], ...]:
     """(group, tap) along K: chunk of channels outermost, then taps, then the groups of the chunk."""
-    return [
+    return tuple(
         (g, t)
         for start in range(0, groups, per_chunk)
         for t in range(taps)
         for g in range(start, min(start + per_chunk, groups))
-    ]
+    )
 
 
 def _weight_index(channel: Array, dy: Array, dx: Array, taps: int, y: int, x: int) -> Array:

