@@ -178,6 +178,14 @@ def overlapping(forms: Iterable[Form]) -> Iterator[Form]:
             yield replace(form, constants=(*form.constants, ("PDL", True)))
 
 
+def leaky(forms: Iterable[Form]) -> Iterator[Form]:
+    """The same forms with LeakyReLU in ReLU's place, of those that activate."""
+    for form in forms:
+        constants = dict(form.constants)
+        if constants.get("ACTIVATION") == 1:
+            yield replace(form, constants=tuple((constants | {"ACTIVATION": 0.2}).items()))
+
+
 def all_forms(every_way: bool = False) -> list[Form]:
     """What the report covers: every tile of the launch table; with `every_way` in every epilogue and layout too."""
     forms: dict[str, Form] = {}
@@ -194,6 +202,11 @@ def all_forms(every_way: bool = False) -> list[Form]:
         forms |= {form.name: form for form in (*slot_rows[::4], *ieee)}
         early = (*[*convolution_forms(architecture, "bfloat16")][::6], *other_forms(architecture, "bfloat16"))
         forms |= {form.name: form for form in overlapping(early)}
+        sloped = (
+            *[*leaky(convolution_forms(architecture, "bfloat16", 4))][::12],
+            *leaky(other_forms(architecture, "bfloat16")),
+        )
+        forms |= {form.name: form for form in sloped}
     return list(forms.values())
 
 
@@ -210,7 +223,7 @@ def quick_forms() -> list[Form]:
     taps = [form for form in other_forms(90, "bfloat16") if dict(form.constants).get("TAPS") == 9][1:]
     split = [form for form in convolution_forms(90, "bfloat16") if dict(form.constants)["EPILOGUE"] == 4][::12]
     fp32 = [*convolution_forms(90, "float32", 2)][4:5]
-    early = overlapping(form for form in keep if form.architecture == 90)
+    early = [*overlapping(form for form in keep if form.architecture == 90), *leaky([*gradient[:1], *taps[:1]])]
     return [*keep, *gradient, *affine, *taps, *split, *fp32, *early]
 
 

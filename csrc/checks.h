@@ -2,9 +2,12 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "types.h"
 
 namespace thresholdnet {
 
@@ -23,6 +26,16 @@ inline std::string listed(const List& values) {
   for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "[") << values[i];
   text << (values.size() ? "]" : "[]");
   return text.str();
+}
+
+template <class A>
+Range<A> range_of(const char* op, double activation) {
+  constexpr A infinity = std::numeric_limits<A>::infinity();
+  if (activation == 0) return {-infinity, infinity, 0};
+  if (activation == 1) return {0, infinity, 0};
+  if (activation == 2) return {0, 6, 0};
+  if (activation > 0 && activation < 1) return {0, infinity, static_cast<A>(activation)};
+  refuse(op, ": activation must be 0 (none), 1 (ReLU), 2 (ReLU6) or a slope between 0 and 1, got ", activation);
 }
 
 // N, H and W of the call: every tensor of pixels must share them.

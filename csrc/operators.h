@@ -11,13 +11,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "checks.h"
-#include "types.h"
 
 namespace thresholdnet {
 
@@ -27,17 +25,6 @@ using Tensors = std::vector<Tensor>;
 
 inline ScalarType wide_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class A>
-Range<A> range_of(const char* op, int64_t activation) {
-  constexpr A infinity = std::numeric_limits<A>::infinity();
-  switch (activation) {
-    case 0: return {-infinity, infinity};
-    case 1: return {0, infinity};
-    case 2: return {0, 6};
-    default: refuse(op, ": activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got ", activation);
-  }
 }
 
 // Pointers and strides of checked tensors.
@@ -198,7 +185,7 @@ struct Operators {
   }
 
   static void gather(
-      Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, Tensor out) {
+      Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, Tensor out) {
     const char* op = "gather";
     const Pixels p = pixels_of(op, "out", out);
     channels_must(op, "out", out, channels_of(op, sources, out, p));
@@ -229,7 +216,7 @@ struct Operators {
 
   static Tensor mask_sums(
       Tensor g, std::optional<Tensor> add, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd,
-      int64_t activation, Tensor out) {
+      double activation, Tensor out) {
     const char* op = "mask_sums";
     const Pixels p = pixels_of(op, "z", z);
     const int64_t channels = z.size(1);
@@ -252,7 +239,7 @@ struct Operators {
 
   static Tensor send(
       Tensor g, Tensors sources, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensors before,
-      int64_t activation, Tensors out) {
+      double activation, Tensors out) {
     const char* op = "send";
     const Pixels p = pixels_of(op, "g", g);
     const int64_t total = channels_of(op, sources, g, p);
@@ -343,7 +330,7 @@ struct Operators {
   }
 
   static Tensor avg_pool2d(
-      Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, int64_t kernel) {
+      Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, int64_t kernel) {
     const char* op = "avg_pool2d";
     const Pool pool = pool_of(op, x, kernel, kernel, 0);
     if (scale.has_value() != shift.has_value()) refuse(op, ": scale and shift must come together");
@@ -361,7 +348,7 @@ struct Operators {
   }
 
   static Tensor spread_mask_sums(
-      Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, int64_t activation, int64_t kernel,
+      Tensor grad, Tensor z, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, double activation, int64_t kernel,
       Tensor out) {
     const char* op = "spread_mask_sums";
     const Pool pool = pool_of(op, z, kernel, kernel, 0);

@@ -30,8 +30,8 @@ struct Rows {  // data may be null: none
 };
 
 template <class A>
-struct Range {  // an activation: values are clamped to it, gradients pass strictly inside
-  A low, high;
+struct Range {  // an activation: what lies below `low` is multiplied by `slope`, what lies above `high` becomes that;
+  A low, high, slope;  // gradients pass strictly inside, and times `slope` elsewhere
 };
 
 template <class A>

@@ -9,7 +9,7 @@ and one of these epilogues writes the slot `out`:
     PLAIN       out = acc                               (with ADD: out += acc)
     STATISTICS  z = round(acc); out = z; partial[tile] = sum of z, and M2 = sum of (z - tile mean)^2, per channel
     BIAS        out = act(acc + bias)
-    MASK        g = acc where act'(z scale + shift) = 1, else 0 (with ADD: out + acc is masked); out = round(g);
+    MASK        g = acc act'(z scale + shift) (with ADD: out + acc in acc's place); out = round(g);
                 partial[tile] = sum of round(g), and sum of round(g) xhat, xhat = (z - mean) rstd
 
 Where few programs would each walk a long K, splits of it do so at once, and another kernel ends them all the same way:
@@ -39,14 +39,15 @@ MASK = tl.constexpr(3)
 PARTIAL = tl.constexpr(4)
 
 IDENTITY = tl.constexpr(0)
-RELU = tl.constexpr(1)
 RELU6 = tl.constexpr(2)
 
 
 @triton.jit
 def activate(value, ACTIVATION: tl.constexpr):
-    """The activation; NaN stays NaN, as in torch."""
-    if ACTIVATION != IDENTITY:
+    """The activation, by its number in `thresholdnet.activations`; NaN stays NaN, as in torch."""
+    if (ACTIVATION > 0) & (ACTIVATION < 1):  # LeakyReLU's slope
+        value = tl.where(value < 0.0, value * ACTIVATION, value)
+    elif ACTIVATION != IDENTITY:
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == RELU6:
         value = tl.minimum(value, 6.0, propagate_nan=tl.PropagateNan.ALL)
@@ -54,12 +55,14 @@ def activate(value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def passes_gradient(value, ACTIVATION: tl.constexpr):
-    """Where the activation's derivative is 1 (torch: open on both sides)."""
-    if ACTIVATION == RELU6:
-        return (value > 0.0) & (value < 6.0)
+def behind_activation(g, value, ACTIVATION: tl.constexpr):
+    """g act'(value): the gradient in front of the activation (torch: its derivative is 1 open on both sides)."""
+    if (ACTIVATION > 0) & (ACTIVATION < 1):
+        return tl.where(value > 0.0, g, g * ACTIVATION)
+    elif ACTIVATION == RELU6:
+        return tl.where((value > 0.0) & (value < 6.0), g, 0.0)
     else:
-        return value > 0.0
+        return tl.where(value > 0.0, g, 0.0)
 
 
 @triton.jit
@@ -112,8 +115,8 @@ def _epilogue(
         shift = tl.load(vector1 + channel, mask=stored & real, other=0.0).to(acc.dtype)
         mean = tl.load(vector2 + channel, mask=stored & real, other=0.0).to(acc.dtype)
         rstd = tl.load(vector3 + channel, mask=stored & real, other=0.0).to(acc.dtype)
-        passes = passes_gradient(z * scale[None, :] + shift[None, :], ACTIVATION)
-        g = tl.where(passes, acc, 0.0).to(dtype)  # rows past the end have read zeros: theirs is 0
+        g = behind_activation(acc, z * scale[None, :] + shift[None, :], ACTIVATION)
+        g = g.to(dtype)  # rows past the end have read zeros: theirs is 0
         tl.store(out + to, g, mask=mask)
         g = g.to(acc.dtype)
         tl.store(partial + tile * 2 * all_columns + columns, tl.sum(g, 0))

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..activations import number as activation_number  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..replay import start  # type: ignore[import-not-found]  # likewise
 from . import readers as device_readers
 from .configs import ReadersConfig, readers_config
 from .device import capability_of, check_device, on_device_of
 from .device_tables import device_columns, device_offsets, device_pixels
 from .operands import (
     accumulator_of,
-    activation_code,
     check_rows,
     check_weights,
     dtype_name,
@@ -57,7 +57,7 @@ def gradient_of_readers(
         gammas, betas: R affines [C]; zeros where a reader lacks a channel.
         mean, rstd: [C], the features' statistics.
         add: add to what `outs` hold instead of writing them for the first time.
-        activation: "relu" or "relu6".
+        activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         terms: [2, C], and R shares [2, C], with dense rows: adds every reader's share times its two sums to the former.
         config: tile sizes instead of the chosen ones.
 
@@ -70,8 +70,8 @@ def gradient_of_readers(
     readers = len(dz)
     if not readers or not outs:
         raise ValueError(f"dz and outs must hold at least one slot each, got {readers} and {len(outs)}")
-    if activation_code(activation) == 0:
-        raise ValueError("activation must be 'relu' or 'relu6', got None")
+    if activation_number(activation) == 0:
+        raise ValueError("activation must not be None")
     for name, items in (("weights", weights), ("gammas", gammas), ("betas", betas)):
         if len(items) != readers:
             raise ValueError(f"{name} must hold one tensor for each of the {readers} readers, got {len(items)}")
@@ -137,7 +137,7 @@ def gradient_of_readers(
             read.pixels, read.width, readers, len(out_at8), padded_width(depth) // LANES,
             read.row8, written.row8, raw.row8,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts, TAPS=taps,
-            ACTIVATION=activation_code(activation), ADD=add, TF32=uses_tf32(first),
+            ACTIVATION=activation_number(activation), ADD=add, TF32=uses_tf32(first),
             STAGES=config.stages if (parts == 1 or taps > 1) and part <= 128 else 1, num_warps=config.warps,
             maxnreg=config.registers or None,
         )  # fmt: skip

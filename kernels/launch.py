@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..replay import start  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..activations import number as activation_number  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..replay import start  # type: ignore[import-not-found]  # likewise
 from . import affine as device_affine
 from . import conv as device_conv
 from . import norm as device_norm
@@ -35,7 +36,6 @@ from .operands import (
     MAX_ELEMENTS,
     Layout,
     accumulator_of,
-    activation_code,
     check_rows,
     check_same_images,
     check_slots,
@@ -95,7 +95,7 @@ def conv(
         out: slot [N, O, H, W], apart from the sources.
         affine: (scale, shift), each [sum C_i]: convolve act(source * scale + shift) instead.
             With a packed weight, what `pack_affine` made for it.
-        activation: "relu", "relu6" or None; used after `affine` and after `bias`, wherever one is given.
+        activation: "relu", "relu6", "leaky_relu(SLOPE)" or None; used after `affine` and after `bias`.
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
         moments: [2, O], with dense rows of that dtype: where those are written; elsewhere without.
@@ -131,7 +131,7 @@ def conv(
     partial, tile_rows, group = _convolve(
         layout, read, kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
-        activation=activation_code(activation), affine=scale_shift, vectors=vectors, config=config,
+        activation=activation_number(activation), affine=scale_shift, vectors=vectors, config=config,
     )  # fmt: skip
     if not statistics:
         return None
@@ -158,7 +158,7 @@ def gradient(
         add: add to what `out` holds (the gradient that comes from the block's output).
         mask: of act(BatchNorm(z)) behind the slot: keep the gradient where the activation passes it, and return the
             sums that BatchNorm's backward needs. None leaves the plain gradient.
-        activation: "relu" or "relu6", used with `mask`.
+        activation: as there, not None with `mask`.
         config: tile sizes instead of the chosen ones; those of packed weights are their own.
 
     Returns:
@@ -180,8 +180,8 @@ def gradient(
         kernel_size = check_weights("weights", read, channels, [d.shape[1] for d in dz])
     vectors: tuple[Tensor, ...] = ()
     if mask is not None:
-        if activation_code(activation) == 0:
-            raise ValueError("activation must be 'relu' or 'relu6' with a mask, got None")
+        if activation_number(activation) == 0:
+            raise ValueError("activation must not be None with a mask")
         check_same_images("mask.z", mask[0], out)
         vectors = tuple(per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
     if layout.pixels == 0:
@@ -189,7 +189,7 @@ def gradient(
     partial, _, group = _convolve(
         layout, read, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
-        activation=activation_code(activation) if mask is not None else 0,
+        activation=activation_number(activation) if mask is not None else 0,
         raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, config=config,
     )  # fmt: skip
     if mask is None:
@@ -293,7 +293,7 @@ def normalise(
         start(
             device_norm.normalise, (cdiv(pixels, rows), cdiv(channels, block)),
             z, scale, shift, mean, variance, out, pixels, z_slot.row // LANES, out_slot.row // LANES, channels,
-            EPS=eps, ACTIVATION=activation_code(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
+            EPS=eps, ACTIVATION=activation_number(activation), TILE_ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from .configs import DTYPES
 from .tables import LANES, Source
 
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 MAX_ELEMENTS = 1 << 31  # offsets are int32
 
 
@@ -216,13 +215,6 @@ def check_rows(name: str, rows: Tensor, length: int, like: Tensor) -> None:
         raise TypeError(f"{name} must be {wide}, got {rows.dtype}")
     if rows.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {rows.device}")
-
-
-def activation_code(name: str | None) -> int:
-    """Its number in the kernels; ValueError for an unknown one."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be 'relu', 'relu6' or None, got {name!r}")
-    return ACTIVATIONS[name]
 
 
 def accumulator_of(tensor: Tensor) -> torch.dtype:

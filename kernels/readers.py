@@ -3,7 +3,7 @@
 Reader r normalises feature c with the shared statistics and its own affine: a_rc = act(gamma_rc xhat_c + beta_rc), and
 convolves a_r by W_r, 1x1 or 3x3. Backward, for one tile of pixels p and channels c:
 
-    g_rc[p]  = sum over t, n of W_r[n, c, -t] dz_r[p + t, n], where act' (gamma_rc xhat_c + beta_rc) = 1, else 0
+    g_rc[p]  = act'(gamma_rc xhat_c + beta_rc) * sum over t, n of W_r[n, c, -t] dz_r[p + t, n]
     G_c[p]   = rstd_c * sum over r of gamma_rc g_rc[p]        (with ADD: added to what is there)
     sums     = per tile, reader and channel: sum of g_rc (beta's gradient) and of g_rc xhat_c (gamma's)
 
@@ -20,7 +20,7 @@ shift in a 1x1 kernel), f raw feature, xhat = (f - mean) rstd.
 import triton
 import triton.language as tl
 
-from .conv import passes_gradient
+from .conv import behind_activation
 from .dependent import wait_for_predecessor
 
 
@@ -158,8 +158,7 @@ def gather_readers(
                 d = tl.load(dz_at + shifted, mask=valid[:, None] & (first + k < depth8 * 8)[None, :], other=0.0)
                 w = tl.load(weight_at + step * DEPTH)
                 g = tl.dot(w, d.T, g, input_precision=PRECISION, out_dtype=ACC)
-        passes = passes_gradient(xhat * scale[:, None] + shift[:, None], ACTIVATION)
-        g = tl.where(passes, g, 0.0)
+        g = behind_activation(g, xhat * scale[:, None] + shift[:, None], ACTIVATION)
         total += g * scale[:, None]
         sums = partial + (tile * readers + reader) * 2 * all_columns + columns
         tl.store(sums, tl.sum(g, 1))

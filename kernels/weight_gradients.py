@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constants import device_constant  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..activations import number as activation_number  # type: ignore[import-not-found]  # mypy sees kernels/ under its own name
+from ..constants import device_constant  # type: ignore[import-not-found]  # likewise
 from ..replay import start  # type: ignore[import-not-found]  # likewise
 from . import weight_gradient as device_weight_gradient
 from .configs import WeightGradientConfig, weight_gradient_config, weight_gradient_splits
@@ -19,7 +20,6 @@ from .device_tables import device_pixels, device_table, upload
 from .operands import (
     MAX_ELEMENTS,
     accumulator_of,
-    activation_code,
     copy_elements,
     dtype_name,
     lay_out,
@@ -113,7 +113,7 @@ def weight_gradient(
             layout.pixels, layout.row8, layout.out_row8, all_k, out_channels, split_rows,
             TILE_ROWS=config.rows, TILE_K=config.chunk, TILE_COLUMNS=config.columns, TAPS=kernel_size == 3,
             SLOT_ROWS=layout.slot_rows, AFFINE=affine is not None,
-            ACTIVATION=activation_code(activation) if affine is not None else 0,
+            ACTIVATION=activation_number(activation) if affine is not None else 0,
             SWAPPED=config.swapped, TF32=uses_tf32(dz), VECTOR=copy_elements(dz),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers or None,
         )  # fmt: skip

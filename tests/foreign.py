@@ -303,6 +303,41 @@ class PlainLayer(nn.Module):
         return torch.cat((x, self.drop(self.conv(F.relu(self.norm(x))))), 1)
 
 
+class ResidualDense(nn.Module):
+    """ESRGAN's residual dense block: five convolutions, LeakyReLU behind all but the last, whose share is scaled."""
+
+    def __init__(self, read, k):
+        super().__init__()
+        for i in range(4):
+            self.add_module(f"conv{i + 1}", nn.Conv2d(read + i * k, k, 3, 1, 1))
+        self.conv5 = nn.Conv2d(read + 4 * k, read, 3, 1, 1)
+        self.act = nn.LeakyReLU(0.2, inplace=True)
+
+    def forward(self, x):
+        made = [x]
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            made.append(self.act(conv(torch.cat(made, 1))))
+        return self.end(x, self.conv5(torch.cat(made, 1)))
+
+    def end(self, x, made):
+        return made * 0.2 + x
+
+
+class ResidualFused(nn.Module):
+    """RDN's residual dense block: dense layers of convolution and ReLU, a 1x1 convolution of all, and the input."""
+
+    def __init__(self, read, k, depth):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(read + i * k, k, 3, padding=1) for i in range(depth))
+        self.fusion = nn.Conv2d(read + depth * k, read, 1)
+
+    def forward(self, x):
+        made = x
+        for conv in self.convs:
+            made = torch.cat([made, F.relu(conv(made))], 1)
+        return x + self.fusion(made)
+
+
 class Stage(nn.Sequential):
     """A block in pytorchcv's manner: the transition in front of it is its first child."""
 

@@ -17,6 +17,7 @@ from strategies import F64, LAST, seeds, sides, widths
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from thresholdnet.activations import activate_
 from thresholdnet.backends import elementwise
 
 OPERATORS = (
@@ -34,7 +35,7 @@ class OperatorCase:
     widths: tuple[int, ...]
     size: tuple[int, int, int]
     dtype: torch.dtype
-    activation: int
+    activation: float
     sliced: tuple[tuple[int, int], ...]  # channels before and behind every tensor of pixels, used in turn
     optional: bool  # scale and shift, `add`, `a`
     into: int  # where the result goes: 0 a tensor of its own, else over an operand
@@ -57,7 +58,7 @@ def operator_cases(draw: Any, names: Sequence[str] = OPERATORS) -> OperatorCase:
         widths=channels if any(channels) or not sums else (1,),
         size=(draw(st.integers(1 if sums or name == "moments" else 0, 3)), draw(side), draw(side)),
         dtype=draw(st.sampled_from([torch.float32, F64, *([] if sums else [torch.bfloat16])])),
-        activation=draw(st.sampled_from([1, 2])),
+        activation=draw(st.sampled_from([1, 2, 0.25])),
         sliced=tuple(draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4))),
         optional=draw(st.booleans()),
         into=draw(st.integers(0, 2)),
@@ -80,7 +81,7 @@ def on_grid(shape: tuple[int, ...], seed: int, dtype: torch.dtype, special: Sequ
     return values.to(dtype)
 
 
-ACTIVATIONS = ("relu", "relu", "relu6")  # by the operators' numbers
+ACTIVATIONS = {0: "relu", 1: "relu", 2: "relu6", 0.25: "leaky_relu(0.25)"}  # by the operators' numbers; exact
 
 
 def double(tensors: list[Tensor]) -> list[Tensor]:
@@ -166,7 +167,7 @@ class Call:
         wanted = F.conv2d(read, weight.double(), None if bias is None else bias.double(), padding=kernel // 2)
         bound = F.conv2d(read.abs(), weight.double().abs(), padding=kernel // 2) + 4
         if bias is not None:
-            wanted = wanted.clamp(0, 6 if ACTIVATIONS[act] == "relu6" else None)
+            wanted = activate_(wanted, ACTIVATIONS[act])
         return [sources, *(affine or [None, None]), act, weight, bias], [], [], (wanted, bound)
 
     def mask_sums(self) -> Any:

@@ -231,7 +231,7 @@ def block_cases(draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Seque
             )
         ),
         bottleneck_factor=draw(st.integers(1, 4)),
-        activation=draw(st.sampled_from(["relu", "relu6"])),
+        activation=draw(st.sampled_from(["relu", "relu6", "leaky_relu(0.125)"])),
         eps=draw(norm_eps),
         own_eps=draw(st.booleans()),
         momentum=draw(momenta),
@@ -360,7 +360,7 @@ def chain_cases(draw: Any) -> ChainCase:
         momentum=draw(momenta),
         affine=draw(st.booleans()),
         tracked=draw(st.booleans()),
-        activation=draw(st.sampled_from(["relu", "relu6"])),
+        activation=draw(st.sampled_from(["relu", "relu6", "leaky_relu(0.125)"])),
         inplace=draw(st.booleans()),
         conv=conv,
         pool=draw(

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import NAMES
 from torch import nn
 
 from thresholdnet import ThresholdBlock, links
@@ -22,7 +23,7 @@ PATTERNS = {
     "custom": ((0,), (0,), (2, 0), (1, 3)),
     "one layer": links.dense(1),
 }
-UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
+UNITS = ("conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck")
 F64 = torch.float64
 
 
@@ -67,7 +68,7 @@ def test_training_equals_the_reference(pattern, unit, size):
         torch.testing.assert_close(norm.running_var, 0.9 * variance + 0.1 * unbiased)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("unit", UNITS)
 def test_inference_equals_the_reference(unit, activation):
     block = _block("threshold_ab", unit, activation=activation, norm_eps=1e-3).eval()
@@ -99,6 +100,21 @@ def test_reference_against_a_block_written_out():
     x8 = layer(8, x7, x6, x4, x)
     y, _ = block_forward(block.plan, x, p)
     torch.testing.assert_close(y, torch.cat([x1, x3, x5, x7, x8], 1))
+
+
+def test_reference_against_a_block_without_norms_written_out():
+    """Dense links, 3 layers, LeakyReLU: one line a layer, torch's own functions."""
+    block = ThresholdBlock(7, links.dense(3), 5, unit="conv_relu", activation="leaky_relu(0.2)", dtype=F64)
+    p = list(block.parameters())
+    x = torch.randn(2, 7, 5, 4, dtype=F64)
+    x1 = F.leaky_relu(F.conv2d(x, p[0], p[1], padding=1), 0.2)
+    x2 = F.leaky_relu(F.conv2d(torch.cat([x, x1], 1), p[2], p[3], padding=1), 0.2)
+    x3 = F.leaky_relu(F.conv2d(torch.cat([x, x1, x2], 1), p[4], p[5], padding=1), 0.2)
+    written = torch.cat([x, x1, x2, x3], 1)
+    expected, used = block_forward(block.plan, x, p, activation="leaky_relu(0.2)")
+    torch.testing.assert_close(expected, written, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block(x), written, rtol=1e-12, atol=1e-12)
+    assert not used
 
 
 def test_reference_against_a_bottleneck_block_written_out():
@@ -205,6 +221,8 @@ def test_compiles_to_one_graph():
         ({"below": "dens"}, ValueError, "did you mean dense"),
         ({"above": "even"}, ValueError, "did you mean even_log"),
         ({"activation": "gelu"}, ValueError, "activation 'gelu' is unknown; did you mean relu"),
+        ({"activation": "leaky_relu(2)"}, ValueError, "activation must be leaky_relu(SLOPE) with 0 < SLOPE < 1, got"),
+        ({"unit": "conv_relu", "drop_rate": 0.1}, ValueError, "drop_rate must be 0 for unit 'conv_relu', got 0.1"),
         ({"norm_eps": -1.0}, ValueError, "norm_eps must be at least 0, got -1.0"),
         ({"norm_momentum": 2}, ValueError, "norm_momentum must be from 0 to 1, got 2.0"),
         ({"in_channels": "64"}, TypeError, "in_channels must be an integer, got '64'"),

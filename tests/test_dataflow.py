@@ -16,6 +16,8 @@ from foreign import (
     NewFirst,
     PlainLayer,
     PowersOfTwoBack,
+    ResidualDense,
+    ResidualFused,
     Stage,
     dense_row,
 )
@@ -41,6 +43,8 @@ FOREIGN = {
     "a transition in front": lambda: Stage(6, 5, 3),
     "no bottlenecks behind a transition": lambda: Stage(6, 5, 3, PlainLayer),
     "a layer and a pooling behind": lambda: HarDUnit(12, 6, 1.7, 8),
+    "residual": lambda: ResidualDense(12, 5),
+    "residual, one layer behind": lambda: ResidualFused(12, 5, 3),
 }
 
 
@@ -210,15 +214,17 @@ class Joined(nn.Module):
             read = torch.cat([first, x], 1)
             made = F.relu(self.norm(self.second(read)))
             return torch.cat([first.mul_(2), made], 1)
-        if self.of == "leaky":
-            return torch.cat([x, F.leaky_relu(self.bn(self.conv(x)), 0.1)], 1)
+        if self.of == "steep":
+            return torch.cat([x, F.leaky_relu(self.bn(self.conv(x)), 1.5)], 1)
+        if self.of == "smooth":
+            return torch.cat([x, F.silu(self.bn(self.conv(x)))], 1)
         return torch.cat([x, F.hardtanh(self.bn(self.conv(x)), -1, 6)], 1)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        Gate, Twice, *(lambda of=of: Joined(of) for of in ("rows", "slice", "in place", "leaky", "clamped")),
+        Gate, Twice, *(lambda of=of: Joined(of) for of in ("rows", "slice", "in place", "steep", "smooth", "clamped")),
         lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
         lambda: torchvision.models.resnet18().layer1,
         lambda: torchvision.models.googlenet(init_weights=False).inception3a,
@@ -232,6 +238,45 @@ def test_what_does_something_else_is_left(make):
     first = next(module for module in original.modules() if isinstance(module, nn.Conv2d))
     x = torch.randn(2, first.in_channels, 6, 6, dtype=F64)
     assert torch.equal(converted(x), original(x))
+
+
+def test_residual_dense_blocks():
+    """Layers without BatchNorm, as super-resolution has them: what is kept is every feature once."""
+    block = quiet(ResidualDense(12, 5))
+    assert block.plan.unit == "conv_relu" and block.activation == "leaky_relu(0.2)" and block._found.residual == 0.2
+    assert block.links == dense(4) and block.plan.outputs == (0, 1, 2, 3, 4) and block._found.behind == ("conv5",)
+    assert block.out_channels == 12
+    block = quiet(ResidualFused(12, 5, 3))
+    assert block.links == dense(3) and block.activation == "relu" and block._found.residual == 1
+    x = torch.randn(2, 32, 28, 28).contiguous(memory_format=torch.channels_last)
+    for original in (ResidualDense(32, 16), ResidualFused(32, 16, 6)):
+        assert kept_bytes(quiet(copy.deepcopy(original)), x) < 0.35 * kept_bytes(original, x)
+
+
+def test_residuals_that_are_no_sum_of_the_input_and_the_layers():
+    """Twice the input, a difference, and a sum with what another convolution made of it."""
+    x = torch.randn(2, 12, 6, 7)
+    for name, end in {
+        "both": lambda block, x, y: x + x,
+        "less": lambda block, x, y: torch.add(y, x, alpha=-1),
+        "other": lambda block, x, y: y + block.conv1(x)[:, :1],
+        "scaled input": lambda block, x, y: y + x * 0.5,
+    }.items():
+        original = nn.ModuleList([type("Other", (ResidualDense,), {"end": end})(12, 5)])
+        converted = quiet(copy.deepcopy(original))
+        assert not blocks(converted), name
+        assert torch.equal(converted[0](x), original[0](x))
+
+
+def test_a_slope_that_changes_is_seen():
+    x = torch.randn(2, 12, 6, 7)
+    block = quiet(ResidualDense(12, 5))
+    block(x)
+    assert block.backend == "native"
+    block.act.negative_slope = 0.3
+    after = block(x)
+    assert block.backend == "reference"
+    assert torch.equal(after, block.original()(x))
 
 
 def test_dropout_behind_an_activation_is_left():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import FUNCTIONS, NAMES
 from pixels import among_others, pixels
 from strategies import F64, LAST
 from tolerances import PASS_RELATIVE, RELATIVE, assert_close, largest_error
@@ -35,14 +36,14 @@ def test_it_is_the_convolution(dtype, size, channels, kernel):
     bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
         wide_affine = None if affine is None else tuple(v.double() for v in affine)
-        for activation in ("relu", "relu6"):
+        for activation in NAMES:
             read = elementwise.gather([s.double() for s in sources], wide_affine, activation)
             wanted = F.conv2d(read, weight.double(), padding=kernel // 2)
             found = csrc.linked_conv2d(sources, weight, affine, None, activation)
             assert found.shape == wanted.shape and found.dtype == dtype
             assert found.is_contiguous(memory_format=LAST)
             assert largest_error(found, wanted) <= bound
-            wanted = (wanted + bias.double().view(-1, 1, 1)).clamp(0, 6 if activation == "relu6" else None)
+            wanted = FUNCTIONS[activation](wanted + bias.double().view(-1, 1, 1))
             assert largest_error(csrc.linked_conv2d(sources, weight, affine, bias, activation), wanted) <= bound
 
 
@@ -128,7 +129,7 @@ def test_what_goes_to_the_library():
     [
         ({"sources": []}, "sources must be tensors of pixels, got none"),
         ({"scale": None}, "scale and shift must come together"),
-        ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),
+        ({"activation": 3}, "activation must be 0 (none), 1 (ReLU), 2 (ReLU6) or a slope between 0 and 1, got 3"),
         ({"sources": [pixels(2, 6, 4, 4), pixels(2, 6, 4, 5)]}, "tensor 1 must have shape [2, C, 4, 4]"),
         ({"sources": [pixels(0, 6, 4, 4)]}, "must have pixels, as many channels and an odd kernel, got 6 channels"),
         ({"weight": pixels(3, 6, 2, 2)}, "an odd kernel, got 6 channels and weight [3, 6, 2, 2]"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from activated import FUNCTIONS, NAMES
 from tolerances import assert_one_pass
 
 from thresholdnet.backends import csrc, elementwise
@@ -50,13 +51,13 @@ def test_batch_norm_vectors_of_channels_and_ranks(passes):
 
 
 @pytest.mark.parametrize("passes", PASSES, ids=("C++", "torch"))
-@pytest.mark.parametrize("activation", ("relu", "relu6"))
+@pytest.mark.parametrize("activation", NAMES)
 def test_gathered_values_are_activated(passes, activation):
     sources = [
         torch.linspace(-9, 9, 2 * c * 6).view(2, c, 3, 2).contiguous(memory_format=torch.channels_last) for c in (3, 1)
     ]
     scale, shift = torch.tensor([1.0, 2.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 2.0, -1.0])
     y = torch.cat(sources, 1).double() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-    wanted = y.clamp(0, 6) if activation == "relu6" else y.clamp(min=0)
+    wanted = FUNCTIONS[activation](y)
     assert y.max() > 6 and y.min() < 0
     assert_one_pass(passes.gather(sources, (scale, shift), activation), wanted, torch.float32)

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from activated import NAMES
 from strategies import fill
 from tolerances import RELATIVE, largest_error
 from torch import nn
@@ -17,7 +18,7 @@ import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links, packing
 from thresholdnet.backends import csrc, native, winograd
 
-UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
+UNITS = ("conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck")
 
 
 def _block(unit="conv_bn_relu", width=16, activation="relu", **options):
@@ -55,7 +56,7 @@ def packs(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("size", [(2, 9, 11), (1, 16, 16), (3, 2, 2), (2, 1, 1), (1, 1, 1), (0, 4, 4)])
 def test_results_are_those_without(unit, activation, size, packs):

@@ -16,7 +16,7 @@ from thresholdnet import ThresholdBlock, chain, convert, links
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 F64 = torch.float64
-UNITS = ["conv_bn_relu", "bn_relu_conv", "bottleneck"]
+UNITS = ["conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck"]
 
 
 class Chained(nn.Sequential):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import NAMES
 from pixels import pixels
 from tolerances import assert_close
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -43,7 +44,7 @@ def test_what_it_takes():
     assert not taps.takes(torch.zeros(0, 3, 2, 2), 3) and not taps.takes(torch.zeros(2, 3, 2, 2, device="meta"), 3)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_equal_the_plain_block(size, unit, activation, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from activated import NAMES
 from pixels import among_others, pixels
 from strategies import F64
 from tolerances import PASS_RELATIVE, RELATIVE, assert_close, largest_error
@@ -33,7 +34,7 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
         wide_affine = None if affine is None else tuple(v.double() for v in affine)
-        for activation in ("relu", "relu6") if affine else ("relu",):
+        for activation in NAMES if affine else ("relu",):
             read = elementwise.gather([s.double() for s in sources], wide_affine, activation)
             wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
             found = csrc.weight_gradient(sources, dz, kernel, affine, activation)
@@ -106,7 +107,7 @@ def test_what_goes_to_the_library():
         ({"kernel_size": 2**63 - 1}, f"kernel_size must be odd and at most 31, got {2**63 - 1}"),
         ({"scale": None}, "scale and shift must come together"),
         ({"sources": []}, "must have pixels and channels, got 0 channels"),
-        ({"activation": 3}, "activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got 3"),
+        ({"activation": 3}, "activation must be 0 (none), 1 (ReLU), 2 (ReLU6) or a slope between 0 and 1, got 3"),
         ({"dz": pixels(2, 3, 4, 5)}, "tensor 0 must have shape [2, C, 4, 5], got [2, 6, 4, 4]"),
         ({"dz": pixels(2, 3, 4, 4, dtype=torch.float32)}, "tensor 0 must have the dtype of the other tensors"),
         ({"shift": torch.zeros(5, dtype=F64)}, "shift must be a contiguous vector of 6 elements"),

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import NAMES
 from saved import saved_tensors, storage_bytes
 from tolerances import WINOGRAD, WINOGRAD_BLOCK, largest_error, rms_error
 from torch import nn
@@ -29,7 +30,7 @@ PATTERNS = {
     "harmonic": links.harmonic(8), "dense": links.dense(4), "threshold": links.threshold_ab(7, 3),
     "a dead end": ((0,), (0, 1), (0, 1), (1, 3)), "one layer": links.dense(1),
 }  # fmt: skip
-UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
+UNITS = ("conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck")
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def _assert_like_fp64(ours, theirs):
             assert rms_error(a, b) < WINOGRAD_BLOCK, i
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_blocks_equal_the_plain_block(unit, pattern, activation, on, calls):

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import activations
 from . import links as link_patterns
 from .checks import number, one_of
-from .layers import ACTIVATION_NAMES, Unlike, activation_behind, convolution
+from .layers import Unlike, activation, activation_behind, convolution
 from .linked import LinkedBlock
 from .plan import plan_block
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {name: kind for kind, name in ACTIVATION_NAMES.items()}
 
 
 class ConvBNAct(nn.Sequential):
@@ -24,7 +23,7 @@ class ConvBNAct(nn.Sequential):
     Args:
         in_channels, out_channels: channels of the convolution.
         kernel_size, stride: in pixels.
-        activation: "relu" or "relu6".
+        activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
         factory: `device` and `dtype` of the parameters.
     """
@@ -42,7 +41,19 @@ class ConvBNAct(nn.Sequential):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
         self.norm = nn.BatchNorm2d(out_channels, **(norm or {}), **factory)
-        self.act = ACTIVATIONS[activation](inplace=True)
+        self.act = activations.module(activation)
+
+
+class ConvAct(nn.Sequential):
+    """Conv3x3 with bias - activation: the `conv_relu` unit, a layer of residual dense networks.
+
+    Args as in `ConvBNAct`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, activation: str = "relu", **factory: Any):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, **factory)
+        self.act = activations.module(activation)
 
 
 class BNActConv(nn.Sequential):
@@ -62,7 +73,7 @@ class BNActConv(nn.Sequential):
     ):
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
-        self.act = ACTIVATIONS[activation](inplace=True)
+        self.act = activations.module(activation)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
@@ -86,10 +97,10 @@ class Bottleneck(nn.Sequential):
     ):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
-        self.act1 = ACTIVATIONS[activation](inplace=True)
+        self.act1 = activations.module(activation)
         self.conv1 = nn.Conv2d(in_channels, inner_channels, 1, bias=False, **factory)
         self.norm2 = nn.BatchNorm2d(inner_channels, **(norm or {}), **factory)
-        self.act2 = ACTIVATIONS[activation](inplace=True)
+        self.act2 = activations.module(activation)
         self.conv2 = nn.Conv2d(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
@@ -108,9 +119,11 @@ class ThresholdBlock(LinkedBlock):
         num_layers, threshold: depth L and the last layer on the dense side, when `links` is not given.
         below: "dense" (ThresholdNet-ab) or "sparse_dense" (-bc) up to the threshold.
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
-        activation: "relu" or "relu6".
-        norm_eps, norm_momentum: as in nn.BatchNorm2d.
-        drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; not of conv_bn_relu.
+        activation: "relu", "relu6" or "leaky_relu(SLOPE)", the slope below zero between 0 and 1 (0.01 where no slope is
+            given).
+        norm_eps, norm_momentum: as in nn.BatchNorm2d; not used by conv_relu.
+        drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; of pre-activation
+            units alone.
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             gradients of gradients raise. While a module inside has hooks, or has become another, the block runs in
             plain torch.
@@ -124,8 +137,8 @@ class ThresholdBlock(LinkedBlock):
     x's own memory format.
 
     Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
-    (bn_relu_conv: BN, convolution; bottleneck: BN, 1x1 convolution, BN, 3x3 convolution); input channels lie in link
-    order.
+    (conv_relu: convolution weight, its bias; bn_relu_conv: BN, convolution; bottleneck: BN, 1x1 convolution, BN, 3x3
+    convolution); input channels lie in link order.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; an input of wrong rank, width or dtype.
@@ -168,7 +181,7 @@ class ThresholdBlock(LinkedBlock):
             outputs=outputs,
             bottleneck_factor=bottleneck_factor,
         )
-        self.activation = one_of("activation", activation, ACTIVATIONS)
+        self.activation = activations.checked("activation", activation)
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
         norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
         self.drop_rate = number("drop_rate", drop_rate, 0, 1)
@@ -189,6 +202,8 @@ class ThresholdBlock(LinkedBlock):
             return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
         if plan.unit == "bn_relu_conv":
             return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
+        if plan.unit == "conv_relu":
+            return ConvAct(read, width, activation, **factory)
         return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
@@ -216,7 +231,10 @@ class ThresholdBlock(LinkedBlock):
         else:
             names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
             found, same = convolution("conv", layer.conv, 3, read, bias=True), True
-            behind = [activation_behind("norm", layer.norm, layer.act)]
+            if plan.unit == "conv_relu":
+                names, behind = ["conv", "act"], [activation("conv", layer.act)]
+            else:
+                behind = [activation_behind("norm", layer.norm, layer.act)]
         alike = {*behind} == {self.activation} and found == width and same and [*layer._modules] == names
         drop = (layer.drop.p, layer.drop.training) if "drop" in names else (self.drop_rate, self.training)
         own = type(layer).forward is not nn.Sequential.forward or "forward" in vars(layer)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, sync, transforms
-from .layers import ACTIVATION_NAMES, hooked, torchs_convolution, torchs_norm
+from .activations import name_of
+from .layers import hooked, torchs_convolution, torchs_norm
 from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
 
 
@@ -64,7 +65,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
         return 1, first(x)
     if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and torchs_norm(first) and behind and _fits(first, x)):
         return 1, first(x)
-    activation = ACTIVATION_NAMES.get(type(behind[0]))
+    activation = name_of(behind[0])
     if activation is None or not _free(first, behind[0]):
         return 1, first(x)
     conv = behind[1] if len(behind) > 1 and _plain_convolution(behind[1], x) else None

@@ -116,7 +116,9 @@ class ConvertedBlock(LinkedBlock):
         y = super()._fused_forward(y, backend, tail)
         if found.behind:
             y = run(self._modules_at(found.behind), y)
-        return y + x if found.residual else y
+        if found.residual:
+            y = x + (y if found.residual == 1 else y * found.residual)
+        return y
 
     def _modules_at(self, paths: Sequence[str]) -> list[nn.Module]:
         """The modules that run in front of the linked layers, or behind them."""

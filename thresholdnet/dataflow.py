@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from .activations import leaky_relu
 from .layers import meta_copy
 
 CONV, NORM, ACT, DROP, JOIN, INPUT, OTHER = "conv", "norm", "act", "drop", "join", "input", "other"
+ADD, SCALE = "add", "scale"
 
 BEHIND = (ACT, NORM, CONV)
 """A layer of Conv - BN - act, last step first."""
+
+BARE = (ACT, CONV)
+"""A layer of Conv3x3 - act."""
 
 BEFORE = (CONV, ACT, NORM, CONV, ACT, NORM)
 """A bottleneck layer likewise, whose inner convolution is 1x1; a layer of BN - act - Conv is its first half."""
@@ -31,7 +36,7 @@ class Step(NamedTuple):
     Attributes:
         kind: one of the names above; OTHER is what no block of linked layers does.
         reads: numbers of the steps whose results it reads.
-        what: path of a convolution's or a BatchNorm's module, an activation's name, a `Drop`.
+        what: path of a convolution's or a BatchNorm's module, an activation's name, a `Drop`, a factor.
         kernel: a convolution's.
     """
 
@@ -52,7 +57,7 @@ class Layer(NamedTuple):
     """One layer of a block.
 
     Attributes:
-        unit: as in `BlockPlan`, or "bn_relu_conv".
+        unit: as in `BlockPlan`.
         modules: paths of its BatchNorms and convolutions, in forward order.
         activations: names.
         sources: nodes that it reads, in concatenation order; 0 is the block's input.
@@ -73,20 +78,22 @@ class Flow(NamedTuple):
         layers: in the order in which they ran.
         outputs: nodes that it joins in the end, in that order.
         before, behind: paths of modules that run in front of node 0 and behind the join.
+        residual: the factor of that, where the block's input is added in the end; 0 where it is not.
     """
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...]
     before: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
+    residual: float = 0.0
 
 
 @torch.no_grad()
 def flow_of(module: nn.Module, x: Tensor) -> Flow | None:
     """The layers of a module that joins what they made; None for one that does anything else with x.
 
-    In front and behind others of its modules may run, one after the other. A copy runs once, in eval mode, on the meta
-    device, for a forward may write wherever it likes. x: on that device.
+    In front and behind others of its modules may run, one after the other, and x may be added in the end. A copy runs
+    once, in eval mode, on the meta device, for a forward may write wherever it likes. x: on that device.
     """
     try:
         twin = meta_copy(module).eval()
@@ -177,6 +184,11 @@ def _relu6(watch: _Watch, input: Any, *_: Any, **__: Any) -> Step:
     return Step(ACT, (watch.number(input),), "relu6")
 
 
+def _leaky_relu(watch: _Watch, input: Any, negative_slope: float = 0.01, *_: Any, **__: Any) -> Step | None:
+    known = 0 < negative_slope < 1
+    return Step(ACT, (watch.number(input),), leaky_relu(float(negative_slope))) if known else None
+
+
 def _hardtanh(watch: _Watch, input: Any, min_val: float = -1, max_val: float = 1, *_: Any, **__: Any) -> Step | None:
     return _relu6(watch, input) if (min_val, max_val) == (0, 6) else None
 
@@ -194,17 +206,35 @@ def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
     return Step(JOIN, tuple(map(watch.number, parts))) if dim in (1, -3) else None
 
 
+def _add(watch: _Watch, input: Any, other: Any, *_: Any, alpha: float = 1, **__: Any) -> Step | None:
+    return Step(ADD, (watch.number(input), watch.number(other))) if alpha == 1 else None
+
+
+def _mul(watch: _Watch, input: Any, other: Any, *_: Any, **__: Any) -> Step | None:
+    if isinstance(input, Tensor) and isinstance(other, int | float):
+        return Step(SCALE, (watch.number(input),), float(other))
+    return None
+
+
 _KNOWN: dict[Any, Callable[..., Step | None]] = {
     F.conv2d: _conv, F.batch_norm: _norm, F.dropout: _dropout, F.dropout2d: _dropout2d, F.relu6: _relu6,
     F.hardtanh: _hardtanh,
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _add),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _mul),
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }  # fmt: skip
 
 
 def _flow(watch: _Watch, last: int) -> Flow | None:
-    """What the step `last` is made of: a join, and what ran behind it."""
+    """What the step `last` is made of: a join, what ran behind it, and the input where it was added."""
     steps = watch.steps
+    residual = 0.0
+    if steps[last].kind == ADD and len(sums := [n for n in steps[last].reads if steps[n].kind != INPUT]) == 1:
+        residual, (last,) = 1.0, sums
+        if steps[last].kind == SCALE:
+            residual, (last,) = steps[last].what, steps[last].reads
     before: list[str] = []
     behind: list[str] = []
     while steps[last].kind != JOIN:
@@ -245,7 +275,7 @@ def _flow(watch: _Watch, last: int) -> Flow | None:
         )
         for chain, sources, drop in map(found.__getitem__, order)
     ]
-    return Flow(tuple(layers), tuple(nodes[number] for number in joined), tuple(before), tuple(behind))
+    return Flow(tuple(layers), tuple(nodes[number] for number in joined), tuple(before), tuple(behind), residual)
 
 
 def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], Drop] | None:
@@ -253,7 +283,9 @@ def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], D
     drop = Drop(0.0, False)
     if steps[number].kind == DROP:
         drop, (number,) = steps[number].what, steps[number].reads
-    pattern = BEHIND if steps[number].kind == ACT else BEFORE
+    pattern: tuple[str, ...] = BEFORE
+    if steps[number].kind == ACT:
+        pattern = BARE if steps[steps[number].reads[0]].kind == CONV else BEHIND
     chain: list[Step] = []
     for kind in pattern:
         while steps[number].kind == DROP and not steps[number].what.rate:  # which drops nothing
@@ -263,10 +295,15 @@ def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], D
             break
         chain.append(step)
         (number,) = step.reads
-    return (chain, [*_joined(steps, number)], drop) if len(chain) in (3, 6) else None
+    whole = len(chain) == len(pattern) or (pattern is BEFORE and len(chain) == 3)
+    if not whole or (pattern is BARE and chain[-1].kernel != (3, 3)):
+        return None
+    return chain, [*_joined(steps, number)], drop
 
 
 def _unit(chain: Sequence[Step]) -> str:
+    if len(chain) == len(BARE):
+        return "conv_relu"
     if len(chain) == len(BEFORE):
         return "bottleneck"
     return "conv_bn_relu" if chain[0].kind == ACT else "bn_relu_conv"

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-ACTIVATION_NAMES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-"""Module class -> the engine's name of what it computes."""
+from .activations import name_of
 
 CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward")
 RATES = ("p", "drop_rate", "droprate", "dropRate", "dropout", "dropout_rate", "dropout_prob")
 """Attributes that say how much a layer drops: nn.Dropout's, and other people's."""
 
 _DROPS = frozenset(RATES)
+_FORMS = (*CONVOLUTION, *RATES, "negative_slope")
 
 
 class Unlike(Exception):
@@ -69,9 +69,17 @@ def activation_behind(name: str, norm: Any, behind: nn.Module | None) -> str:
     batch_norm(name, norm)
     inside = getattr(norm, "act", None)
     act = behind if inside is None or idle(inside) else inside
-    if type(act) not in ACTIVATION_NAMES or (act is inside and not idle(behind)):
-        raise Unlike(f"{name} must be followed by ReLU or ReLU6, got {type(act).__name__}")
-    return ACTIVATION_NAMES[type(act)]
+    if act is inside and not idle(behind):
+        raise Unlike(f"{name} must be followed by one activation, got {type(act).__name__} and {type(behind).__name__}")
+    return activation(name, act)
+
+
+def activation(name: str, act: nn.Module | None) -> str:
+    """The engine's name of what stands behind a module; raises `Unlike` where it has none."""
+    found = name_of(act)
+    if found is None:
+        raise Unlike(f"{name} must be followed by ReLU, ReLU6 or LeakyReLU, got {type(act).__name__}")
+    return found
 
 
 def idle(module: nn.Module | None) -> bool:
@@ -123,6 +131,8 @@ def states_inside(module: nn.Module) -> list[Any] | None:
             states += own["_parameters"].get("bias") is None, *map(own.get, CONVOLUTION)
         elif not _DROPS.isdisjoint(own):
             states += own.get("training"), *map(own.get, RATES)
+        elif "negative_slope" in own:
+            states.append(own["negative_slope"])
     return states
 
 
@@ -131,7 +141,7 @@ def forms_inside(module: nn.Module) -> tuple[Any, ...]:
     forms: list[Any] = []
     for path, each in module.named_modules(remove_duplicate=False):
         own = each.__dict__
-        forms.append((path, type(each), own.get("forward"), *(own.get(name) for name in (*CONVOLUTION, *RATES))))
+        forms.append((path, type(each), own.get("forward"), *map(own.get, _FORMS)))
     return tuple(forms)
 
 

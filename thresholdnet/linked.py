@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="LinkedBlock")
 class LinkedBlock(nn.Module):
     """A block over a plan, fused through the engine or in plain torch.
 
-    A subclass sets `plan`, `activation` ("relu" or "relu6") and `drop_rate`, calls `fuse`, and says where its modules
+    A subclass sets `plan`, `activation` (as in `activations`) and `drop_rate`, calls `fuse`, and says where its modules
     lie (`_units`), what it computes without the engine (`_plain_forward`), and whether its modules still have the forms
     of the plan (`_fits`): where somebody changed one, or waits for one with hooks, the block runs in plain torch.
     """
@@ -162,7 +162,7 @@ class LinkedBlock(nn.Module):
         rounded = backend == "triton" and not transforms.active()
         if not rounded:
             weights = {number: weight.to(x.dtype) for number, weight in weights.items()}
-        biases = self._biases(units, norms, fixed, first) if biased else None
+        biases = self._biases(units, norms, fixed, first) if biased and norms else None
         betas: Iterator[Any] = iter([norm.bias for norm in norms] if biases is None else biases.betas)
         parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights, betas)]
         if biases is not None:
@@ -263,10 +263,13 @@ def check_images(name: str, x: Tensor, channels: int) -> None:
 def _in_forward_order(
     unit: Sequence[nn.Module], weights: dict[int, Tensor], betas: Iterator[Tensor | None]
 ) -> Iterator[Tensor]:
-    """A unit's parameters as the engine takes them; ones and zeros stand for an affine that is switched off."""
+    """A unit's parameters as the engine takes them; ones and zeros stand for an affine or a bias that is not there."""
     for module in unit:
         if isinstance(module, nn.Conv2d):
-            yield weights[id(module)]
+            weight = weights[id(module)]
+            yield weight
+            if len(unit) == 1:  # no BatchNorm is there to take the bias in
+                yield weight.new_zeros(module.out_channels) if module.bias is None else module.bias
         elif isinstance(module, _BatchNorm):
             weight, bias = module.weight, next(betas)
             like = next(iter(weights.values()))

@@ -92,7 +92,7 @@ def _(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     norms: list[int] = []
-    for i, width in enumerate(structure.widths if spec.reports else ()):
+    for i, width in enumerate(structure.widths if spec.reports and structure.normalises else ()):
         norms.append(structure.link_widths[i] if structure.pre_activation else width)
         norms += structure.bottleneck_widths[i : i + 1]
     statistics = [x.new_empty((2, width), dtype=wide) for width in norms]
@@ -173,7 +173,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor | None, grad_statistics: Any, grad_saved: Any) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     *_, masked, buffers = ctx.counts
-    nothing = (*[None] * 7, [None] * masked, None, None, None)
+    lists: list[Any] = [
+        None if numbers else [] for numbers in ctx.call[1:3]
+    ]  # torch takes an empty list for one of tensors
+    nothing = (None, *lists, *[None] * 4, [None] * masked, None, None, None)
     if grad is None:
         return None, [None] * (len(needs) - 1), [None] * buffers, *nothing
     x, counts, *tensors = ctx.saved_tensors

@@ -15,7 +15,7 @@ from . import links as link_patterns
 from .checks import integer, number, one_of
 from .links import Links
 
-UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
+UNITS = ("conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck")
 WIDTH_RULES = ("harmonic", "even", "constant")
 OUTPUT_RULES = ("auto", "all", "layers")
 SLOT_ALIGN = 8  # channels; 16 bytes of bf16, so that every slot starts and ends on a whole vector load
@@ -48,8 +48,9 @@ class BlockPlan:
         links: sources of every layer, in concatenation order.
         node_widths: channels of node 0 (the block's input) to node L.
         outputs: nodes that the block returns, in this order; ascending where `plan_block` made them.
-        unit: "conv_bn_relu" (Conv3x3-BN-ReLU), "bn_relu_conv" (BN-ReLU-Conv3x3, DenseNet without bottlenecks) or
-            "bottleneck" (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
+        unit: "conv_bn_relu" (Conv3x3-BN-ReLU), "conv_relu" (Conv3x3 with bias-ReLU: residual dense networks),
+            "bn_relu_conv" (BN-ReLU-Conv3x3, DenseNet without bottlenecks) or "bottleneck"
+            (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
         bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
     """
 
@@ -86,12 +87,22 @@ class BlockPlan:
 
     @property
     def returns_features(self) -> bool:
-        """Whether the output is all raw features, side by side: what backward of pre-activation layers reads."""
-        return self.pre_activation and len(self.outputs) == len(self.node_widths)
+        """Whether the output is all that backward reads: every node as it is, side by side."""
+        return self.reads_nodes_back and len(self.outputs) == len(self.node_widths)
 
     @property
     def pre_activation(self) -> bool:
         """Whether BatchNorm and activation stand in front of what a layer reads: nodes are raw features then."""
+        return self.unit in ("bn_relu_conv", "bottleneck")
+
+    @property
+    def normalises(self) -> bool:
+        """Whether its layers have a BatchNorm."""
+        return self.unit != "conv_relu"
+
+    @property
+    def reads_nodes_back(self) -> bool:
+        """Whether backward reads the nodes, and no raw convolution output in front of a BatchNorm and an activation."""
         return self.unit != "conv_bn_relu"
 
     @cached_property
@@ -176,7 +187,8 @@ class BlockPlan:
         """Channels per pixel that backward needs, the block's input included.
 
         Eager autograd keeps every concatenation, every BatchNorm input and every ReLU result. A fused block keeps the
-        raw convolution outputs once, in padded slots; `recompute_bottleneck` drops the bottleneck outputs from them.
+        raw convolution outputs once (of conv_relu the nodes), in padded slots; `recompute_bottleneck` drops the
+        bottleneck outputs from them.
         Per-channel statistics do not grow with the image and are not counted.
         """
         if fused:
@@ -187,7 +199,8 @@ class BlockPlan:
         if self.pre_activation:
             inner = sum(self.link_widths) + 2 * sum(self.bottleneck_widths)
             return joined + sum(self.node_widths[node] for node in alone) + inner
-        return joined + (self.node_widths[0] if 0 in alone else 0) + 2 * sum(self.widths)
+        kept = 2 if self.unit == "conv_bn_relu" else 1  # what BatchNorm reads, and the activation's result
+        return joined + (self.node_widths[0] if 0 in alone else 0) + kept * sum(self.widths)
 
     def kept_bytes(
         self, height: int, width: int, item_size: int, *, fused: bool, recompute_bottleneck: bool = False
@@ -214,12 +227,12 @@ def plan_block(
         links: a pattern from `thresholdnet.links`, or any tuple of source tuples.
         growth_rate: k, or one width a layer (then `width_rule` and `compression` are not used).
         compression: m, the width multiplier of layers that many later ones read (HarDNet's multiplier), above 0.
-        unit: "conv_bn_relu", "bn_relu_conv" or "bottleneck".
+        unit: "conv_bn_relu", "conv_relu", "bn_relu_conv" or "bottleneck".
         width_rule: "harmonic" (k up to the threshold, above it k m^e for the largest 2^e dividing i), "even" (k for odd
             layers, k m for even ones: the paper's wording) or "constant" (k). k m^e is rounded to an even number, k
             itself (e = 0) too.
-        outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": all nodes for pre-activation units; else the
-            layers up to the threshold, the odd layers above it, and the last one.
+        outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": for conv_bn_relu the layers up to the
+            threshold, the odd layers above it, and the last one; for the other units all nodes.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
 
     Raises:

@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links
+from .activations import CLASSES
 from .dataflow import Flow, flow_of
 from .layers import (
-    ACTIVATION_NAMES,
     Unlike,
     activation_behind,
     batch_norm,
@@ -49,12 +49,12 @@ class Found:
         kind: what it is, for people.
         plan: its structure.
         units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
-        activation: "relu" or "relu6".
+        activation: as in `activations`.
         drop_rate: of every layer's output in training; drop_channels: whole channels of an image at once.
         before: paths of the modules that run in front of it, in order.
         tail: path of a 1x1 convolution over the block's output, "" for none.
         behind: paths of the modules that run after it, in order.
-        residual: whether the block's input is added at the end.
+        residual: where the block's input is added at the end, the factor of what it is added to; 0 where it is not.
         forms: see `layers.forms_inside`, of a block that was recognised by what it did; empty for others.
     """
 
@@ -67,7 +67,7 @@ class Found:
     before: tuple[str, ...] = ()
     tail: str = ""
     behind: tuple[str, ...] = ()
-    residual: bool = False
+    residual: float = 0.0
     forms: tuple[Any, ...] = ()
 
 
@@ -178,7 +178,7 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
     plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu")
-    residual = bool(getattr(block, "residual", False) or getattr(block, "identity", False))
+    residual = float(bool(getattr(block, "residual", False) or getattr(block, "identity", False)))
     return Found(
         "one-shot aggregation", plan, units, activation,
         tail=f"{names[1]}.{tail}", behind=behind, residual=residual,
@@ -231,7 +231,7 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         raise Unlike(f"{patched[0] or 'it'} has had its forward replaced")
     unit = _the("order of convolution, BatchNorm and activation", {layer.unit for layer in flow.layers})
     drop = _the("dropout", {layer.drop for layer in flow.layers})
-    if drop.rate and unit == "conv_bn_relu":
+    if drop.rate and unit in ("conv_bn_relu", "conv_relu"):
         raise Unlike("its layers drop something behind their activation")
     paths = [path for layer in flow.layers for path in layer.modules]
     if len({*paths}) < len(paths):
@@ -270,6 +270,7 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         flow.before,
         tail,
         behind[1:] if tail else behind,
+        flow.residual,
         forms=forms_inside(block),
     )
 
@@ -286,7 +287,7 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
     dense_block, dense_layer, harmonic_block, one_shot_aggregation,
 )  # fmt: skip
 
-_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *ACTIVATION_NAMES)
+_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *CLASSES)
 """Modules without others inside that a block of linked layers may hold."""
 
 

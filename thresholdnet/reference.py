@@ -6,12 +6,14 @@ Letters: N batch, C channels, H x W pixels; z raw convolution output, y activate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import number
 from .plan import BlockPlan
 
 
@@ -20,6 +22,9 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     variance: Tensor
+
+
+_ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6}
 
 
 def block_forward(
@@ -35,18 +40,18 @@ def block_forward(
     Args:
         plan: the block's structure.
         x: [N, C, H, W], C = plan.in_channels.
-        parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; BN weight, BN
-            bias, convolution weight for bn_relu_conv; BN weight, BN bias, 1x1 weight, BN weight, BN bias, 3x3 weight
-            for bottleneck.
+        parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; convolution
+            weight, its bias for conv_relu; BN weight, BN bias, convolution weight for bn_relu_conv; BN weight, BN bias,
+            1x1 weight, BN weight, BN bias, 3x3 weight for bottleneck.
         statistics: fixed statistics to normalise with (inference), one per BatchNorm in forward order; None normalises
             with the batch's own (training).
         eps: added to the variance.
-        activation: "relu" or "relu6".
+        activation: "relu", "relu6" or "leaky_relu(SLOPE)".
 
     Returns:
         The output [N, plan.out_channels, H, W], and the statistics that were used, in forward order.
     """
-    act = {"relu": F.relu, "relu6": F.relu6}[activation]
+    act = _ACTIVATIONS.get(activation) or partial(F.leaky_relu, negative_slope=number(activation))
     weights, given, used = iter(parameters), iter(statistics or ()), []
 
     def normalise(z: Tensor) -> Tensor:
@@ -64,6 +69,8 @@ def block_forward(
         joined = torch.cat([nodes[k] for k in sources], dim=1)
         if plan.unit == "conv_bn_relu":
             nodes.append(act(normalise(F.conv2d(joined, next(weights), padding=1))))
+        elif plan.unit == "conv_relu":
+            nodes.append(act(F.conv2d(joined, next(weights), next(weights), padding=1)))
         elif plan.unit == "bn_relu_conv":
             nodes.append(F.conv2d(act(normalise(joined)), next(weights), padding=1))
         else:

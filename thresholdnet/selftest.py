@@ -41,9 +41,13 @@ BLOCKS = {
     "hardnet68 harmonic": ("hardnet68", "stages.1.block", "conv_bn_relu"),
     "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck"),
     "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv"),
+    "densenet121 dense, without BatchNorm": ("densenet121", "stages.1.block", "conv_relu"),
 }
 """Links and widths of a network's block, with layers of a unit."""
-SMALL = ("thresholdnet_v1 dense", "hardnet68 harmonic", "densenet121 dense, without bottlenecks")
+SMALL = (
+    "thresholdnet_v1 dense", "hardnet68 harmonic", "densenet121 dense, without bottlenecks",
+    "densenet121 dense, without BatchNorm",
+)  # fmt: skip
 """A block of each unit, for Triton's interpreter."""
 
 RELATIVE = {"fp64": 1e-10, "fp32": 5e-5}
@@ -186,7 +190,8 @@ def _operands_and_truth(
         for norm in _norms(block):
             norm.reset_running_stats()
             norm.weight.uniform_(0.5, 1.0, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
+        for module in _shifting(block):
+            module.bias.uniform_(-0.5, 0.5, generator=generator)
     n, h, w = shape
     x, cotangent = (
         torch.randn(n, channels, h, w, dtype=torch.float64, generator=generator).to(narrow).double()
@@ -201,22 +206,27 @@ def _norms(block: ThresholdBlock) -> list[Any]:
     return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def _shifting(block: ThresholdBlock) -> list[Any]:
+    """Modules whose bias is the last that is added in front of an activation."""
+    return _norms(block) or [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+
+
 @torch.no_grad()
 def _clear_of_zero(block: ThresholdBlock, x: Tensor, dtype: torch.dtype) -> None:
-    """Move every BatchNorm's shift so that 0 lies in the middle of a wide gap between its channel's values."""
+    """Move every shift so that 0 lies in the middle of a wide gap between its channel's values."""
 
-    def move(norm: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def move(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         ordered = y.transpose(0, 1).flatten(1).sort(dim=1).values
         quarter = ordered.shape[1] // 4
         middle = ordered[:, quarter : ordered.shape[1] - quarter]
         gap = middle.diff(dim=1).argmax(dim=1, keepdim=True)
         centre = (middle.gather(1, gap) + middle.gather(1, gap + 1)).flatten() / 2
-        bias = (norm.bias - centre).to(dtype).double()
-        moved = y + (bias - norm.bias).view(1, -1, 1, 1)
-        norm.bias.copy_(bias)
+        bias = (module.bias - centre).to(dtype).double()
+        moved = y + (bias - module.bias).view(1, -1, 1, 1)
+        module.bias.copy_(bias)
         return moved
 
-    handles = [norm.register_forward_hook(move) for norm in _norms(block)]
+    handles = [module.register_forward_hook(move) for module in _shifting(block)]
     block(x)
     for handle in handles:
         handle.remove()
@@ -233,7 +243,7 @@ def _reference(block: ThresholdBlock, x: Tensor, cotangent: Tensor) -> dict[str,
         inferred, _ = block_forward(block.plan, x, parameters, running, activation=block.activation)
     return {
         "output": [y.detach()],
-        "statistics": [tensor for pair in running for tensor in pair],
+        **({"statistics": [tensor for pair in running for tensor in pair]} if running else {}),
         "gradient of x": [grads[0]],
         "gradients of parameters": list(grads[1:]),
         "inference": [inferred],

@@ -60,7 +60,7 @@ class Spec(NamedTuple):
     Attributes:
         eps: of the BatchNorm.
         fixed: True where it normalises with given statistics.
-        activation: "relu" or "relu6".
+        activation: as in `activations`.
         conv: stride, padding and dilation of the convolution, each (height, width); its groups are in its weight.
         pool: behind the activation, or behind a 1x1 convolution and then an average; None for none.
         group: name of the process group that shares batch statistics, "" for none.

@@ -41,7 +41,7 @@ void convolve(const FewPixels<A>& call, A* out) {
 }
 
 Tensor linked_conv2d(
-    Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, Tensor weight,
+    Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, Tensor weight,
     std::optional<Tensor> bias) {
   const char* op = "linked_conv2d";
   if (sources.empty()) refuse(op, ": sources must be tensors of pixels, got none");
@@ -79,7 +79,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
   // conv2d, padding k / 2, of act(the sources side by side * scale + shift), or of the sources where there is no scale;
   // with a bias act(it + bias). For few pixels: float32 and float64.
   m.def(
-      "linked_conv2d(Tensor[] sources, Tensor? scale, Tensor? shift, int activation, Tensor weight, Tensor? bias) "
+      "linked_conv2d(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias) "
       "-> Tensor");
 }
 

@@ -82,13 +82,13 @@ INLINE void store(bfloat16* p, Vec<float, W> v) {
 template <class V, class A>
 INLINE V clamp(V v, Range<A> act) {  // NaN stays NaN
   const V low = V{} + act.low, high = V{} + act.high;
-  const V raised = v < low ? low : v;
+  const V raised = v < low ? (act.slope == 0 ? low : v * act.slope) : v;
   return raised > high ? high : raised;
 }
 
 template <class V, class A>
 INLINE V masked(V g, V v, Range<A> act) {
-  return ((v > act.low) & (v < act.high)) ? g : V{};
+  return ((v > act.low) & (v < act.high)) ? g : act.slope == 0 ? V{} : g * act.slope;
 }
 
 template <class E>

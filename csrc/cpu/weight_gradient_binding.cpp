@@ -75,7 +75,7 @@ void correlate(const Correlation<A>& call, A* dw) {
 }
 
 Tensor weight_gradient(
-    Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation, Tensor dz,
+    Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, Tensor dz,
     int64_t kernel) {
   const char* op = "weight_gradient";
   const Pixels p = pixels_of(op, "dz", dz);
@@ -107,7 +107,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
   // [O, K, k, k]: the weight's gradient of a convolution, padding k / 2, of act(the sources side by side * scale +
   // shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32 and float64.
   m.def(
-      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, int activation, Tensor dz, int kernel_size) "
+      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, int kernel_size) "
       "-> Tensor");
 }
 

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -134,7 +133,7 @@ Tensor weights(Tensors list, bool transposed) {
 }
 
 void convolve(
-    Tensors sources, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> add, int64_t activation,
+    Tensors sources, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> add, double activation,
     Tensor out) {
   const char* op = "winograd_conv";
   const Pixels p = pixels_of(op, "out", out);
@@ -148,13 +147,8 @@ void convolve(
   if (bias) vector_of(op, "bias", *bias, outputs, ScalarType::Float);
   const Rows<const float> added = add ? rows_of<const float>(op, "add", *add, out, p) : Rows<const float>();
   if (add) channels_must(op, "add", *add, outputs);
-  if (activation < 0 || activation > 2)
-    refuse(op, ": activation must be 0 (none), 1 (ReLU) or 2 (ReLU6), got ", activation);
-  constexpr float infinity = std::numeric_limits<float>::infinity();
   const Finish finish{
-      bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
-      added,
-      {activation ? 0.f : -infinity, activation == 2 ? 6.f : infinity}};
+      bias ? static_cast<const float*>(bias->data_ptr()) : nullptr, added, range_of<float>(op, activation)};
   if (outputs == 0) return;
   // groups of outputs as even as whole vectors allow
   const int64_t lanes = 2 * loops().lanes, groups = (outputs + GROUP - 1) / GROUP;
@@ -212,7 +206,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
 
   // out [N, O, H, W] = act(the 3x3 convolution of the transformed sources side by side + bias + add).
   m.def(
-      "winograd_conv(Tensor[] sources, Tensor weights, Tensor? bias, Tensor? add, int activation, Tensor(a!) out) "
+      "winograd_conv(Tensor[] sources, Tensor weights, Tensor? bias, Tensor? add, float activation, Tensor(a!) out) "
       "-> ()");
 
   // [outputs, K, 3, 3]: the weight's gradient from the transformed sources and gradient.

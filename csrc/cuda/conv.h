@@ -9,7 +9,7 @@
 //   plain       out = [out +] acc
 //   statistics  z = round(acc), out = z; moments[0] = mean of z over all pixels, moments[1] = its biased variance
 //   bias        out = act(acc + bias)
-//   mask        g = [out +] acc where the activation of z * scale + shift passes a gradient on, else 0; out = round(g);
+//   mask        g = [out +] acc times the activation's derivative at z * scale + shift; out = round(g);
 //               moments[0] = sum of round(g), moments[1] = sum of round(g) * (z - mean) * rstd
 //
 // Products of bf16 or fp16, sums in fp32; every output element is written once, by one thread, and partial sums are
@@ -19,6 +19,8 @@
 // elements from one pixel of a slot to the next. Names in 8: units of 8 elements.
 #pragma once
 #include <cstdint>
+
+#include "../types.h"
 
 namespace thresholdnet::convolution {
 
@@ -38,7 +40,7 @@ struct Arguments {
   Element element;
   Form form;
   Epilogue epilogue;
-  int activation;  // 0 none, 1 ReLU, 2 ReLU6
+  Range<float> act;
   bool add;        // to what out holds
   bool affine;     // scale and shift of what is read
   int64_t batch, height, width;

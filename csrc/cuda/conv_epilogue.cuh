@@ -122,8 +122,8 @@ __device__ inline void finish(
     if (mask) unpack8<E>(z, load_aligned<uint4>(raw + pixel * (p.raw_row8 * 8)));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (p.epilogue == Epilogue::bias) value[i] = activate(value[i] + shift[i], p.activation);
-      if (mask && !passes(z[i] * scale[i] + shift[i], p.activation)) value[i] = 0;
+      if (p.epilogue == Epilogue::bias) value[i] = activate(value[i] + shift[i], p.act);
+      if (mask) value[i] = behind_activation(value[i], z[i] * scale[i] + shift[i], p.act);
       if (channel + i >= p.channels) value[i] = 0;
     }
     const uint4 rounded = pack8<E>(value);

@@ -51,14 +51,14 @@ __device__ inline void multiply(
 
 // act(pixel * scale + shift) on a fragment of A; `scale` and `shift` start at its first k.
 template <class E>
-__device__ inline void apply_affine(uint32_t (&fragment)[4], const float* scale, const float* shift, int activation) {
+__device__ inline void apply_affine(uint32_t (&fragment)[4], const float* scale, const float* shift, Range<float> act) {
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {  // registers 0, 1: k 0..7 of two pixels; 2, 3: k 8..15
     const int k = first + q / 2 * 8;
     float2 pair = unpack2<E>(fragment[q]);
-    pair.x = activate(pair.x * scale[k] + shift[k], activation);
-    pair.y = activate(pair.y * scale[k + 1] + shift[k + 1], activation);
+    pair.x = activate(pair.x * scale[k] + shift[k], act);
+    pair.y = activate(pair.y * scale[k + 1] + shift[k + 1], act);
     fragment[q] = pack2<E>(pair.x, pair.y);
   }
 }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS) conv_mma(const Arguments p) {
       multiply<E, COLUMNS>(
           acc, own + k, b + k, [](int row) { return row; },
           [&](uint32_t(&fragment)[4]) {
-            if (AFFINE) apply_affine<E>(fragment, scale + k, scale + CHUNK + k, p.activation);
+            if (AFFINE) apply_affine<E>(fragment, scale + k, scale + CHUNK + k, p.act);
           });
     }
   }

@@ -21,7 +21,7 @@ namespace thresholdnet::convolution {
 constexpr const char* SCHEMA =
     "convolution(Tensor source, Tensor weight, Tensor entries, Tensor row8, Tensor weight_index, Tensor? taps_inside, "
     "int form, Tensor? scale, Tensor? shift, Tensor channel, Tensor[] vectors, Tensor? raw, int epilogue, "
-    "int activation, bool add, Tensor(a!) out) -> Tensor";
+    "float activation, bool add, Tensor(a!) out) -> Tensor";
 
 namespace {
 
@@ -80,7 +80,7 @@ template <class Place>
 Tensor convolution(
     Tensor source, Tensor weight, Tensor entries, Tensor row8, Tensor weight_index, std::optional<Tensor> taps_inside,
     int64_t form, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor channel, std::vector<Tensor> vectors,
-    std::optional<Tensor> raw, int64_t epilogue, int64_t activation, bool add, Tensor out) {
+    std::optional<Tensor> raw, int64_t epilogue, double activation, bool add, Tensor out) {
   const Place place(OP, out);
   Arguments p{};
   if (out.dim() != 4 || out.numel() == 0) refuse(OP, ": out must be [N, C, H, W], not empty, got ", listed(out.sizes()));
@@ -89,7 +89,7 @@ Tensor convolution(
   p.element = out.scalar_type() == ScalarType::Half ? Element::fp16 : Element::bf16;
   p.form = static_cast<Form>(in_range("form", form, 2));
   p.epilogue = static_cast<Epilogue>(in_range("epilogue", epilogue, 3));
-  p.activation = in_range("activation", activation, 2);
+  p.act = range_of<float>(OP, activation);
   p.add = add;
   p.affine = scale.has_value();
   p.batch = out.size(0), p.height = out.size(2), p.width = out.size(3);

@@ -200,15 +200,15 @@ __device__ __forceinline__ uint4 pack8(const float (&values)[8]) {
       pack2<E>(values[6], values[7]));
 }
 
-// Activations by number: 0 none, 1 ReLU, 2 ReLU6; NaN stays NaN.
-__device__ __forceinline__ float activate(float value, int activation) {
-  if (activation != 0) value = value < 0.0f ? 0.0f : value;
-  return activation == 2 && value > 6.0f ? 6.0f : value;
+// Activations; NaN stays NaN.
+__device__ __forceinline__ float activate(float value, Range<float> act) {
+  value = value < act.low ? (act.slope == 0.0f ? act.low : value * act.slope) : value;
+  return value > act.high ? act.high : value;
 }
 
-// Whether an activation passes a gradient on.
-__device__ __forceinline__ bool passes(float value, int activation) {
-  return activation == 0 || (value > 0.0f && (activation == 1 || value < 6.0f));
+// The gradient in front of an activation of `value`, from that behind it.
+__device__ __forceinline__ float behind_activation(float gradient, float value, Range<float> act) {
+  return value > act.low && value < act.high ? gradient : act.slope == 0.0f ? 0.0f : gradient * act.slope;
 }
 
 }  // namespace thresholdnet

@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_narrowed(E* to, const A (&from)[W]) {
 
 template <class A>
 __device__ __forceinline__ A clamped(A value, Range<A> act) {  // NaN stays NaN
-  value = value < act.low ? act.low : value;
+  value = value < act.low ? (act.slope == 0 ? act.low : value * act.slope) : value;
   return value > act.high ? act.high : value;
 }
 

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import FUNCTIONS, NAMES, derivative
 from thresholdnet.kernels.slots import allocate, whole, write
 
 from thresholdnet.backends import cuda_launch
@@ -62,10 +63,6 @@ def near(got, expected, factor=1.0):
     expected = expected.float()
     relative = RELATIVE[got.dtype] * factor
     torch.testing.assert_close(got.float(), expected, rtol=relative, atol=relative * expected.abs().max().item() / 8)
-
-
-def activated(value, activation):
-    return {None: lambda v: v, "relu": F.relu, "relu6": F.relu6}[activation](value)
 
 
 def moments(z):
@@ -159,19 +156,19 @@ def test_sums_of_many_tiles(tiles):
     torch.testing.assert_close(sum_gx, (g * xhat).sum((0, 2, 3)).float(), rtol=1e-5, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", None])
+@pytest.mark.parametrize("activation", [*NAMES, None])
 def test_bias(activation, form):
     for channels in (14, 48):
         _, (source, out) = laid_out(2, 6, 11, (20, channels), torch.bfloat16, "arena")
         weight, bias = torch.randn(channels, 20, 3, 3).bfloat16(), 4 * torch.randn(channels)
         cuda_launch.conv([filled(source)], weight, out, bias=bias, activation=activation)
         expected = F.conv2d(source.float(), weight.float(), padding=1) + bias.view(1, -1, 1, 1)
-        near(out, activated(expected, activation))
+        near(out, FUNCTIONS[activation](expected))
         assert not whole(out)[:, channels:].any()
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("channels", [12, 30, 72])
 def test_affine_in_front_of_a_1x1_kernel(channels, activation, dtype):
     for layout in ("rows", "arena"):
@@ -181,7 +178,7 @@ def test_affine_in_front_of_a_1x1_kernel(channels, activation, dtype):
         scale, shift = 4 * torch.randn(37), torch.randn(37)
         found = cuda_launch.conv([a, b], weight, out, affine=(scale, shift), activation=activation, statistics=True)
         read = torch.cat([a, b], 1).float() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-        read = activated(read, activation).to(dtype).float()  # rounded before it is multiplied, as a stored one is
+        read = FUNCTIONS[activation](read).to(dtype).float()  # rounded before it is multiplied, as a stored one is
         near(out, F.conv2d(read, weight.float()), 2)  # an affine may round to a neighbour in either computation
         for got, expected in zip(found, moments(out), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
@@ -216,7 +213,7 @@ def test_gradient_of_a_node(readers, kernel_size, dtype, form):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("add", [False, True])
 def test_mask_and_sums(add, activation, dtype, form):
     for channels, layout in ((20, "arena"), (32, "rows"), (70, "arena")):
@@ -229,7 +226,7 @@ def test_mask_and_sums(add, activation, dtype, form):
         if add:
             g = g + filled(out).float()
         normal = filled(z).float() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-        g = torch.where((normal > 0) & (normal < {"relu": float("inf"), "relu6": 6}[activation]), g, 0.0)
+        g = g * derivative(normal, activation)
         mask = (z, scale, shift, mean, rstd)
         sum_g, sum_gx = cuda_launch.gradient([a, b], weights, out, add=add, mask=mask, activation=activation)
         near(out, g)

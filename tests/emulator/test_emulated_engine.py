@@ -12,7 +12,7 @@ from thresholdnet import ThresholdBlock, links, ops
 from thresholdnet.backends import backends, csrc, cuda, cuda_launch, engine_for, load
 
 F64 = torch.float64
-UNITS = ("conv_bn_relu", "bn_relu_conv", "bottleneck")
+UNITS = ("conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck")
 PATTERNS = {"dense": links.dense(3), "harmonic": links.harmonic(4), "threshold_ab": links.threshold_ab(5, 2)}
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from activated import NAMES
 from poisoned import padding, rows, whole, write
 from thresholdnet.kernels import launch
 from tolerances import assert_near
@@ -296,7 +297,7 @@ def test_bottleneck(name, group, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("size", ((2, 7, 5), (2, 6, 4)), ids=str)
-@pytest.mark.parametrize("activation", ("relu", "relu6"))
+@pytest.mark.parametrize("activation", NAMES)
 def test_bn_relu_conv(activation, size, dtype):
     plan = plan_block(10, links.dense(4), 6, unit="bn_relu_conv", width_rule="constant", outputs="all")
     compare(plan, bn_relu_conv, dtype, size, activation)

@@ -6,6 +6,7 @@ import poisoned as layouts
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import FUNCTIONS, NAMES
 from poisoned import fill, padding, rows, whole
 from thresholdnet.kernels import launch, operands
 from thresholdnet.kernels.configs import ConvolutionConfig
@@ -20,7 +21,7 @@ def expected(sources, weight, dtype, affine=None, activation=None):
     x = torch.cat([s.double() for s in sources], 1)
     if affine is not None:
         scale, shift = (v.double()[:, None, None] for v in affine)
-        x = {"relu": F.relu, "relu6": F.relu6, None: lambda v: v}[activation](x * scale + shift)
+        x = FUNCTIONS[activation](x * scale + shift)
         x = x.to(dtype).double()
     return F.conv2d(x, weight.to(dtype).double(), padding=weight.shape[2] // 2)
 
@@ -95,7 +96,9 @@ def test_integers_are_exact(dtype, side):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("activation", "kernel_size"), (("relu", 1), ("relu6", 1), (None, 1), ("relu", 3)))
+@pytest.mark.parametrize(
+    ("activation", "kernel_size"), (("relu", 1), ("relu6", 1), ("leaky_relu(0.2)", 1), (None, 1), ("relu", 3))
+)
 def test_affine_on_load(dtype, activation, kernel_size):
     _, (a, b, out) = rows(2, 5, 4, (10, 14, 24), dtype)
     fill(a), fill(b)
@@ -107,14 +110,14 @@ def test_affine_on_load(dtype, activation, kernel_size):
     assert_near(variance, out.double().var((0, 2, 3), unbiased=False), torch.float32)
 
 
-@pytest.mark.parametrize("activation", ("relu", "relu6", None))
+@pytest.mark.parametrize("activation", (*NAMES, None))
 @pytest.mark.parametrize("size", ((2, 5, 3), (1, 4, 6)), ids=str)
 def test_bias(activation, size):
     _, (a, out) = rows(*size, (11, 13), torch.float32)
     fill(a)
     weight, bias = random_weight(13, 11, 3) * 4, torch.randn(13) * 3
     launch.conv([a], weight, out, bias=bias, activation=activation)
-    act = {"relu": F.relu, "relu6": F.relu6, None: lambda v: v}[activation]
+    act = FUNCTIONS[activation]
     assert_near(out, act(expected([a], weight, out.dtype) + bias[:, None, None]), out.dtype)
     assert not padding(out).any()
 

@@ -42,7 +42,7 @@ def other(shape=(2, 8, 4, 4), dtype=torch.float32):
         (lambda a: {"bias": torch.ones(8), "statistics": True}, ValueError, "statistics must be False"),
         (lambda a: {"affine": (torch.ones(8), torch.ones(9))}, ValueError, r"affine\[1\] must have the shape"),
         (lambda a: {"affine": (1, 2)}, TypeError, r"affine\[0\] must be a torch.Tensor"),
-        (lambda a: {"activation": "gelu"}, ValueError, "'relu', 'relu6' or None"),
+        (lambda a: {"activation": "gelu"}, ValueError, "activation must be 'relu', 'relu6', 'leaky_relu"),
         (lambda a: {"config": ConvolutionConfig(16, 16, 16, 16, group=(3, 1))}, ValueError, "config.group"),
         (lambda a: {"config": ConvolutionConfig(16, 16, splits=0)}, ValueError, "config.splits must be 1 to 32, got 0"),
         (lambda a: {"config": ConvolutionConfig(16, 16, splits=33)}, ValueError, "config.splits .* got 33"),

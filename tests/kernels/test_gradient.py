@@ -3,7 +3,7 @@
 import poisoned as layouts
 import pytest
 import torch
-import torch.nn.functional as F
+from activated import FUNCTIONS, NAMES, derivative
 from poisoned import fill, padding, rows, whole
 from thresholdnet.kernels import launch
 from thresholdnet.kernels.configs import ConvolutionConfig, WeightGradientConfig
@@ -38,7 +38,7 @@ def test_plain(size, dtype, kernel_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ("relu", "relu6"))
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("add", (False, True))
 @pytest.mark.parametrize("size", ((2, 5, 3), (1, 4, 6)), ids=str)
 def test_mask_and_sums(size, add, activation, dtype):
@@ -53,7 +53,7 @@ def test_mask_and_sums(size, add, activation, dtype):
     sums = launch.gradient([a, b], weights, out, add=add, mask=(z, scale, shift, mean, rstd), activation=activation)
     g = input_gradient([a, b], weights, dtype) + (start.double() if add else 0)
     y = z.double() * scale[:, None, None] + shift[:, None, None]
-    g = g * ((y > 0) & (y < 6) if activation == "relu6" else y > 0)
+    g = g * derivative(y, activation)
     assert_near(out, g, dtype)
     xhat = (z.double() - mean[:, None, None]) * rstd[:, None, None]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -137,7 +137,7 @@ def test_weight_gradient(size, dtype, kernel_size):
 
 
 @pytest.mark.parametrize("layout", (rows, layouts.arena), ids=("rows", "arena"))
-@pytest.mark.parametrize("activation", ("relu", "relu6", None))
+@pytest.mark.parametrize("activation", (*NAMES, None))
 @pytest.mark.parametrize("kernel_size", (1, 3))
 def test_weight_gradient_with_affine(activation, kernel_size, layout):
     _, (a, b, dz) = layout(2, 5, 4, (10, 14, 36), torch.bfloat16)
@@ -145,7 +145,7 @@ def test_weight_gradient_with_affine(activation, kernel_size, layout):
     scale, shift = torch.rand(24) * 6, torch.randn(24)
     got = launch.weight_gradient([a, b], dz, kernel_size, affine=(scale, shift), activation=activation)
     x = torch.cat([a, b], 1).double() * scale[:, None, None] + shift[:, None, None]
-    x = {"relu": F.relu, "relu6": F.relu6, None: lambda v: v}[activation](x).to(torch.bfloat16).double()
+    x = FUNCTIONS[activation](x).to(torch.bfloat16).double()
     shape = (36, 24, kernel_size, kernel_size)
     assert_near(got, torch.nn.grad.conv2d_weight(x, shape, dz.double(), padding=kernel_size // 2), torch.bfloat16)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from activated import FUNCTIONS, NAMES
 from poisoned import fill, padding, rows, whole
 from thresholdnet.kernels import launch
 from tolerances import assert_near
@@ -13,14 +14,14 @@ SIZES = ((1, 1, 1), (2, 1, 5), (3, 9, 7))
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("activation", ("relu", "relu6", None))
+@pytest.mark.parametrize("activation", (*NAMES, None))
 def test_normalise(size, dtype, activation):
     _, (z, other) = rows(*size, (20, 14), dtype)
     _, (unlinked, y) = rows(*size, (9, 20), dtype)  # another buffer with other rows
     fill(z)
     scale, shift = torch.randn(20) * 5, torch.randn(20)
     launch.normalise(z, scale, shift, y, activation)
-    act = {"relu": F.relu, "relu6": F.relu6, None: lambda v: v}[activation]
+    act = FUNCTIONS[activation]
     assert_near(y, act(z.double() * scale[:, None, None] + shift[:, None, None]), dtype)
     assert not padding(y).any() and other.isnan().all() and unlinked.isnan().all()
 

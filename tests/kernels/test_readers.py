@@ -3,6 +3,7 @@
 import poisoned as layouts
 import pytest
 import torch
+from activated import NAMES, derivative
 from poisoned import fill, padding, rows
 from thresholdnet.kernels import launch
 from thresholdnet.kernels.configs import ReadersConfig
@@ -20,7 +21,7 @@ def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     for d, weight, gamma, beta in zip(dz, weights, gammas, betas, strict=True):
         y = gamma.double()[:, None, None] * xhat + beta.double()[:, None, None]
         g = conv_transpose2d(d.double(), weight.to(dtype).double(), padding=weight.shape[2] // 2)
-        g = g * ((y > 0) & (y < 6) if activation == "relu6" else y > 0)
+        g = g * derivative(y, activation)
         total = total + gamma.double()[:, None, None] * g
         sums.append(g.sum((0, 2, 3)))
         sums_xhat.append((g * xhat).sum((0, 2, 3)))
@@ -102,6 +103,11 @@ def test_depths(depth, kernel):
 @pytest.mark.parametrize("size", ((1, 1, 1), (3, 1, 13), (1, 9, 1), (2, 7, 6)), ids=str)
 def test_sizes(size, kernel):
     run(torch.float32, 16, 2, (33,), False, "relu6", size, kernel=kernel)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activations(activation):
+    run(torch.float32, 16, 2, (10, 24), True, activation)
 
 
 @pytest.mark.parametrize("kernel", (1, 3))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import replay
+from ..activations import number
 from . import elementwise, libraries
 from .elementwise import Affine, Averages
 
@@ -26,8 +27,6 @@ DTYPES = {
 }
 AVERAGING = ("cuda",)
 """Devices whose library averages; torch's loops for CPUs are as good."""
-
-_ACTIVATIONS = {"relu": 1, "relu6": 2}
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +102,7 @@ def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, sc
         row = channels * width
         out = scratch.as_strided((batch, channels, height, width), (height * row, 1, row, channels))
     scale, shift = (None, None) if affine is None else affine
-    _operators().gather(read, scale, shift, _ACTIVATIONS[activation], out)
+    _operators().gather(read, scale, shift, number(activation), out)
     return out
 
 
@@ -146,7 +145,7 @@ def mask_sums(
     g = _rows(g)
     out = g if owned else _pixels(g.shape, g)
     also = None if add is None else _rows(add)
-    sums = _operators().mask_sums(g, also, _rows(z), *affine, mean, rstd, _ACTIVATIONS[activation], out)
+    sums = _operators().mask_sums(g, also, _rows(z), *affine, mean, rstd, number(activation), out)
     return out, *sums
 
 
@@ -168,7 +167,7 @@ def send(
         for feature, so_far, mine in zip(features, arrived, owned, strict=True)
     ]
     sums = _operators().send(
-        _rows(g), [_rows(f) for f in features], *affine, mean, rstd, arrived, _ACTIVATIONS[activation], out
+        _rows(g), [_rows(f) for f in features], *affine, mean, rstd, arrived, number(activation), out
     )
     return out, *sums
 
@@ -198,7 +197,7 @@ def weight_gradient(
     """See `native.Verbs.weight_gradient`: the sources are read where they lie, nothing is gathered."""
     scale, shift = (None, None) if affine is None else affine
     made: Tensor = _operators().weight_gradient(
-        [_rows(source) for source in sources], scale, shift, _ACTIVATIONS[activation], _rows(dz), kernel_size
+        [_rows(source) for source in sources], scale, shift, number(activation), _rows(dz), kernel_size
     )
     return made
 
@@ -222,7 +221,7 @@ def linked_conv2d(
     """See `native.Verbs.conv`, with a weight in channels_last order: nothing is gathered but pixels of one layer."""
     scale, shift = (None, None) if affine is None else affine
     made: Tensor = _operators().linked_conv2d(
-        [_rows(source) for source in sources], scale, shift, _ACTIVATIONS[activation], weight, bias
+        [_rows(source) for source in sources], scale, shift, number(activation), weight, bias
     )
     return made
 
@@ -250,7 +249,7 @@ def avg_pool2d(x: Tensor, window: Averages, affine: Affine | None = None, activa
     if not _side_by_side(x, window):
         return elementwise.avg_pool2d(x if affine is None else gather([x], affine, activation), window)
     scale, shift = (None, None) if affine is None else affine
-    act = 0 if affine is None else _ACTIVATIONS[activation]
+    act = 0 if affine is None else number(activation)
     made: Tensor = _operators().avg_pool2d(_whole(x), scale, shift, act, window[0][0])
     return made
 
@@ -268,7 +267,7 @@ def avg_mask_sums(
     if not _side_by_side(z, window):
         g = torch.ops.aten.avg_pool2d_backward(grad, z, *window, None)
         return mask_sums(g, None, z, affine, mean, rstd, activation, owned=True)
-    out, act = _pixels(z.shape, z), _ACTIVATIONS[activation]
+    out, act = _pixels(z.shape, z), number(activation)
     sums = _operators().spread_mask_sums(_whole(grad), _whole(z), *affine, mean, rstd, act, window[0][0], out)
     return out, *sums
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..activations import number as activation_number
 from ..batchnorm import linear_terms
 from ..constants import device_constant
 from ..kernels.device_tables import device_halo_table, device_pixels, device_table
 from ..kernels.operands import (
     Layout,
-    activation_code,
     check_same_images,
     check_slots,
     check_weight,
@@ -115,7 +115,7 @@ def conv(
     if affine is not None:
         affine = _affine(affine, sum(widths), out)
     vectors = [] if bias is None else [per_channel("bias", bias, channels, out)]
-    code = activation_code(activation)
+    code = activation_number(activation)
     form = _form("forward", kernel_size, sum(widths), out, affine is not None)
     if form != "library" and (affine is None or kernel_size == 1):
         epilogue = STATISTICS if statistics else PLAIN if bias is None else BIAS
@@ -145,11 +145,11 @@ def gradient(
     kernel_size = check_weights("weights", weights, channels, [d.shape[1] for d in dz])
     vectors: list[Tensor] = []
     if mask is not None:
-        if activation_code(activation) == 0:
-            raise ValueError("activation must be 'relu' or 'relu6' with a mask, got None")
+        if activation_number(activation) == 0:
+            raise ValueError("activation must not be None with a mask")
         check_same_images("mask.z", mask[0], out)
         vectors = [per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1)]
-    code = activation_code(activation) if mask is not None else 0
+    code = activation_number(activation) if mask is not None else 0
     transposed = [weight.detach().transpose(0, 1) for weight in weights]
     joined = torch.cat(transposed, 1) if transposed else out.new_empty(channels, 0, 1, 1)
     form = _form("gradient", kernel_size, joined.shape[1], out, False) if dz else "gemm"
@@ -189,7 +189,7 @@ def normalise(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, activation: 
     check_same_images("z", z, out)
     channels = out.shape[1]
     affine = _fitted(_affine((scale, shift), channels, out), channels)
-    operators().gather([whole(z)], *affine, activation_code(activation), whole(out))
+    operators().gather([whole(z)], *affine, activation_number(activation), whole(out))
 
 
 def bn_backward(
@@ -237,7 +237,7 @@ def weight_gradient(
     widths = [source.width for source in layout.sources]
     if affine is not None:
         affine = _affine(affine, sum(widths), dz)
-    read, grad = _gathered(sources, affine, activation_code(activation)), _gathered([dz], None, 0)
+    read, grad = _gathered(sources, affine, activation_number(activation)), _gathered([dz], None, 0)
     shape = [grad.shape[1], read.shape[1], kernel_size, kernel_size]
     found = conv2d_weight(read, shape, grad, padding=kernel_size // 2)[: dz.shape[1]]
     places = _places(tuple(widths), dz.device)
@@ -261,7 +261,7 @@ def gradient_of_readers(
     """See `kernels.launch.gradient_of_readers`; one reader after the other, each over all features."""
     widths = tuple(out.shape[1] for out in outs)
     channels, first = sum(widths), outs[0]
-    code = activation_code(activation)
+    code = activation_number(activation)
     places = _places(widths, first.device)
     mean, rstd = per_channel("mean", mean, channels, first), per_channel("rstd", rstd, channels, first)
     to, raw, sums = [whole(out) for out in outs], [whole(feature) for feature in features], []
@@ -300,7 +300,7 @@ def _convolve(
     out: Tensor,
     form: str,
     epilogue: int,
-    activation: int,
+    activation: float,
     *,
     affine: tuple[Tensor, Tensor] | None = None,
     raw: Tensor | None = None,
@@ -325,7 +325,7 @@ def _convolve(
     return found
 
 
-def _gathered(sources: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, activation: int) -> Tensor:
+def _gathered(sources: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, activation: float) -> Tensor:
     """The slots with their padding side by side in one channels_last tensor, activated with `affine`."""
     first, parts = sources[0], [whole(source) for source in sources]
     if affine is None and len(parts) == 1 and parts[0].is_contiguous(memory_format=torch.channels_last):

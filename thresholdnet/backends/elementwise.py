@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..activations import activate_, masked
 from ..batchnorm import batch_norm
 from ..batchnorm import batch_norm_vectors as batch_norm_vectors
 
@@ -34,7 +35,7 @@ def gather(sources: Sequence[Tensor], affine: Affine | None, activation: str, sc
     if affine is None:
         return joined
     y = _normal(joined, affine)
-    return (y.clamp_(0, 6) if activation == "relu6" else y.relu_()).to(joined.dtype)
+    return activate_(y, activation).to(joined.dtype)
 
 
 def batch_norm_affine(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Affine:
@@ -64,8 +65,7 @@ def mask_sums(
     """
     if add is not None:
         g, owned = (g.add_(add) if owned else g + add), True
-    closed = ~_open(_normal(z, affine), activation)
-    g = g.masked_fill_(closed, 0) if owned else g.masked_fill(closed, 0)  # not a product: inf * 0 is NaN
+    g = masked(g, _normal(z, affine), activation, owned)
     return g, *_sums(g, z, mean, rstd)
 
 
@@ -141,11 +141,6 @@ def _per_channel(vector: Tensor) -> Tensor:
 def _normal(z: Tensor, affine: Affine) -> Tensor:
     scale, shift = affine
     return torch.addcmul(_per_channel(shift), _wide(z), _per_channel(scale))
-
-
-def _open(x: Tensor, activation: str) -> Tensor:
-    """Where the activation passes a gradient on."""
-    return (x > 0) & (x < 6) if activation == "relu6" else x > 0
 
 
 def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

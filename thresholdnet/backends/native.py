@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..activations import activate_, number
 from ..batchnorm import NodeStatistics, linear_terms, paired
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
@@ -334,12 +335,12 @@ class Verbs:
         return joined
 
     def kept_nodes(self, x: Tensor, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """All nodes of a bottleneck block that kept its features, from the front of `saved`; and the rest of it."""
+        """All nodes of a block that kept those of its layers, from the front of `saved`; and the rest of it."""
         features, rest = self.kept("node", saved)
         return [self.enter(x), *features], rest
 
     def nodes_of(self, output: Tensor) -> list[Tensor]:
-        """The raw features in the output of a block that returns all of them."""
+        """The nodes in the output of a block that returns all of them."""
         assert self.plan is not None
         parts = output.split(self.plan.output_widths, dim=1)
         return [parts[self.plan.outputs.index(node)] for node in range(len(parts))]
@@ -362,17 +363,12 @@ def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activ
         return _in_library(read, weight.tensor, bias, activation, padding)
     if taps.takes(read, weight.shape[2]):
         z = taps.conv(read, weight)
-        return z if bias is None else _activated(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
+        return z if bias is None else activate_(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
     if bias is None:
         return F.conv2d(read, weight, padding=padding)
     if _activates_in_library(read):
         return _in_library(read, weight, bias, activation, padding)
-    return _activated(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
-
-
-def _activated(z: Tensor, activation: str) -> Tensor:
-    """In place."""
-    return z.clamp_(0, 6) if activation == "relu6" else z.relu_()
+    return activate_(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
 
 
 def _activates_in_library(x: Tensor) -> bool:
@@ -382,13 +378,18 @@ def _activates_in_library(x: Tensor) -> bool:
 
 def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int) -> Tensor:
     """oneDNN's convolution of x with a weight, packed or not; with a bias it activates."""
-    attribute, scalars = ("hardtanh", [0, 6]) if activation == "relu6" else ("relu", [])
-    if bias is None:
-        attribute, scalars = "none", []
+    attribute, scalars = ("none", []) if bias is None else _attribute(activation)
     z: Tensor = torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
     )
     return z
+
+
+def _attribute(activation: str) -> tuple[str, list[float]]:
+    """The library's name of an activation, and its numbers."""
+    if activation == "relu":
+        return "relu", []
+    return ("hardtanh", [0, 6]) if activation == "relu6" else ("leaky_relu", [number(activation)])
 
 
 _POINTWISE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

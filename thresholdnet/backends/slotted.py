@@ -257,7 +257,7 @@ class Verbs:
                 f"input of the block must give fewer than 2^31 elements for all layers together, got {elements} from "
                 f"shape {tuple(self.like.shape)}: use a smaller batch or backend='native'"
             )
-        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.pre_activation)
+        dense = all(width % 32 == 0 for width in widths) or (self.plan is not None and self.plan.reads_nodes_back)
         rows = dense or elements >= MAX_DELTA  # entries of a K table reach across one allocation
         return slots.allocate(
             batch, widths, height, width, dtype=self.like.dtype, device=self.like.device,
@@ -280,8 +280,8 @@ def output_holds_features(plan: BlockPlan) -> bool:
 
 
 def needs_input(plan: BlockPlan) -> bool:
-    """Whether backward needs the block's input; a pre-activation block has it in the rows of its nodes."""
-    return not plan.pre_activation
+    """Whether backward needs the block's input, where it is not in the rows of the nodes that were kept."""
+    return not plan.reads_nodes_back
 
 
 def kept_like(plan: BlockPlan, x: Tensor, kinds: Sequence[str]) -> list[Tensor]:

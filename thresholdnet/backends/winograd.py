@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import number
 from ..plan import BlockPlan
 from . import csrc, native
 from .elementwise import Affine
@@ -36,7 +37,6 @@ TILES = 24
 GRADIENT_PAD = 16
 """Channels of a gradient that is transformed for a weight's gradient are padded to this, as there."""
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _state = {"on": os.environ.get("THRESHOLDNET_WINOGRAD", "0") not in ("", "0")}
 
 
@@ -109,7 +109,7 @@ class Verbs(native.Verbs):
             )  # fmt: skip
         if affine is not None:
             sources = [self.passes.gather(sources, affine, activation)]
-        z = self._convolve(sources, readers, [weight], bias=bias, activation="none" if bias is None else activation)
+        z = self._convolve(sources, readers, [weight], bias=bias, activation=None if bias is None else activation)
         return z, self.moments(z) if statistics else None
 
     def gradient(
@@ -168,7 +168,7 @@ class Verbs(native.Verbs):
     def _readers(self, shared: Sequence[int] | None, read: int, written: int, kernel_size: int) -> Sequence[int] | None:
         """How many Winograd convolutions read each operand of this one; None: it is the library's.
 
-        A conv_bn_relu layer's are `shared`. Of pre-activation layers a 3x3 convolution is alone with what it reads.
+        Of layers that read nodes as they are it is `shared`; of pre-activation layers alone with what it reads.
         """
         if self.least is None or kernel_size == 1 or min(read, written) < self.least:
             return shared
@@ -196,7 +196,7 @@ class Verbs(native.Verbs):
         transposed: bool = False,
         bias: Tensor | None = None,
         add: Tensor | None = None,
-        activation: str = "none",
+        activation: str | None = None,
     ) -> Tensor:
         """The convolution of the tensors side by side, or with `transposed` the gradient that readers send.
 
@@ -208,7 +208,7 @@ class Verbs(native.Verbs):
         batch, _, height, width = tensors[0].shape
         shape = (batch, first.shape[1 if transposed else 0], height, width)
         out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
-        _operators().winograd_conv(sources, packed, bias, add, _ACTIVATIONS[activation], out)
+        _operators().winograd_conv(sources, packed, bias, add, number(activation), out)
         self.transforms.done(tensors)
         return out
 
@@ -226,7 +226,7 @@ _NOTHING = _Chosen({}, {}, {})
 
 @lru_cache(maxsize=256)
 def _choose(plan: BlockPlan, batch: int, height: int, width: int) -> _Chosen:
-    if plan.unit != "conv_bn_relu":
+    if plan.pre_activation:
         return _NOTHING
     live: set[int] = set()  # layers that a gradient reaches
     for layer in range(plan.num_layers, 0, -1):

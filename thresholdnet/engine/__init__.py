@@ -1,9 +1,9 @@
 """The fused block over a plan: forward, backward, and what is kept between them. Knows verbs, no device.
 
 Kept for backward: the input, each layer's raw convolution output once, per-channel statistics. Activated values live in
-a workspace; backward makes them again. No concatenation is kept, and with `recompute` no bottleneck output either. A
-block of pre-activation layers that returns all its nodes keeps its output, which whoever reads it keeps as well: once
-in all.
+a workspace; backward makes them again. Of layers without BatchNorm the activated values are all that is kept. No
+concatenation is kept, and with `recompute` no bottleneck output either. A block of pre-activation layers, or of layers
+without BatchNorm, that returns all its nodes keeps its output, which whoever reads it keeps as well: once in all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .bn_relu_conv import BNReLUConv
 from .bottleneck import Bottleneck
 from .call import NO_EXTRAS, Extras, Spec
 from .conv_bn_relu import ConvBNReLU
+from .conv_relu import ConvReLU
 from .features import Features
 
 __all__ = ["NO_EXTRAS", "Extras", "Spec", "backward", "forward", "parameters_a_layer"]
@@ -34,7 +35,7 @@ def forward(
         x: [N, C, H, W].
         parameters: as in `reference.block_forward`. A conv_bn_relu block takes one more at the end: the weight
             [O, out_channels, 1, 1] of a 1x1 convolution of the output, which is then returned in the output's place.
-            Blocks of the other units may take L more: a bias for each layer's feature.
+            Pre-activation blocks may take L more: a bias for each layer's feature.
         running: mean and variance of every BatchNorm in forward order; read only where it is fixed.
         extras: see `Extras`.
 
@@ -74,10 +75,10 @@ def parameters_a_layer(plan: BlockPlan) -> int:
     return _unit(plan).per_layer
 
 
-def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[Features]:
+def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[ConvReLU] | type[Features]:
     return _UNITS[plan.unit]
 
 
-_UNITS: dict[str, type[ConvBNReLU] | type[Features]] = {
-    "conv_bn_relu": ConvBNReLU, "bn_relu_conv": BNReLUConv, "bottleneck": Bottleneck,
+_UNITS: dict[str, type[ConvBNReLU] | type[ConvReLU] | type[Features]] = {
+    "conv_bn_relu": ConvBNReLU, "conv_relu": ConvReLU, "bn_relu_conv": BNReLUConv, "bottleneck": Bottleneck,
 }  # fmt: skip

@@ -21,7 +21,7 @@ class Spec(NamedTuple):
         plan: the block's structure.
         eps: one a BatchNorm, in forward order.
         fixed: per BatchNorm, True where it normalises with given statistics (eval mode) and not with the batch's.
-        activation: "relu" or "relu6".
+        activation: as in `activations`.
         backend: a name that `backends.engine_for` returned.
         save: keep what backward needs.
         recompute: do not keep bottleneck outputs; backward makes them again.
@@ -57,7 +57,7 @@ class Spec(NamedTuple):
     @property
     def kinds_kept(self) -> list[str]:
         """Which tensors of the layers the call keeps for backward, see `native.Verbs`."""
-        if not self.plan.pre_activation:
+        if not self.plan.reads_nodes_back:
             return ["raw"]
         inner = self.plan.unit == "bottleneck" and not self.recompute
         return [*([] if self.keeps_output else ["node"]), *(["inner"] if inner else [])]
@@ -106,6 +106,12 @@ class Block:
     def weight(self, layer: int, position: int) -> Tensor:
         """A parameter of layer 1..L."""
         return self.parameters[(layer - 1) * self.per_layer + position]
+
+    def slice(self, layer: int, position: int, node: int) -> Tensor:
+        """The part of a layer's first convolution's weight that reads `node`."""
+        sources, widths = self.plan.links[layer - 1], self.plan.node_widths
+        start = sum(widths[k] for k in sources[: sources.index(node)])
+        return self.weight(layer, position)[:, start : start + widths[node]]
 
     def place(self, layer: int, which: int) -> int:
         """Where BatchNorm number `which` of a layer stands among all of the block, in forward order."""

@@ -84,7 +84,7 @@ class ConvBNReLU(Block):
         reached = self.reached(self.lowest_needed(needs))
         readers = [[i for i in plan.readers[node] if i in reached] for node in reached]
         parts = [] if self.tail is None else self.tail.split(plan.output_widths, dim=1)
-        weights = [[self._slice(i, node) for i in those] for node, those in zip(reached, readers, strict=True)]
+        weights = [[self.slice(i, 0, node) for i in those] for node, those in zip(reached, readers, strict=True)]
         made = verbs.prepared([*weights, *([part] for part in parts)])
         weights, parts = made[: len(reached)], made[len(reached) :]
         if self.tail is None:
@@ -121,9 +121,3 @@ class ConvBNReLU(Block):
                 if min(plan.links[reader - 1]) == node:
                     dz[reader] = None
         return grads
-
-    def _slice(self, layer: int, node: int) -> Tensor:
-        """The part of a layer's weight that reads `node`."""
-        sources, widths = self.plan.links[layer - 1], self.plan.node_widths
-        start = sum(widths[k] for k in sources[: sources.index(node)])
-        return self.weight(layer, 0)[:, start : start + widths[node]]
