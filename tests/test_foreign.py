@@ -11,9 +11,11 @@ from test_cli import run
 from torch import nn
 
 import thresholdnet.bench.foreign as compared
+from thresholdnet.backends import csrc
 from thresholdnet.bench import Settings
 
 HERE = Path(__file__).parent
+WINOGRAD = ["converted_winograd"] if csrc.reason() is None else []
 SMALL = ("--path", HERE, "--shape", 4, 12, 8, 8, "--model-arg", "read=12", "--model-arg", "k=6")
 
 
@@ -41,9 +43,9 @@ def test_steps_are_measured_beside_the_models_own(tmp_path):
     found = json.loads(file.read_text())
     assert found["model"] == "foreign:NewFirst" and found["blocks"] == 1 and "--rounds 2" in found["machine"]["command"]
     rows = {(row["mode"], row["provider"]): row for row in found["rows"]}
-    own, *others = ("eager_channels_last", "converted", "converted_recompute", "converted_prepacked")
-    assert set(rows) == {("train", own), ("infer", own), *(("train", p) for p in others[:2]), ("infer", "converted"),
-                         ("infer", "converted_prepacked")}  # fmt: skip
+    own, both = "eager_channels_last", ("eager_channels_last", "converted", *WINOGRAD)
+    assert set(rows) == {("train", "converted_recompute"), ("infer", "converted_prepacked"),
+                         *((mode, provider) for mode in ("train", "infer") for provider in both)}  # fmt: skip
     for row in rows.values():
         assert len(row["ms"]) == 2 and row["check"]["output"]["error"] <= row["check"]["output"]["bound"]
         assert ("eager_channels_last" in row["ratios"]) == (row["provider"] != own) and row["peak_bytes"] > 0
@@ -53,7 +55,9 @@ def test_steps_are_measured_beside_the_models_own(tmp_path):
 
 def test_bytes_alone_and_nothing_to_fuse():
     said = json.loads(run("convert", "foreign:PlainLayer", *SMALL, "--rounds", 0, "--json")[0])
-    assert {row["provider"] for row in said["rows"]} == {"eager_channels_last", "converted", "converted_prepacked"}
+    assert {row["provider"] for row in said["rows"]} == {
+        "eager_channels_last", "converted", "converted_prepacked", *WINOGRAD
+    }  # fmt: skip
     assert all(row["ms_median"] is None and row["ratios"] == {} for row in said["rows"])
     said = json.loads(run("convert", "torchvision.models:resnet18", "--shape", 2, 3, 32, 32, "--json")[0])
     assert said["blocks"] == 0 and said["rows"] == []

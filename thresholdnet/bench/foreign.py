@@ -6,6 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..replay import first_replay
 from . import check, footprint, rounds
 from .baselines import Unavailable
 from .clock import clock_for
-from .providers import Runner
+from .providers import Runner, winograd_refusal, with_winograd, without_winograd
 from .rounds import Entry, Row, Settings, Tell
 
 AS_IT_IS = "eager_channels_last"
@@ -113,16 +114,22 @@ def _steps(
 ) -> Iterator[tuple[str, Callable[[], _Step]]]:
     """What makes each provider's step; every one has a model of its own."""
 
-    def of(model: nn.Module, change: Callable[[nn.Module], Any]) -> Callable[[], _Step]:
+    def of(
+        model: nn.Module,
+        change: Callable[[nn.Module], Any] = lambda twin: None,
+        within: Callable[[], AbstractContextManager[None]] = without_winograd,
+    ) -> Callable[[], _Step]:
         def make() -> _Step:
             twin = copy.deepcopy(model).train(train)
             change(twin)
-            return _Step(twin, images, train)
+            return _Step(twin, images, train, within=within)
 
         return make
 
-    yield AS_IT_IS, of(plain, lambda twin: None)
-    yield "converted", of(converted, lambda twin: None)
+    yield AS_IT_IS, of(plain)
+    yield "converted", of(converted)
+    if winograd_refusal(images) is None:
+        yield "converted_winograd", of(converted, within=with_winograd)
     if train and bottlenecks:
         yield "converted_recompute", of(converted, lambda twin: convert(twin, recompute="bottleneck", report=None))
     if not train and images.device.type == "cpu":
@@ -166,6 +173,7 @@ def _rows(steps: Mapping[str, Callable[[], _Step]], settings: Settings, tell: Te
 def _output(runner: _Step) -> list[Tensor]:
     """Of the model in eval mode, in which nothing is dropped."""
     runner.model.eval()
-    made = _leaves(runner.call(runner.images))
+    with runner.within():
+        made = _leaves(runner.call(runner.images))
     runner.model.train(runner.train)
     return made

@@ -258,14 +258,21 @@ def _fused(
 
 
 def _fused_winograd(model: nn.Module, images: Tensor, case: Case, prepacked: bool = False) -> Runner:
+    reason = winograd_refusal(images)
+    if reason is not None:
+        raise Unavailable(reason)
+    return _fused(model, images, case, "native", within=with_winograd, prepacked=prepacked)
+
+
+def winograd_refusal(images: Tensor) -> str | None:
+    """Why "native" has no Winograd convolutions of these images; None where it has."""
     if images.device.type != "cpu" or images.dtype != torch.float32:
-        raise Unavailable(f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}")
-    if csrc.reason() is not None:
-        raise Unavailable(f"Winograd needs the C++ library: {csrc.reason()}")
-    return _fused(model, images, case, "native", within=_with_winograd, prepacked=prepacked)
+        return f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}"
+    return None if csrc.reason() is None else f"Winograd needs the C++ library: {csrc.reason()}"
 
 
-def _with_winograd() -> AbstractContextManager[None]:
+def with_winograd() -> AbstractContextManager[None]:
+    """A context in which "native" takes Winograd convolutions where they pay, whatever the environment says."""
     return _winograd(True)
 
 
