@@ -1,4 +1,4 @@
-"""One small block of each unit, forward and backward in bf16 on a GPU: what compute-sanitizer watches in seconds.
+"""Small blocks of each unit, forward and backward in bf16 on a GPU: what compute-sanitizer watches in seconds.
 
 compute-sanitizer --tool memcheck python bench/one_block.py triton
 """
@@ -17,9 +17,14 @@ def main() -> int:
     from thresholdnet import ThresholdBlock, links, replay
 
     (backend,) = sys.argv[1:]
-    units = {"conv_bn_relu": links.harmonic(4), "bn_relu_conv": links.dense(3), "bottleneck": links.dense(3)}
-    for unit, rows in units.items():
-        block = ThresholdBlock(20, rows, 12, unit=unit, fused=True, backend=backend).cuda().bfloat16()
+    dense, leaky = links.dense(3), "leaky_relu(0.2)"
+    cases = (
+        ("conv_bn_relu", links.harmonic(4), "relu"), ("conv_relu", dense, leaky), ("bn_relu_conv", dense, "relu"),
+        ("bottleneck", dense, "relu"), ("bottleneck", dense, leaky),
+    )  # fmt: skip
+    for unit, rows, activation in cases:
+        block = ThresholdBlock(20, rows, 12, unit=unit, activation=activation, fused=True, backend=backend)
+        block.cuda().bfloat16()
         for images, high, wide in SIZES:
             x = torch.randn(images, 20, high, wide, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for _ in range(replay.FIRST["cuda"]):  # run, recorded, replayed
@@ -31,7 +36,7 @@ def main() -> int:
         if block.backend != backend:
             print(f"error: {backend} was asked for, {block.backend} ran", file=sys.stderr)
             return 1
-        print(f"{unit} on {backend}: done", flush=True)
+        print(f"{unit}, {activation}, on {backend}: done", flush=True)
     return 0
 
 

@@ -268,6 +268,45 @@ def test_residuals_that_are_no_sum_of_the_input_and_the_layers():
         assert torch.equal(converted[0](x), original[0](x))
 
 
+def test_arguments_beside_the_pixels_call_the_original():
+    """One that has a default is not needed to run; who gives it gets what the forward makes of it."""
+
+    class Scaled(ResidualFused):
+        def forward(self, x, factor=1.0, *rest, shift=0.0):
+            return super().forward(x) * factor + shift
+
+    original = nn.Sequential(Scaled(12, 5, 3))
+    converted, x = quiet(copy.deepcopy(original)), torch.randn(2, 12, 6, 7)
+    assert not blocks(converted)  # it scales
+
+    class Masked(ResidualFused):
+        def forward(self, x, mask=None, *rest, shift=None):
+            y = super().forward(x if mask is None else x * mask)
+            return y if shift is None else y + shift
+
+    original = nn.Sequential(Masked(12, 5, 3))
+    converted, mask = quiet(copy.deepcopy(original)), torch.rand(2, 1, 6, 7)
+    (block,) = blocks(converted)
+    torch.testing.assert_close(converted(x), original(x))
+    assert block.backend == "native"
+    assert torch.equal(block(x, mask), original[0](x, mask)) and block.backend == "reference"
+    assert torch.equal(block(x, shift=2.0), original[0](x, shift=2.0))
+    torch.testing.assert_close(torch.compile(converted, backend="eager", fullgraph=True)(x), original(x))
+
+
+@pytest.mark.parametrize("name", ["two inputs", "tail"])
+def test_forwards_that_want_more_are_left(name):
+    class Two(ResidualFused):
+        def forward(self, x, y):
+            return super().forward(x) + y
+
+    class Tail(ResidualFused):
+        def forward(self, x, tail=None):
+            return super().forward(x)
+
+    assert not blocks(quiet(nn.ModuleList([{"two inputs": Two, "tail": Tail}[name](12, 5, 3)])))
+
+
 def test_a_slope_that_changes_is_seen():
     x = torch.randn(2, 12, 6, 7)
     block = quiet(ResidualDense(12, 5))
@@ -384,7 +423,7 @@ def test_running_a_module_changes_nothing():
         def forward(self, x, other=None):
             return super().forward(x if other is None else x + other)
 
-    assert by_running(Two(12, 5)) is None and by_running(Perhaps(12, 5)) is None  # who calls it may give it more
+    assert by_running(Two(12, 5)) is None and by_running(Perhaps(12, 5)) is not None
 
     class Pruning(InOneRow):
         def forward(self, x):

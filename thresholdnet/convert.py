@@ -105,6 +105,14 @@ class ConvertedBlock(LinkedBlock):
         convolutions = [m for m in self._modules_at([*ends, *self._found.behind]) if isinstance(m, nn.Conv2d)]
         return convolutions[-1].out_channels if convolutions else self.plan.out_channels
 
+    def forward(self, x: Tensor, *others: Any, tail: Tensor | None = None, **named: Any) -> Tensor:
+        """See `LinkedBlock`; with other arguments than the pixels the original runs."""
+        if others or named:
+            self._ran = "reference"
+            y: Tensor = type(self.original()).forward(self.original(), x, *others, **named)
+            return y
+        return super().forward(x, tail)
+
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
         found, y = self._found, x
         if found.before:

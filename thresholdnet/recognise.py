@@ -188,19 +188,15 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
 def by_running(block: nn.Module) -> Found | None:
     """A block of linked layers in any layout, by what a copy of it does with a few pixels in eval mode.
 
-    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and take nothing but the pixels. No
+    It must hold modules of `_PARTS` alone, which nobody waits for with hooks, and want nothing but the pixels. No
     module inside may hold all of its layers: that would be the block.
     """
     inside = [*block.modules()]
     parts = [module for module in inside if not module._modules]
     if isinstance(block, torch.jit.ScriptModule) or not all(isinstance(part, _PARTS) for part in parts):
         return None
-    try:
-        taken = [each.kind for each in signature(block.forward).parameters.values()]
-    except (TypeError, ValueError):  # of no function of Python's
-        return None
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
-    if taken != [Parameter.POSITIONAL_OR_KEYWORD] or not convolutions:
+    if not convolutions or not _wants_pixels_alone(block):
         return None
     if any(hooked(module) or isinstance(module, LinkedBlock) for module in inside[1:]):
         return None
@@ -209,6 +205,20 @@ def by_running(block: nn.Module) -> Found | None:
     if flow is None or not flow.layers or _alone_inside(block, flow):
         return None
     return _linked(block, flow)
+
+
+def _wants_pixels_alone(block: nn.Module) -> bool:
+    """Whether a forward runs when it is given one argument; with others a `ConvertedBlock` calls it."""
+    try:
+        first, *others = signature(block.forward).parameters.values()
+    except (TypeError, ValueError):  # of no function of Python's, or of none at all
+        return False
+    optional = all(each.default is not Parameter.empty or each.kind in _REST for each in others)
+    return optional and first.kind in _PLACED and all(each.name != "tail" for each in others)
+
+
+_PLACED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.POSITIONAL_ONLY)
+_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def _alone_inside(block: nn.Module, flow: Flow) -> bool:
