@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from activated import NAMES
 from tolerances import rms_error
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,9 +72,10 @@ def test_no_worse_than_plain_torch(pattern, unit):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_float16_recompute_and_relu6(unit):
+@pytest.mark.parametrize("activation", NAMES[1:])
+def test_float16_recompute_and_activations(activation, unit):
     torch.manual_seed(1)  # with 0 a mask near 0 flips without bottlenecks, in plain torch too
-    block = _block(links.dense(3), unit, activation="relu6")
+    block = _block(links.dense(3), unit, activation=activation)
     block.half()
     x = torch.randn(2, 12, 6, 5).half()
     kept = _step(copy.deepcopy(block).fuse(True, "native"), x)

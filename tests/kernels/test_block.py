@@ -1,5 +1,7 @@
 """Whole blocks, forward and backward, through the launchers alone, against thresholdnet.reference and autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from activated import NAMES
@@ -33,6 +35,8 @@ def problem(plan, dtype, size, activation):
             parameters += [rounded(width, inner, 3, 3) / (9 * inner) ** 0.5]
         elif plan.unit == "bn_relu_conv":
             parameters += [*norm(read), rounded(width, read, 3, 3) / (9 * read) ** 0.5]
+        elif plan.unit == "conv_relu":
+            parameters += [rounded(width, read, 3, 3) / (9 * read) ** 0.5, rounded(width) * 0.3]
         else:
             parameters += [rounded(width, read, 3, 3) / (9 * read) ** 0.5, *norm(width)]
     parameters = [p.to(dtype).double().requires_grad_() for p in parameters]
@@ -85,6 +89,39 @@ def conv_bn_relu(plan, x, parameters, dy, dtype, activation):
     for layer, sources in enumerate(plan.links, start=1):
         gradients[3 * layer - 3] = launch.weight_gradient([active[k] for k in sources], grads[layer], 3)
     return [active[node] for node in plan.outputs], grads[0], gradients
+
+
+def conv_relu(plan, x, parameters, dy, dtype, activation):
+    """The same for layers without BatchNorm, whose weights are packed at once; the mask is that of the node itself."""
+    size = x.shape[0], *x.shape[2:]
+    (_, nodes), (_, grads) = (rows(*size, plan.node_widths, dtype) for _ in range(2))
+    write(nodes[0], x.detach())
+    weights = [weight.detach() for weight in parameters[::2]]
+    packed = launch.pack(
+        [[weight] for weight in weights], nodes[0], widths=[[plan.node_widths[k] for k in row] for row in plan.links]
+    )
+    for layer, sources in enumerate(plan.links, start=1):
+        bias = parameters[2 * layer - 1].detach()
+        launch.conv([nodes[k] for k in sources], packed[layer - 1], nodes[layer], bias=bias, activation=activation)
+    start = 0
+    for node in plan.outputs:
+        write(grads[node], dy[:, start : start + plan.node_widths[node]])
+        start += plan.node_widths[node]
+    gradients = [None] * len(parameters)
+    for node in range(plan.num_layers, -1, -1):
+        parts = []
+        for layer in plan.readers[node]:
+            before = sum(plan.node_widths[k] for k in plan.links[layer - 1][: plan.links[layer - 1].index(node)])
+            parts.append(weights[layer - 1][:, before : before + plan.node_widths[node]])
+        ones = torch.ones(plan.node_widths[node], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        mask = (nodes[node], ones, 0 * ones, 0 * ones, ones) if node else None
+        dz = [grads[layer] for layer in plan.readers[node]]
+        sums = launch.gradient(dz, parts, grads[node], add=node in plan.outputs, mask=mask, activation=activation)
+        if node:
+            gradients[2 * node - 1] = sums[0]
+    for layer, sources in enumerate(plan.links, start=1):
+        gradients[2 * layer - 2] = launch.weight_gradient([nodes[k] for k in sources], grads[layer], 3)
+    return [nodes[node] for node in plan.outputs], grads[0], gradients
 
 
 def bottleneck(plan, x, parameters, dy, dtype, activation, group):
@@ -277,6 +314,14 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_conv_bn_relu(name, size, dtype):
     compare(PLANS[name], conv_bn_relu, dtype, size, "relu6" if name == "pruned" else "relu")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("size", ((2, 7, 5), (2, 6, 4)), ids=str)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("activation", NAMES)
+def test_conv_relu(activation, name, size, dtype):
+    compare(replace(PLANS[name], unit="conv_relu"), conv_relu, dtype, size, activation)
 
 
 BOTTLENECKS = {
