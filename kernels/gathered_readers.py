@@ -71,7 +71,7 @@ def gradient_of_readers(
     if not readers or not outs:
         raise ValueError(f"dz and outs must hold at least one slot each, got {readers} and {len(outs)}")
     if activation_number(activation) == 0:
-        raise ValueError("activation must not be None")
+        raise ValueError("activation must name one, got None")
     for name, items in (("weights", weights), ("gammas", gammas), ("betas", betas)):
         if len(items) != readers:
             raise ValueError(f"{name} must hold one tensor for each of the {readers} readers, got {len(items)}")

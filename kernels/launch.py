@@ -181,7 +181,7 @@ def gradient(
     vectors: tuple[Tensor, ...] = ()
     if mask is not None:
         if activation_number(activation) == 0:
-            raise ValueError("activation must not be None with a mask")
+            raise ValueError("activation must not be None with a mask, got None")
         check_same_images("mask.z", mask[0], out)
         vectors = tuple(per_channel(f"mask[{i}]", v, channels, out) for i, v in enumerate(mask[1:], start=1))
     if layout.pixels == 0:

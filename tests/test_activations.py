@@ -59,6 +59,8 @@ def test_bad_slopes(slope):
 
 
 def test_other_names():
+    with pytest.raises(ValueError, match="activation must be .* got 3"):
+        activations.number(3)
     with pytest.raises(TypeError, match="act must be a string, one of relu, relu6, leaky_relu, got 3"):
         activations.checked("act", 3)
     with pytest.raises(ValueError, match="act 'gelu' is unknown"):

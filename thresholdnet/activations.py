@@ -28,7 +28,7 @@ def number(name: str | None) -> int | float:
     """Which it is; ValueError for an unknown name."""
     if name in _NUMBERS:
         return _NUMBERS[name]
-    leaky = _LEAKY.fullmatch(name or "")
+    leaky = _LEAKY.fullmatch(name) if isinstance(name, str) else None
     try:
         slope = float(leaky[1]) if leaky else 0.0
     except ValueError:
