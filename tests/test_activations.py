@@ -59,7 +59,7 @@ def test_bad_slopes(slope):
 
 
 def test_other_names():
-    with pytest.raises(ValueError, match="activation must be .* got 3"):
+    with pytest.raises(ValueError, match=r"activation must be .* got 3"):
         activations.number(3)
     with pytest.raises(TypeError, match="act must be a string, one of relu, relu6, leaky_relu, got 3"):
         activations.checked("act", 3)
