@@ -12,7 +12,7 @@ if csrc.reason() is not None:
     raise SystemExit(f"error: {csrc.reason()}")
 print(f"_csrc is loaded; it was built against torch {libraries.record('_csrc')['torch']}")
 
-for unit in ("conv_bn_relu", "bottleneck"):
+for unit in ("conv_bn_relu", "conv_relu", "bottleneck"):
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-5)):
         torch.manual_seed(0)
         plain = tn.ThresholdBlock(16, tn.links.threshold_ab(8, 4), 12, unit=unit, dtype=dtype)
