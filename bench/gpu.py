@@ -171,6 +171,20 @@ def gpu_steps(out: Path) -> list[Step]:
             ),
             60, 20,
         ),
+        *(
+            Step(
+                f"convert {name}",  # residual dense blocks: layers without BatchNorm
+                (
+                    *command, "convert", f"foreign:{name}", "--path", "tests", "--shape", "16", "64", "64", "64",
+                    *given, "--dtype", "bf16", "--rounds", "7", "--out", str(out / f"convert-{name}.json"),
+                ),
+                50, 25,
+            )
+            for name, given in (
+                ("ResidualFused", ("--model-arg", "read=64", "--model-arg", "k=64", "--model-arg", "depth=8")),
+                ("ResidualDense", ("--model-arg", "read=64", "--model-arg", "k=32")),
+            )
+        ),
         # what eager gains by cuDNN's own measuring, which takes its time
         Step(
             "bench cudnn",

@@ -8,7 +8,7 @@ from released import harmonic_width
 from saved import saved_tensors, storage_bytes
 
 from thresholdnet import ThresholdBlock, links, plan_block
-from thresholdnet.plan import ROW_ALIGN, SLOT_ALIGN
+from thresholdnet.plan import ROW_ALIGN, SLOT_ALIGN, UNITS
 
 
 def test_widths_of_v1_blocks_4_and_5():
@@ -122,7 +122,7 @@ def test_inference_reuses_slots():
 
 
 @settings(max_examples=25, deadline=None)
-@given(custom_links, st.sampled_from(["conv_bn_relu", "bottleneck"]))
+@given(custom_links, st.sampled_from(UNITS))
 def test_eager_kept_bytes_are_what_autograd_saves(rows, unit):
     block = ThresholdBlock(5, rows, 3, unit=unit, width_rule="constant", outputs="all")
     x = torch.randn(2, 5, 6, 7)
