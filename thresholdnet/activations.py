@@ -78,7 +78,7 @@ def activate_(x: Tensor, name: str) -> Tensor:
 
 
 def masked(g: Tensor, x: Tensor, name: str, owned: bool) -> Tensor:
-    """g times act'(x), open on both sides as in torch; `owned`: in place."""
+    """g times act'(x), open on both sides as in torch; `owned`: g may be written into."""
     if name not in _NUMBERS:
         return torch.where(x > 0, g, g * number(name))
     closed = ~((x > 0) & (x < 6)) if name == "relu6" else ~(x > 0)

@@ -109,8 +109,7 @@ class ConvertedBlock(LinkedBlock):
         """See `LinkedBlock`; with other arguments than the pixels the original runs."""
         if others or named:
             self._ran = "reference"
-            y: Tensor = type(self.original()).forward(self.original(), x, *others, **named)
-            return y
+            return self._plain_forward(x, *others, **named)
         return super().forward(x, tail)
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
@@ -151,9 +150,9 @@ class ConvertedBlock(LinkedBlock):
         modes = {layer.training for layer in block.modules() if hasattr(layer, "drop_rate")}
         return not self.drop_rate or modes == {self.training}  # a layer drops in its own mode
 
-    def _plain_forward(self, x: Tensor) -> Tensor:
+    def _plain_forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         block = self.original()
-        y: Tensor = type(block).forward(block, x)  # its hooks were called around this one
+        y: Tensor = type(block).forward(block, x, *others, **named)  # its hooks were called around this one
         return y
 
 
