@@ -93,7 +93,7 @@ def _direct(operator: Any, arguments: Sequence[Any], tensors: Sequence[Tensor]) 
     name, body = _BODIES[operator]
     with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _Function.run(operator, body, arguments)
+            return _Direct.run(operator, body, arguments)
         return body(*arguments)
 
 
@@ -114,10 +114,10 @@ class _Call:
 class _Function(torch.autograd.Function):
     """An operator, or its body, with flat arguments and results."""
 
-    @staticmethod
-    def run(operator: Any, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    @classmethod
+    def run(cls, operator: Any, body: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         made = _Call(operator, body, arguments)
-        return made.results_of(_Function.apply(made, *_flat(arguments)))
+        return made.results_of(cls.apply(made, *_flat(arguments)))
 
     @staticmethod
     def forward(made: _Call, *flat: Any) -> tuple[Tensor, ...]:
@@ -161,6 +161,21 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(FORWARD_MODE)
+
+
+class _Direct(_Function):
+    """The same in one function, for calls that no transform sees.
+
+    Of a forward without `ctx` torch reads the signature at every call, which takes three times as long as the rest.
+    """
+
+    setup_context = torch.autograd.Function.setup_context  # as if there were none
+
+    @staticmethod
+    def forward(ctx: Any, made: _Call, *flat: Any) -> tuple[Tensor, ...]:  # type: ignore[override]  # its other form
+        found = _Function.forward(made, *flat)
+        _Function.setup_context(ctx, (made, *flat), found)
+        return found
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
