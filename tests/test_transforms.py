@@ -186,7 +186,7 @@ def test_second_derivatives_raise():
 
 
 def test_a_step_that_no_transform_sees_reads_no_signature(monkeypatch):
-    """torch does so at every call of a Function whose forward takes no `ctx`; it would be most of a small call's time."""
+    """torch does so at every call of a Function whose forward takes no `ctx`: much of a small call's time."""
     block = tn.ThresholdBlock(4, tn.links.dense(2), 4, fused=True, backend="native")
     x = torch.randn(2, 4, 3, 3)
     block(x)
