@@ -318,9 +318,8 @@ def test_conv_bn_relu(name, size, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("size", ((2, 7, 5), (2, 6, 4)), ids=str)
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("activation", NAMES)
-def test_conv_relu(activation, name, size, dtype):
+@pytest.mark.parametrize(("name", "activation"), zip(PLANS, NAMES, strict=True))
+def test_conv_relu(name, activation, size, dtype):
     compare(replace(PLANS[name], unit="conv_relu"), conv_relu, dtype, size, activation)
 
 
