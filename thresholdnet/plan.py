@@ -199,7 +199,7 @@ class BlockPlan:
         if self.pre_activation:
             inner = sum(self.link_widths) + 2 * sum(self.bottleneck_widths)
             return joined + sum(self.node_widths[node] for node in alone) + inner
-        kept = 2 if self.unit == "conv_bn_relu" else 1  # what BatchNorm reads, and the activation's result
+        kept = 2 if self.normalises else 1  # what BatchNorm reads, and the activation's result
         return joined + (self.node_widths[0] if 0 in alone else 0) + kept * sum(self.widths)
 
     def kept_bytes(

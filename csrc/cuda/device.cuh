@@ -201,14 +201,16 @@ __device__ __forceinline__ uint4 pack8(const float (&values)[8]) {
 }
 
 // Activations; NaN stays NaN.
-__device__ __forceinline__ float activate(float value, Range<float> act) {
-  value = value < act.low ? (act.slope == 0.0f ? act.low : value * act.slope) : value;
+template <class A>
+__device__ __forceinline__ A activate(A value, Range<A> act) {
+  value = value < act.low ? (act.slope == 0 ? act.low : value * act.slope) : value;
   return value > act.high ? act.high : value;
 }
 
 // The gradient in front of an activation of `value`, from that behind it.
-__device__ __forceinline__ float behind_activation(float gradient, float value, Range<float> act) {
-  return value > act.low && value < act.high ? gradient : act.slope == 0.0f ? 0.0f : gradient * act.slope;
+template <class A>
+__device__ __forceinline__ A behind_activation(A gradient, A value, Range<A> act) {
+  return value > act.low && value < act.high ? gradient : act.slope == 0 ? A(0) : gradient * act.slope;
 }
 
 }  // namespace thresholdnet

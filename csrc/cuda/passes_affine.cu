@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS, 1) affine_kernel(
         const int64_t row = r + u * share.lanes;
         if (row >= share.last) break;
 #pragma unroll
-        for (int i = 0; i < W; ++i) x[u].at[i] = narrow<E>(clamped(widen(x[u].at[i]) * factor[i] + constant[i], act));
+        for (int i = 0; i < W; ++i) x[u].at[i] = narrow<E>(activate(widen(x[u].at[i]) * factor[i] + constant[i], act));
         store_pack(to + row * piece.out.stride, x[u]);
       }
     }

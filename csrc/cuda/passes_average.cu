@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS, 1) average_kernel(
       widen_all<E>(found, value);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        if constexpr (AFFINE) value[i] = clamped(value[i] * factor[i] + constant[i], act);
+        if constexpr (AFFINE) value[i] = activate(value[i] * factor[i] + constant[i], act);
         sum[i] += value[i];
       }
     };

@@ -171,10 +171,4 @@ __device__ __forceinline__ void store_narrowed(E* to, const A (&from)[W]) {
   store_aligned(to, made);
 }
 
-template <class A>
-__device__ __forceinline__ A clamped(A value, Range<A> act) {  // NaN stays NaN
-  value = value < act.low ? (act.slope == 0 ? act.low : value * act.slope) : value;
-  return value > act.high ? act.high : value;
-}
-
 }  // namespace thresholdnet::pixels

@@ -5,7 +5,7 @@
 //               mean = sum n_t mean_t / n,  M2 = sum (M2_t + n_t (mean_t - mean)^2)
 //   mask_sums   out = v = g [+ add] times act' at x * scale + shift
 //   spread_mask_sums  the same of a g that is the gradient of averages: each of its rows for all pixels of a window
-//   send        v = g there, else 0, and out = [add +] scale * v
+//   send        v = g act', and out = [add +] scale * v
 //               all three: sum v and rstd * sum v (x - mean)
 //
 // A thread sums its rows in registers, a block its threads as a tree in shared memory, the merge in double precision.
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1) mask_kernel(
           A v = widen(g[u].at[i]);
           if (SPREAD != 0) v *= part;
           if (!SEND) v += before;
-          v = y > act.low && y < act.high ? v : act.slope == 0 ? A(0) : v * act.slope;
+          v = behind_activation(v, y, act);
           sum[i] += v;
           product[i] += v * (value - mean[i]);
           g[u].at[i] = narrow<E>(SEND ? scale[i] * v + before : v);

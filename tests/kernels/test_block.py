@@ -51,6 +51,21 @@ def scale_shift(mean, variance, gamma, beta):
     return gamma * rstd, beta - mean * gamma * rstd, rstd
 
 
+def arrived(plan, grads, dy):
+    """The output's gradient in the slots of the nodes that the block returns."""
+    for node, part in zip(plan.outputs, dy.split(plan.output_widths, dim=1), strict=True):
+        write(grads[node], part)
+
+
+def of_readers(plan, weights, node):
+    """Of each layer that reads the node, the part of its weight that does."""
+    parts = []
+    for layer in plan.readers[node]:
+        before = sum(plan.node_widths[k] for k in plan.links[layer - 1][: plan.links[layer - 1].index(node)])
+        parts.append(weights[layer - 1].detach()[:, before : before + plan.node_widths[node]])
+    return parts
+
+
 def conv_bn_relu(plan, x, parameters, dy, dtype, activation):
     """(output slots, gradients of x and of all parameters): what an engine does, in the plainest order."""
     size = x.shape[0], *x.shape[2:]
@@ -68,16 +83,10 @@ def conv_bn_relu(plan, x, parameters, dy, dtype, activation):
         scale, shift, rstd = scale_shift(mean, variance, vector(gamma), vector(beta))
         launch.normalise(raw[layer], scale, shift, active[layer], activation)
         kept.append((scale, shift, mean, rstd))
-    start = 0
-    for node in plan.outputs:
-        write(grads[node], dy[:, start : start + plan.node_widths[node]])
-        start += plan.node_widths[node]
+    arrived(plan, grads, dy)
     gradients = [None] * len(parameters)
     for node in range(plan.num_layers, -1, -1):
-        weights = []
-        for layer in plan.readers[node]:
-            before = sum(plan.node_widths[k] for k in plan.links[layer - 1][: plan.links[layer - 1].index(node)])
-            weights.append(parameters[3 * layer - 3].detach()[:, before : before + plan.node_widths[node]])
+        weights = of_readers(plan, parameters[::3], node)
         dz = [grads[layer] for layer in plan.readers[node]]
         mask = (raw[node], *kept[node]) if node else None
         sums = launch.gradient(dz, weights, grads[node], add=node in plan.outputs, mask=mask, activation=activation)
@@ -103,19 +112,13 @@ def conv_relu(plan, x, parameters, dy, dtype, activation):
     for layer, sources in enumerate(plan.links, start=1):
         bias = parameters[2 * layer - 1].detach()
         launch.conv([nodes[k] for k in sources], packed[layer - 1], nodes[layer], bias=bias, activation=activation)
-    start = 0
-    for node in plan.outputs:
-        write(grads[node], dy[:, start : start + plan.node_widths[node]])
-        start += plan.node_widths[node]
+    arrived(plan, grads, dy)
     gradients = [None] * len(parameters)
     for node in range(plan.num_layers, -1, -1):
-        parts = []
-        for layer in plan.readers[node]:
-            before = sum(plan.node_widths[k] for k in plan.links[layer - 1][: plan.links[layer - 1].index(node)])
-            parts.append(weights[layer - 1][:, before : before + plan.node_widths[node]])
         ones = torch.ones(plan.node_widths[node], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         mask = (nodes[node], ones, 0 * ones, 0 * ones, ones) if node else None
         dz = [grads[layer] for layer in plan.readers[node]]
+        parts = of_readers(plan, weights, node)
         sums = launch.gradient(dz, parts, grads[node], add=node in plan.outputs, mask=mask, activation=activation)
         if node:
             gradients[2 * node - 1] = sums[0]

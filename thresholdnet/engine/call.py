@@ -107,12 +107,6 @@ class Block:
         """A parameter of layer 1..L."""
         return self.parameters[(layer - 1) * self.per_layer + position]
 
-    def slice(self, layer: int, position: int, node: int) -> Tensor:
-        """The part of a layer's first convolution's weight that reads `node`."""
-        sources, widths = self.plan.links[layer - 1], self.plan.node_widths
-        start = sum(widths[k] for k in sources[: sources.index(node)])
-        return self.weight(layer, position)[:, start : start + widths[node]]
-
     def place(self, layer: int, which: int) -> int:
         """Where BatchNorm number `which` of a layer stands among all of the block, in forward order."""
         return (layer - 1) * len(self.norms) + which
@@ -217,6 +211,21 @@ class Block:
             if not found.isdisjoint(plan.readers[node]):
                 found.add(node)
         return sorted((node for node in found if node >= lowest), reverse=True)
+
+    def readers_of(self, reached: Sequence[int]) -> tuple[list[list[int]], list[list[Tensor]]]:
+        """Per node the layers that read it and send a gradient, and of each of them the part of its weight that does.
+
+        Of layers that begin with their convolution.
+        """
+        readers = [[i for i in self.plan.readers[node] if i in reached] for node in reached]
+        weights = [[self._slice(i, node) for i in those] for node, those in zip(reached, readers, strict=True)]
+        return readers, weights
+
+    def _slice(self, layer: int, node: int) -> Tensor:
+        """The part of a layer's weight that reads `node`."""
+        sources, widths = self.plan.links[layer - 1], self.plan.node_widths
+        start = sum(widths[k] for k in sources[: sources.index(node)])
+        return self.weight(layer, 0)[:, start : start + widths[node]]
 
     def output_gradients(self, grad: Tensor) -> dict[int, Tensor]:
         return dict(zip(self.plan.outputs, grad.split(self.plan.output_widths, dim=1), strict=True))

@@ -82,9 +82,8 @@ class ConvBNReLU(Block):
 
         grads: list[Tensor | None] = [None] * len(needs)
         reached = self.reached(self.lowest_needed(needs))
-        readers = [[i for i in plan.readers[node] if i in reached] for node in reached]
+        readers, weights = self.readers_of(reached)
         parts = [] if self.tail is None else self.tail.split(plan.output_widths, dim=1)
-        weights = [[self.slice(i, 0, node) for i in those] for node, those in zip(reached, readers, strict=True)]
         made = verbs.prepared([*weights, *([part] for part in parts)])
         weights, parts = made[: len(reached)], made[len(reached) :]
         if self.tail is None:

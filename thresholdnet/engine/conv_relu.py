@@ -51,10 +51,8 @@ class ConvReLU(Block):
         nodes, _ = (verbs.nodes_of(saved[0]), ()) if self.spec.keeps_output else verbs.kept_nodes(self.x, saved)
         grads: list[Tensor | None] = [None] * len(needs)
         reached = self.reached(self.lowest_needed(needs))
-        readers = [[i for i in plan.readers[node] if i in reached] for node in reached]
-        weights = verbs.prepared(
-            [[self.slice(i, 0, node) for i in those] for node, those in zip(reached, readers, strict=True)]
-        )
+        readers, parts = self.readers_of(reached)
+        weights = verbs.prepared(parts)
         incoming = verbs.arrive_output(grad, self.output_gradients(grad))
         widest = max(plan.widths)
         ones = torch.ones(widest, dtype=self.wide, device=self.x.device)
