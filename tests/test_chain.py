@@ -170,7 +170,7 @@ def test_gradcheck_and_opcheck(name):
         (dx,) = torch.autograd.grad(chain.run(list(net), x).square().sum(), x, create_graph=True)
         dx.sum().backward()
     conv = next((m for m in net if isinstance(m, nn.Conv2d)), None)
-    pool = chain._pooling(net[-1]) or ("", [0] * 8)
+    pool = chain._pooling(net[-1], 2) or ("", [0] * 8)
     window = [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation]
     torch.library.opcheck(
         ops.transition,

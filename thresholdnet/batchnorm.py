@@ -146,7 +146,7 @@ def paired(first: Tensor, second: Tensor) -> Tensor:
 def folded(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the BatchNorm behind it."""
     scale, shift = affine
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift
+    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), shift
 
 
 class Columns:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pixels import CONVOLUTIONS
 from .plan import BlockPlan
 
 
@@ -73,4 +74,4 @@ def _shifted(norm: Any, given: bool, beta: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolves(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
+    return isinstance(module, CONVOLUTIONS)

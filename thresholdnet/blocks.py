@@ -14,7 +14,11 @@ from . import links as link_patterns
 from .checks import number, one_of
 from .layers import Unlike, activation, activation_behind, convolution
 from .linked import LinkedBlock
+from .pixels import CONVOLUTIONS
 from .plan import plan_block
+
+MODULES: dict[int, tuple[Any, Any]] = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
+"""Convolution and BatchNorm by spatial dimensions."""
 
 
 class ConvBNAct(nn.Sequential):
@@ -25,6 +29,7 @@ class ConvBNAct(nn.Sequential):
         kernel_size, stride: in pixels.
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
+        spatial_dims: 2 for images, 3 for volumes.
         factory: `device` and `dtype` of the parameters.
     """
 
@@ -36,11 +41,13 @@ class ConvBNAct(nn.Sequential):
         stride: int = 1,
         activation: str = "relu",
         norm: dict[str, Any] | None = None,
+        spatial_dims: int = 2,
         **factory: Any,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
-        self.norm = nn.BatchNorm2d(out_channels, **(norm or {}), **factory)
+        conv, batch_norm = MODULES[spatial_dims]
+        self.conv = conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
+        self.norm = batch_norm(out_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
 
 
@@ -50,9 +57,12 @@ class ConvAct(nn.Sequential):
     Args as in `ConvBNAct`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, activation: str = "relu", **factory: Any):
+    def __init__(
+        self, in_channels: int, out_channels: int, activation: str = "relu", spatial_dims: int = 2, **factory: Any
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, **factory)
+        conv, _ = MODULES[spatial_dims]
+        self.conv = conv(in_channels, out_channels, 3, padding=1, **factory)
         self.act = activations.module(activation)
 
 
@@ -69,12 +79,14 @@ class BNActConv(nn.Sequential):
         activation: str = "relu",
         norm: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
+        spatial_dims: int = 2,
         **factory: Any,
     ):
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
+        conv, batch_norm = MODULES[spatial_dims]
+        self.norm = batch_norm(in_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv = conv(in_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -93,15 +105,17 @@ class Bottleneck(nn.Sequential):
         activation: str = "relu",
         norm: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
+        spatial_dims: int = 2,
         **factory: Any,
     ):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels, **(norm or {}), **factory)
+        conv, batch_norm = MODULES[spatial_dims]
+        self.norm1 = batch_norm(in_channels, **(norm or {}), **factory)
         self.act1 = activations.module(activation)
-        self.conv1 = nn.Conv2d(in_channels, inner_channels, 1, bias=False, **factory)
-        self.norm2 = nn.BatchNorm2d(inner_channels, **(norm or {}), **factory)
+        self.conv1 = conv(in_channels, inner_channels, 1, bias=False, **factory)
+        self.norm2 = batch_norm(inner_channels, **(norm or {}), **factory)
         self.act2 = activations.module(activation)
-        self.conv2 = nn.Conv2d(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv2 = conv(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -124,6 +138,7 @@ class ThresholdBlock(LinkedBlock):
         norm_eps, norm_momentum: as in nn.BatchNorm2d; not used by conv_relu.
         drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; of pre-activation
             units alone.
+        spatial_dims: 2 for images; 3 for volumes, whose layers are Conv3d and BatchNorm3d (fused: by "native").
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             gradients of gradients raise. While a module inside has hooks, or has become another, the block runs in
             plain torch.
@@ -134,7 +149,7 @@ class ThresholdBlock(LinkedBlock):
         device, dtype: of the parameters.
 
     Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; channels_last when fused, in plain torch
-    x's own memory format.
+    x's own memory format. With spatial_dims=3 [N, C, D, H, W], and channels_last_3d.
 
     Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
     (conv_relu: convolution weight, its bias; bn_relu_conv: BN, convolution; bottleneck: BN, 1x1 convolution, BN, 3x3
@@ -164,6 +179,7 @@ class ThresholdBlock(LinkedBlock):
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
         drop_rate: float = 0.0,
+        spatial_dims: int = 2,
         fused: bool = False,
         backend: str = "auto",
         recompute: str | None = None,
@@ -180,6 +196,7 @@ class ThresholdBlock(LinkedBlock):
             width_rule=width_rule,
             outputs=outputs,
             bottleneck_factor=bottleneck_factor,
+            spatial_dims=spatial_dims,
         )
         self.activation = activations.checked("activation", activation)
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
@@ -195,19 +212,19 @@ class ThresholdBlock(LinkedBlock):
             raise ValueError(f"recompute needs fused=True, got recompute={recompute!r} without it")
 
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
-        plan, activation = self.plan, self.activation
+        plan, activation, dims = self.plan, self.activation, self.plan.spatial_dims
         read, width = plan.link_widths[index], plan.widths[index]
         if plan.unit == "bottleneck":
             inner = plan.bottleneck_widths[index]
-            return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
+            return Bottleneck(read, inner, width, activation, norm, self.drop_rate, dims, **factory)
         if plan.unit == "bn_relu_conv":
-            return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
+            return BNActConv(read, width, activation, norm, self.drop_rate, dims, **factory)
         if plan.unit == "conv_relu":
-            return ConvAct(read, width, activation, **factory)
-        return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
+            return ConvAct(read, width, activation, dims, **factory)
+        return ConvBNAct(read, width, 3, 1, activation, norm, dims, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
-        return [[m for m in layer.modules() if isinstance(m, nn.Conv2d | _BatchNorm)] for layer in self.layers]
+        return [[m for m in layer.modules() if isinstance(m, (*CONVOLUTIONS, _BatchNorm))] for layer in self.layers]
 
     def _fits(self) -> bool:
         try:

@@ -2,7 +2,8 @@
 
 Recognised by structure, at every call: a fused Conv-BN-ReLU block with a 1x1 convolution behind it; and BatchNorm -
 activation [- convolution without bias [- average pooling behind a 1x1 one]], or BatchNorm - activation - pooling. Each
-becomes one operator that keeps its input alone. A module with hooks runs as itself, and so does all that is not known.
+becomes one operator that keeps its input alone, of images and of volumes. A module with hooks runs as itself, and so
+does all that is not known.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, sync, transforms
+from . import ops, pixels, sync, transforms
 from .activations import name_of
-from .layers import hooked, torchs_convolution, torchs_norm
+from .layers import hooked, spatial_dims, torchs_convolution, torchs_norm
 from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
+
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+POOLINGS = {2: (nn.MaxPool2d, nn.AvgPool2d), 3: (nn.MaxPool3d, nn.AvgPool3d)}
+"""The largest and the average, by spatial dimensions."""
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """Run the modules in order on x [N, C, H, W]; containers of class nn.Sequential are taken apart.
+    """Run the modules in order on x [N, C, ...]; containers of class nn.Sequential are taken apart.
 
     Results, gradients and running statistics are those of the modules themselves, to rounding.
     """
@@ -63,14 +68,14 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
         if first.fused and first.takes_tail and _free(first) and _pointwise(pointwise):
             return 2, first(x, tail=pointwise.weight)
         return 1, first(x)
-    if not (isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm) and torchs_norm(first) and behind and _fits(first, x)):
+    if not (isinstance(first, NORMS) and torchs_norm(first) and behind and _fits(first, x)):
         return 1, first(x)
     activation = name_of(behind[0])
     if activation is None or not _free(first, behind[0]):
         return 1, first(x)
     conv = behind[1] if len(behind) > 1 and _plain_convolution(behind[1], x) else None
     position = 1 if conv is None else 2
-    pool = _pooling(behind[position]) if len(behind) > position else None
+    pool = _pooling(behind[position], x.dim() - 2) if len(behind) > position else None
     if conv is not None and pool is not None and (pool[0] != "avg" or not _pointwise(conv)):
         pool = None
     taken = 1 + position + (pool is not None)
@@ -92,7 +97,7 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
         [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation], *(pool or ("", [0] * 8)),
         "" if group is None else group.group_name,
     )  # fmt: skip
-    update_running([norm], [statistics], sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+    update_running([norm], [statistics], sync.total(counts, pixels.count(x)))
     return y
 
 
@@ -100,7 +105,8 @@ def _fits(norm: _BatchNorm, x: Tensor) -> bool:
     """Whether the operator takes this input: what torch refuses, and an empty batch of its own, are left to torch."""
     shared = isinstance(norm, nn.SyncBatchNorm) and sync.active(norm.process_group) is not None
     several = shared or x.numel() > norm.num_features
-    return x.dim() == 4 and x.is_floating_point() and x.shape[1] == norm.num_features and several
+    ranks = [rank for rank, other in ((4, nn.BatchNorm3d), (5, nn.BatchNorm2d)) if not isinstance(norm, other)]
+    return x.dim() in ranks and x.is_floating_point() and x.shape[1] == norm.num_features and several
 
 
 def _free(*modules: nn.Module) -> bool:
@@ -111,6 +117,7 @@ def _free(*modules: nn.Module) -> bool:
 def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
     return (
         torchs_convolution(module)
+        and spatial_dims(module) == x.dim() - 2
         and module.bias is None
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
@@ -119,29 +126,30 @@ def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _pointwise(module: Any) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is a 1x1 convolution of all channels and pixels, without bias or hooks."""
+def _pointwise(module: Any) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+    """Whether a module is a 1x1 (1x1x1) convolution of all channels and pixels, without bias or hooks."""
     return (
         torchs_convolution(module)
         and (module.bias, module.groups) == (None, 1)
-        and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+        and ({*module.kernel_size}, {*module.stride}, {*module.padding}) == ({1}, {1}, {0})
         and _free(module)
     )
 
 
-def _pooling(module: nn.Module) -> tuple[str, list[int]] | None:
-    """Kind, and kernel, stride, padding, ceil_mode, count_include_pad."""
+def _pooling(module: Any, dims: int) -> tuple[str, list[int]] | None:
+    """Kind, and kernel, stride, padding, ceil_mode, count_include_pad, of a pooling over so many sides."""
     if not _free(module):
         return None
-    if type(module) is nn.MaxPool2d and not module.return_indices and _pair(module.dilation) == [1, 1]:
+    largest, average = POOLINGS[dims]
+    if type(module) is largest and not module.return_indices and {*_sides(module.dilation, dims)} == {1}:
         include = True
-    elif type(module) is nn.AvgPool2d and module.divisor_override is None:
+    elif type(module) is average and module.divisor_override is None:
         include = module.count_include_pad
     else:
         return None
-    window = [*_pair(module.kernel_size), *_pair(module.stride), *_pair(module.padding)]
-    return "max" if type(module) is nn.MaxPool2d else "avg", [*window, int(module.ceil_mode), int(include)]
+    window = [side for own in (module.kernel_size, module.stride, module.padding) for side in _sides(own, dims)]
+    return "max" if type(module) is largest else "avg", [*window, int(module.ceil_mode), int(include)]
 
 
-def _pair(value: Any) -> list[int]:
-    return list(value) if isinstance(value, tuple | list) else [value, value]
+def _sides(value: Any, dims: int) -> list[int]:
+    return list(value) if isinstance(value, tuple | list) else [value] * dims

@@ -22,7 +22,8 @@ from .chain import Chain, run
 from .layers import RATES, Unlike, channels_read, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
-from .recognise import Found, by_rules, recognise
+from .pixels import CONVOLUTIONS
+from .recognise import Found, by_rules, few_pixels, recognise
 
 Self = TypeVar("Self", bound="ConvertedBlock")
 
@@ -95,14 +96,14 @@ class ConvertedBlock(LinkedBlock):
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        reads = [m for m in self._modules_at(self._found.before) if isinstance(m, nn.Conv2d | _BatchNorm)]
+        reads = [m for m in self._modules_at(self._found.before) if isinstance(m, (*CONVOLUTIONS, _BatchNorm))]
         return channels_read(reads[0]) if reads else self.plan.in_channels
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
         ends = [self._found.tail] if self._found.tail else []
-        convolutions = [m for m in self._modules_at([*ends, *self._found.behind]) if isinstance(m, nn.Conv2d)]
+        convolutions = [m for m in self._modules_at([*ends, *self._found.behind]) if isinstance(m, CONVOLUTIONS)]
         return convolutions[-1].out_channels if convolutions else self.plan.out_channels
 
     def forward(self, x: Tensor, *others: Any, tail: Tensor | None = None, **named: Any) -> Tensor:
@@ -118,7 +119,7 @@ class ConvertedBlock(LinkedBlock):
             y = run(self._modules_at(found.before), y)
         if found.tail:
             conv = self.get_submodule(found.tail)
-            assert isinstance(conv, nn.Conv2d)  # it was when it was recognised
+            assert isinstance(conv, CONVOLUTIONS)  # it was when it was recognised
             tail = conv.weight
         y = super()._fused_forward(y, backend, tail)
         if found.behind:
@@ -137,7 +138,7 @@ class ConvertedBlock(LinkedBlock):
     def _fits(self) -> bool:
         block = self.original()
         if self._found.forms:
-            whole = [m for m in block.modules() if not isinstance(m, nn.Conv2d | _BatchNorm)]
+            whole = [m for m in block.modules() if not isinstance(m, (*CONVOLUTIONS, _BatchNorm))]
             modes = {m.training for m in whole} if self.drop_rate else {self.training}
             return forms_inside(block) == self._found.forms and modes == {self.training}
         try:
@@ -323,7 +324,7 @@ def _check(original: nn.Module, block: ConvertedBlock) -> None:
     if weight.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, block.in_channels, 6, 5, generator=generator).to(weight)
+    x = torch.randn(few_pixels(block.in_channels, block.plan.spatial_dims), generator=generator).to(weight)
     try:  # on a copy: some write where they run
         own, twin = copy.deepcopy(original), _twin(original, generator)
     except (RuntimeError, TypeError):  # what makes a weight from others at every call may refuse to be copied

@@ -27,7 +27,7 @@ BARE = (ACT, CONV)
 """A layer of Conv3x3 - act."""
 
 BEFORE = (CONV, ACT, NORM, CONV, ACT, NORM)
-"""A bottleneck layer likewise, whose inner convolution is 1x1; a layer of BN - act - Conv is its first half."""
+"""A bottleneck layer likewise, whose inner convolution is 1x1 (1x1x1); a layer of BN - act - Conv is its first half."""
 
 
 class Step(NamedTuple):
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A dropout: its rate, and whether it drops whole channels of an image."""
+    """A dropout: its rate, and whether it drops whole channels of an image or a volume."""
 
     rate: float
     channels: bool
@@ -197,13 +197,14 @@ def _dropout(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> S
     return Step(DROP, (watch.number(input),), Drop(float(p), False))
 
 
-def _dropout2d(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> Step:
+def _dropout_of_channels(watch: _Watch, input: Any, p: float = 0.5, *_: Any, **__: Any) -> Step:
     return Step(DROP, (watch.number(input),), Drop(float(p), True))
 
 
 def _cat(watch: _Watch, tensors: Any, dim: int = 0, **_: Any) -> Step | None:
     parts = [tensor for tensor in tensors if tensor.shape != (0,)]  # which torch leaves out, and some begin with
-    return Step(JOIN, tuple(map(watch.number, parts))) if dim in (1, -3) else None
+    channels = bool(parts) and dim in (1, 1 - parts[0].dim())
+    return Step(JOIN, tuple(map(watch.number, parts))) if channels else None
 
 
 def _add(watch: _Watch, input: Any, other: Any, *_: Any, alpha: float = 1, **__: Any) -> Step | None:
@@ -217,8 +218,9 @@ def _mul(watch: _Watch, input: Any, other: Any, *_: Any, **__: Any) -> Step | No
 
 
 _KNOWN: dict[Any, Callable[..., Step | None]] = {
-    F.conv2d: _conv, F.batch_norm: _norm, F.dropout: _dropout, F.dropout2d: _dropout2d, F.relu6: _relu6,
-    F.hardtanh: _hardtanh,
+    F.batch_norm: _norm, F.dropout: _dropout, F.relu6: _relu6, F.hardtanh: _hardtanh,
+    **dict.fromkeys((F.conv2d, F.conv3d), _conv),
+    **dict.fromkeys((F.dropout2d, F.dropout3d), _dropout_of_channels),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _add),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _mul),
@@ -291,12 +293,12 @@ def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], D
         while steps[number].kind == DROP and not steps[number].what.rate:  # which drops nothing
             (number,) = steps[number].reads
         step = steps[number]
-        if step.kind != kind or (len(chain) == 3 and step.kernel != (1, 1)):
+        if step.kind != kind or (len(chain) == 3 and {*step.kernel} != {1}):
             break
         chain.append(step)
         (number,) = step.reads
     whole = len(chain) == len(pattern) or (pattern is BEFORE and len(chain) == 3)
-    if not whole or (pattern is BARE and chain[-1].kernel != (3, 3)):
+    if not whole or (pattern is BARE and {*chain[-1].kernel} != {3}):
         return None
     return chain, [*_joined(steps, number)], drop
 

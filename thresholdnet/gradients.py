@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .pixels import channels_last
+
 
 def own_gradients(
     inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
@@ -30,7 +32,7 @@ def own_gradients(
         if not needed:
             result = like.new_empty(0)
         elif found is None:
-            result = torch.zeros_like(like, memory_format=_format(position))
+            result = torch.zeros_like(like, memory_format=_format(position, like))
         else:
             storage = found.untyped_storage()
             alone = storage._cdata not in taken and storage.nbytes() == found.nbytes
@@ -50,13 +52,13 @@ def own_gradients(
 def fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     """Empty tensors of the shapes and layouts that `own_gradients` returns; arguments as there."""
     return [
-        torch.empty_like(like, memory_format=_format(position)) if needed else like.new_empty(0)
+        torch.empty_like(like, memory_format=_format(position, like)) if needed else like.new_empty(0)
         for position, (like, needed) in enumerate(zip(inputs, needs, strict=True))
     ]
 
 
-def _format(position: int) -> torch.memory_format:
-    return torch.preserve_format if position else torch.channels_last
+def _format(position: int, like: Tensor) -> torch.memory_format:
+    return torch.preserve_format if position else channels_last(like)
 
 
 def _strided_as(found: Tensor, like: Tensor) -> Tensor:

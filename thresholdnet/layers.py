@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activations import name_of
+from .pixels import CONVOLUTIONS
 
 CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward")
 RATES = ("p", "drop_rate", "droprate", "dropRate", "dropout", "dropout_rate", "dropout_prob")
@@ -32,15 +33,16 @@ def convolution(name: str, conv: Any, kernel: int, channels: int, bias: bool = F
 
     bias: whether it may have one.
     """
-    if not isinstance(conv, nn.Conv2d):
-        raise Unlike(f"{name} must be a Conv2d, got {type(conv).__name__}")
+    if not isinstance(conv, CONVOLUTIONS):
+        raise Unlike(f"{name} must be a Conv2d or a Conv3d, got {type(conv).__name__}")
     if not torchs_convolution(conv):
-        raise Unlike(f"{name} must convolve as nn.Conv2d does, got {type(conv).__name__} with a forward of its own")
-    size, pad = (kernel, kernel), (kernel // 2, kernel // 2)
-    form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if form != (size, (1, 1), pad, (1, 1), 1, "zeros") or (conv.bias is not None and not bias):
-        ending = "one group" if bias else "one group, no bias"
-        raise Unlike(f"{name} must be a {kernel}x{kernel} convolution of stride 1, padding {kernel // 2}, {ending}")
+        raise Unlike(f"{name} must convolve as torch's class does, got {type(conv).__name__} with a forward of its own")
+    dims = spatial_dims(conv)
+    sides = [(side,) * dims for side in (kernel, 1, kernel // 2, 1)]
+    form = [conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode]
+    if form != [*sides, 1, "zeros"] or (conv.bias is not None and not bias):
+        size, ending = "x".join([str(kernel)] * dims), "one group" if bias else "one group, no bias"
+        raise Unlike(f"{name} must be a {size} convolution of stride 1, padding {kernel // 2}, {ending}")
     if conv.in_channels != channels:
         raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
     return conv.out_channels
@@ -48,7 +50,12 @@ def convolution(name: str, conv: Any, kernel: int, channels: int, bias: bool = F
 
 def channels_read(module: Any) -> int:
     """Of a convolution or a BatchNorm."""
-    return int(module.in_channels if isinstance(module, nn.Conv2d) else module.num_features)
+    return int(module.in_channels if isinstance(module, CONVOLUTIONS) else module.num_features)
+
+
+def spatial_dims(conv: Any) -> int:
+    """2 for a convolution of images, 3 for one of volumes."""
+    return len(conv.kernel_size)
 
 
 def batch_norm(name: str, norm: Any) -> None:
@@ -87,19 +94,20 @@ def idle(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
 
 
-def torchs_convolution(module: Any) -> TypeGuard[nn.Conv2d]:
-    """Whether a module convolves as nn.Conv2d does, whose class may only add to it: parametrizations do."""
-    kind: Any = type(module)
+def torchs_convolution(module: Any) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+    """Whether a module convolves as torch's class does, to which its own may only add: parametrizations do."""
+    kind: Any = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), None)
     return (
-        getattr(kind, "forward", None) is nn.Conv2d.forward
-        and kind._conv_forward is nn.Conv2d._conv_forward
+        kind is not None
+        and type(module).forward is kind.forward
+        and type(module)._conv_forward is kind._conv_forward
         and "forward" not in module.__dict__
         and "_conv_forward" not in module.__dict__
     )
 
 
 def torchs_norm(module: nn.Module) -> bool:
-    """Whether a module normalises as nn.BatchNorm2d or nn.SyncBatchNorm does."""
+    """Whether a module normalises as nn.BatchNorm2d, nn.BatchNorm3d or nn.SyncBatchNorm does."""
     return (
         type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in module.__dict__
     )

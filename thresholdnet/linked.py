@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, sync, transforms
+from . import ops, pixels, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .biases import Biases, has_biases
 from .checks import boolean, one_of
 from .constants import compiler_constant
 from .layers import hooked, states_inside
 from .links import Links
+from .pixels import CONVOLUTIONS
 from .plan import BlockPlan
 
 Self = TypeVar("Self", bound="LinkedBlock")
@@ -87,14 +88,14 @@ class LinkedBlock(nn.Module):
         return self._ran
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H, W].
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]; [N, C, D, H, W] where the plan is of volumes.
 
         `tail` is the weight [O, out_channels, 1, 1] of a convolution behind a Conv-BN-ReLU block: its result
         [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
         """
         if symbolic(x):
             return self._plainly(x, tail)
-        check_images("input of the block", x, self.in_channels)
+        check_pixels("input of the block", x, self.in_channels, self.plan.spatial_dims)
         if tail is not None and not self.takes_tail:
             raise ValueError(
                 f"tail must be None for unit {self.plan.unit!r}, got a weight of shape {tuple(tail.shape)}"
@@ -111,7 +112,7 @@ class LinkedBlock(nn.Module):
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
-        return y if tail is None else nn.functional.conv2d(y, tail)
+        return y if tail is None else torch.conv3d(y, tail) if y.dim() == 5 else torch.conv2d(y, tail)
 
     def _modules_fit(self) -> bool:
         """Whether the engine computes what the modules inside would, were they called."""
@@ -139,10 +140,10 @@ class LinkedBlock(nn.Module):
         units = known or self._units()
         biased = biased if known else has_biases(units)
         norms = [module for unit in units for module in unit if isinstance(module, _BatchNorm)]
-        convolutions = [module for unit in units for module in unit if isinstance(module, nn.Conv2d)]
+        convolutions = [module for unit in units for module in unit if isinstance(module, CONVOLUTIONS)]
         fixed = [not norm.training and norm.running_mean is not None for norm in norms]
         group = shared_group([norm for norm, given in zip(norms, fixed, strict=True) if not given])
-        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not all(fixed) and group is None:
+        if pixels.count(x) == 1 and not all(fixed) and group is None:
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
@@ -181,7 +182,7 @@ class LinkedBlock(nn.Module):
         )  # fmt: skip
         if statistics:
             statistics = statistics if biases is None else biases.noted(statistics)
-            update_running(norms, statistics, sync.total(counts, x.shape[0] * x.shape[2] * x.shape[3]))
+            update_running(norms, statistics, sync.total(counts, pixels.count(x)))
         return y
 
     def _biases(
@@ -206,8 +207,9 @@ class LinkedBlock(nn.Module):
             return []
         masks = []
         for width in self.plan.widths:
-            shape = (x.shape[0], width, *((1, 1) if self.drop_channels else x.shape[2:]))
-            mask = torch.empty(shape, dtype=torch.bool, device=x.device, memory_format=torch.channels_last)
+            sides = [1] * (x.dim() - 2) if self.drop_channels else x.shape[2:]
+            shape, order = (x.shape[0], width, *sides), pixels.channels_last(x)
+            mask = torch.empty(shape, dtype=torch.bool, device=x.device, memory_format=order)
             masks.append(mask.bernoulli_(1 - self.drop_rate))
         return masks
 
@@ -248,12 +250,13 @@ def symbolic(x: Any) -> bool:
     return fx is not None and isinstance(x, fx.Proxy)
 
 
-def check_images(name: str, x: Tensor, channels: int) -> None:
-    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W]."""
+def check_pixels(name: str, x: Tensor, channels: int, spatial_dims: int = 2) -> None:
+    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W] (3: [.., D, H, W])."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
+    if x.dim() != 2 + spatial_dims:
+        wanted = "4 dimensions [N, C, H, W]" if spatial_dims == 2 else "5 dimensions [N, C, D, H, W]"
+        raise ValueError(f"{name} must have {wanted}, got {x.dim()} with shape {tuple(x.shape)}")
     if not traced() and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -265,7 +268,7 @@ def _in_forward_order(
 ) -> Iterator[Tensor]:
     """A unit's parameters as the engine takes them; ones and zeros stand for an affine or a bias that is not there."""
     for module in unit:
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             weight = weights[id(module)]
             yield weight
             if len(unit) == 1:  # no BatchNorm is there to take the bias in

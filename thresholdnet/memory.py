@@ -24,6 +24,7 @@ from .counting import checked_shape
 from .layers import Unlike, meta_copy
 from .linked import LinkedBlock
 from .models import fuse_blocks
+from .pixels import channels_last
 from .recognise import Found, recognise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -55,7 +56,7 @@ def account(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = t
     Args:
         model: a network or a `ThresholdBlock`; neither moved nor changed. It may return several tensors in a list or a
             dict, as feature pyramids do: backward starts from all of them.
-        input_shape: [N, C, H, W] of the images.
+        input_shape: [N, C, H, W] of the images, or [N, C, D, H, W] of volumes.
         dtype: of weights and images.
 
     Raises:
@@ -119,7 +120,9 @@ def _prepared(
     for name, options in modes.items():
         twin = meta_copy(model).to(dtype).train()
         fuse_blocks(twin, **options)
-        images = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        images = torch.empty(shape, dtype=dtype, device="meta")
+        if images.dim() in (4, 5):
+            images = images.to(memory_format=channels_last(images))
         yield name, (twin, images, {_key(t) for t in (*twin.parameters(), *twin.buffers(), images)})
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine, replay, transforms
+from . import engine, pools, replay, transforms
 from . import transition as between
 from .backends import csrc, engine_for, load
 from .constants import compiler_constant
 from .gradients import fake_gradients, own_gradients
+from .pixels import as_images, channels_last, volume_of
 from .plan import BlockPlan
 
 
@@ -38,7 +39,7 @@ def _block_spec(
     """A call of a block on x, with the engine behind its backend."""
     structure = BlockPlan.from_text(plan)
     engine_name = engine_for(backend, structure, x)
-    return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
+    return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group, volume_of(x))
 
 
 def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:
@@ -99,9 +100,10 @@ def _(
     more = len(parameters) > engine.parameters_a_layer(structure) * structure.num_layers
     tail = more and not structure.pre_activation  # of which those are biases
     channels = parameters[-1].shape[0] if tail else structure.out_channels
-    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, statistics, load(spec.backend).kept_like(structure, x, spec.kinds_kept) if save else []
+    y = torch.empty(
+        (x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=channels_last(x)
+    )
+    return y, statistics, load(spec.backend).kept_like(structure, as_images(x), spec.kinds_kept) if save else []
 
 
 def run_block_backward(
@@ -199,7 +201,7 @@ def _transition_spec(
     eps: float, fixed: bool, activation: str, conv: list[int], pool: str, window: list[int], group: str
 ) -> between.Spec:
     *sides, ceil_mode, count_include_pad = window
-    pooling = between.Pool(pool, sides, bool(ceil_mode), bool(count_include_pad)) if pool else None
+    pooling = pools.Pool(pool, sides, bool(ceil_mode), bool(count_include_pad)) if pool else None
     return between.Spec(eps, fixed, activation, conv, pooling, group)
 
 
@@ -245,7 +247,7 @@ def _(
     spec = _transition_spec(eps, fixed, activation, conv, pool, window, group)
     y = between.behind(spec, z.new_empty(z.shape), weight)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last(y))
     return out, z.new_empty((2, z.shape[1]), dtype=wide)
 
 

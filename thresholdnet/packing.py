@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .pixels import CONVOLUTIONS
+
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,7 +110,7 @@ def prepack(model: Model, packed: bool = True) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    weights = [module.weight for module in model.modules() if isinstance(module, CONVOLUTIONS)]
     if not any(getattr(module, "fused", False) for module in model.modules()):
         raise ValueError(
             f"model must have fused blocks, got none in {type(model).__name__}: fused=True or tn.convert makes them"

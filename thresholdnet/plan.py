@@ -52,6 +52,7 @@ class BlockPlan:
             "bn_relu_conv" (BN-ReLU-Conv3x3, DenseNet without bottlenecks) or "bottleneck"
             (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
         bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
+        spatial_dims: 2 for images; 3 for volumes, whose kernels have a third side.
     """
 
     links: Links
@@ -59,6 +60,7 @@ class BlockPlan:
     outputs: tuple[int, ...]
     unit: str
     bottleneck_widths: tuple[int, ...] = ()
+    spatial_dims: int = 2
 
     @property
     def num_layers(self) -> int:
@@ -181,7 +183,9 @@ class BlockPlan:
         """The plan that `to_text` wrote."""
         fields = json.loads(text)
         sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
-        return BlockPlan(links=Links(fields["links"]), unit=fields["unit"], **sequences)
+        return BlockPlan(
+            links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields["spatial_dims"], **sequences
+        )
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
         """Channels per pixel that backward needs, the block's input included.
@@ -205,7 +209,10 @@ class BlockPlan:
     def kept_bytes(
         self, height: int, width: int, item_size: int, *, fused: bool, recompute_bottleneck: bool = False
     ) -> int:
-        """Bytes that one sample of height x width pixels keeps for backward; `item_size` in bytes (4 for fp32)."""
+        """Bytes that one sample of height x width pixels keeps for backward; `item_size` in bytes (4 for fp32).
+
+        A volume's height is depth * height.
+        """
         return self.kept_channels(fused, recompute_bottleneck) * height * width * item_size
 
 
@@ -219,6 +226,7 @@ def plan_block(
     width_rule: str = "harmonic",
     outputs: str | Iterable[int] = "auto",
     bottleneck_factor: int = 4,
+    spatial_dims: int = 2,
 ) -> BlockPlan:
     """Plan a block.
 
@@ -234,6 +242,7 @@ def plan_block(
         outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": for conv_bn_relu the layers up to the
             threshold, the odd layers above it, and the last one; for the other units all nodes.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
+        spatial_dims: 2 for images, 3 for volumes: 3x3x3 and 1x1x1 convolutions.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, named in the message.
@@ -249,6 +258,7 @@ def plan_block(
         outputs=_output_nodes(pattern, unit, outputs),
         unit=unit,
         bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
+        spatial_dims=integer("spatial_dims", spatial_dims, 2, 3),
     )
 
 

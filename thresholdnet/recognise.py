@@ -33,9 +33,11 @@ from .layers import (
     forms_inside,
     hooked,
     idle,
+    spatial_dims,
 )
 from .linked import LinkedBlock
 from .links import Links
+from .pixels import CONVOLUTIONS
 from .plan import BlockPlan
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
@@ -137,8 +139,9 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
         units.append(tuple(f"{prefix}{part}" for part in _DENSE))
+    dims = spatial_dims(layers[0][1].conv1)
     plan = BlockPlan(
-        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner)
+        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims
     )
     return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
@@ -158,7 +161,7 @@ def harmonic_block(block: nn.Module) -> Found | None:
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
     outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
-    plan = BlockPlan(pattern, nodes, outputs, "conv_bn_relu")
+    plan = BlockPlan(pattern, nodes, outputs, "conv_bn_relu", spatial_dims=_dims_of(block, units))
     return Found("HarDNet block", plan, units, activation)
 
 
@@ -177,7 +180,7 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
-    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu")
+    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu", spatial_dims=_dims_of(block, units))
     residual = float(bool(getattr(block, "residual", False) or getattr(block, "identity", False)))
     return Found(
         "one-shot aggregation", plan, units, activation,
@@ -195,13 +198,14 @@ def by_running(block: nn.Module) -> Found | None:
     parts = [module for module in inside if not module._modules]
     if isinstance(block, torch.jit.ScriptModule) or not all(isinstance(part, _PARTS) for part in parts):
         return None
-    convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
+    convolutions = [part for part in parts if isinstance(part, CONVOLUTIONS)]
     if not convolutions or not _wants_pixels_alone(block):
         return None
     if any(hooked(module) or isinstance(module, LinkedBlock) for module in inside[1:]):
         return None
-    read = channels_read(next(part for part in parts if isinstance(part, nn.Conv2d | _BatchNorm)))
-    flow = flow_of(block, torch.empty(2, read, 6, 5, dtype=convolutions[0].weight.dtype, device="meta"))
+    read = channels_read(next(part for part in parts if isinstance(part, (*CONVOLUTIONS, _BatchNorm))))
+    shape = few_pixels(read, spatial_dims(convolutions[0]))
+    flow = flow_of(block, torch.empty(shape, dtype=convolutions[0].weight.dtype, device="meta"))
     if flow is None or not flow.layers or _alone_inside(block, flow):
         return None
     return _linked(block, flow)
@@ -255,8 +259,8 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         for path, module in modules.items():
             if isinstance(module, _BatchNorm):
                 batch_norm(path, module)
-        convolutions = [(path, module) for path, module in modules.items() if isinstance(module, nn.Conv2d)]
-        if unit == "bn_relu_conv" and convolutions[-1][1].kernel_size == (1, 1):
+        convolutions = [(path, module) for path, module in modules.items() if isinstance(module, CONVOLUTIONS)]
+        if unit == "bn_relu_conv" and {*convolutions[-1][1].kernel_size} == {1}:
             raise Unlike(f"{convolutions[-1][0]} must be followed by BatchNorm, activation and a 3x3 convolution alone")
         for path, conv in convolutions[:-1]:
             channels = convolution(path, conv, 1, channels, bias=True)
@@ -268,7 +272,8 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         raise Unlike(str(error)) from error
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
-    plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner)), flow.behind
+    dims = _dims_of(block, [layer.modules for layer in flow.layers])
+    plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), dims), flow.behind
     tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
@@ -297,8 +302,22 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
     dense_block, dense_layer, harmonic_block, one_shot_aggregation,
 )  # fmt: skip
 
-_PARTS = (nn.Conv2d, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, *CLASSES)
+_PARTS = (
+    *CONVOLUTIONS, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d,
+    nn.AvgPool3d, nn.MaxPool3d, *CLASSES,
+)  # fmt: skip
 """Modules without others inside that a block of linked layers may hold."""
+
+
+def few_pixels(channels: int, dims: int) -> tuple[int, ...]:
+    """The shape of a small batch of images, or of volumes, whose sides differ."""
+    return (2, channels, 6, 5) if dims == 2 else (2, channels, 4, 3, 5)
+
+
+def _dims_of(block: nn.Module, units: Sequence[Sequence[str]]) -> int:
+    """The spatial dimensions of the convolutions among these modules."""
+    modules = (block.get_submodule(path) for unit in units for path in unit)
+    return _the("number of spatial dimensions", {spatial_dims(m) for m in modules if isinstance(m, CONVOLUTIONS)})
 
 
 def _has(block: nn.Module, *names: str) -> bool:
@@ -322,7 +341,7 @@ def _layers(path: str, layers: Any, pattern: Links) -> tuple[tuple[tuple[str, ..
 def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:
     """Paths of a layer's convolution and BatchNorm, the convolution, and the activation."""
     parts = [(name, module) for name, module in layer.named_children() if not idle(module)]
-    if not 2 <= len(parts) <= 3 or not isinstance(parts[0][1], nn.Conv2d):
+    if not 2 <= len(parts) <= 3 or not isinstance(parts[0][1], CONVOLUTIONS):
         raise Unlike(f"{path} must be a convolution, a BatchNorm and an activation")
     (conv_name, conv), (norm_name, norm), *act = parts
     norm_path = f"{path}.{norm_name}"

@@ -39,7 +39,7 @@ def block_forward(
 
     Args:
         plan: the block's structure.
-        x: [N, C, H, W], C = plan.in_channels.
+        x: [N, C, H, W], C = plan.in_channels; [N, C, D, H, W] for a plan of volumes.
         parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; convolution
             weight, its bias for conv_relu; BN weight, BN bias, convolution weight for bn_relu_conv; BN weight, BN bias,
             1x1 weight, BN weight, BN bias, 3x3 weight for bottleneck.
@@ -49,31 +49,37 @@ def block_forward(
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
 
     Returns:
-        The output [N, plan.out_channels, H, W], and the statistics that were used, in forward order.
+        The output [N, plan.out_channels, H, W] (or D, H, W), and the statistics that were used, in forward order.
     """
     act = _ACTIVATIONS.get(activation) or partial(F.leaky_relu, negative_slope=number(activation))
+    conv = F.conv3d if plan.spatial_dims == 3 else F.conv2d
     weights, given, used = iter(parameters), iter(statistics or ()), []
+    pixels = (0, *range(2, x.dim()))
 
     def normalise(z: Tensor) -> Tensor:
         gamma, beta = next(weights), next(weights)
         if statistics is None:
-            used.append(Statistics(z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)))
+            used.append(Statistics(z.mean(pixels), z.var(pixels, unbiased=False)))
         else:
             used.append(next(given))
         scale = gamma * torch.rsqrt(used[-1].variance + eps)
         shift = beta - used[-1].mean * scale
-        return z * scale[:, None, None] + shift[:, None, None]
+        return z * _per_channel(scale, z) + _per_channel(shift, z)
 
     nodes = [x]
     for sources in plan.links:
         joined = torch.cat([nodes[k] for k in sources], dim=1)
         if plan.unit == "conv_bn_relu":
-            nodes.append(act(normalise(F.conv2d(joined, next(weights), padding=1))))
+            nodes.append(act(normalise(conv(joined, next(weights), padding=1))))
         elif plan.unit == "conv_relu":
-            nodes.append(act(F.conv2d(joined, next(weights), next(weights), padding=1)))
+            nodes.append(act(conv(joined, next(weights), next(weights), padding=1)))
         elif plan.unit == "bn_relu_conv":
-            nodes.append(F.conv2d(act(normalise(joined)), next(weights), padding=1))
+            nodes.append(conv(act(normalise(joined)), next(weights), padding=1))
         else:
-            inner = F.conv2d(act(normalise(joined)), next(weights))
-            nodes.append(F.conv2d(act(normalise(inner)), next(weights), padding=1))
+            inner = conv(act(normalise(joined)), next(weights))
+            nodes.append(conv(act(normalise(inner)), next(weights), padding=1))
     return torch.cat([nodes[k] for k in plan.outputs], dim=1), used
+
+
+def _per_channel(vector: Tensor, z: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (z.dim() - 2))

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import pixels
+
 
 def total(counts: Tensor | None, own: int) -> int | Tensor:
     """Pixels of all ranks, or this process's own."""
@@ -49,9 +51,10 @@ def active(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def counts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Pixels of every rank [ranks], float64, for this rank's batch x [N, C, H, W]: one small collective."""
-    pixels = float(x.shape[0] * x.shape[2] * x.shape[3])
-    own = torch.full((1,), pixels, dtype=torch.float64, device=x.device)  # filled there: a CUDA graph takes no copy
+    """Pixels of every rank [ranks], float64, for this rank's batch x [N, C, ...]: one small collective."""
+    own = torch.full(
+        (1,), float(pixels.count(x)), dtype=torch.float64, device=x.device
+    )  # filled there: a CUDA graph takes no copy
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     return torch.cat(every)

@@ -18,6 +18,7 @@ from ..convert import convert
 from ..linked import LinkedBlock
 from ..memory import dtype_of
 from ..packing import prepack
+from ..pixels import channels_last
 from ..replay import first_replay
 from . import check, footprint, rounds
 from .baselines import Unavailable
@@ -64,7 +65,7 @@ def compare(
 
     Args:
         model: takes images and returns tensors; it is not changed.
-        shape: [N, C, H, W] of the images.
+        shape: [N, C, H, W] of the images, or [N, C, D, H, W] of volumes.
         dtype: of weights and images: fp32, bf16, fp16 or fp64.
         tell: called with what happens now and the share that is done.
 
@@ -76,8 +77,9 @@ def compare(
     """
     device, tell = torch.device(settings.device), tell or (lambda text, share: None)
     images = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(device, dtype_of(dtype)).to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(model).to(device, images.dtype).to(memory_format=torch.channels_last)
+    order = channels_last(images)
+    images = images.to(device, dtype_of(dtype)).to(memory_format=order)
+    plain = copy.deepcopy(model).to(device, images.dtype).to(memory_format=order)
     lines: list[str] = []
     converted = convert(copy.deepcopy(plain), report=lines.append)
     fused = [block for block in converted.modules() if isinstance(block, LinkedBlock) and block.fused]

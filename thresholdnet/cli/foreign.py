@@ -20,6 +20,8 @@ HELP = "\n\n".join(  # typer keeps line breaks, so a paragraph is one line
         "A first try:  thresholdnet convert torchvision.models:densenet121 --shape 4 3 224 224",
         "Your own file:  thresholdnet convert models.densenet:DenseNet --path ~/project --model-arg depth=40 "
         "--shape 64 3 32 32",
+        "Volumes:  thresholdnet convert monai.networks.nets:DenseNet121 --model-arg spatial_dims=3 "
+        "--model-arg in_channels=1 --model-arg out_channels=2 --shape 2 1 64 64 --depth 64",
         "No time spent:  thresholdnet convert torchvision.models:densenet121 --dry-run",
     )
 )
@@ -31,6 +33,7 @@ def convert_command(
     model_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the factory; may repeat.")] = None,
     path: Annotated[Path | None, typer.Option(help="A folder in which modules are looked for first.")] = None,
     shape: Annotated[tuple[int, int, int, int], typer.Option(help="Of the images: N C H W.")] = (8, 3, 224, 224),
+    depth: Annotated[int | None, typer.Option(help="Of volumes, which are N C DEPTH H W then.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and images: fp32, bf16, fp16 or fp64.")] = "fp32",
     rounds: Annotated[int, typer.Option(help="Timed steps of each; 0: checks and bytes alone.")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fused, and stop.")] = False,
@@ -53,12 +56,13 @@ def convert_command(
         convert(made, report=lines.append)
         print(json.dumps({"report": lines}, indent=2) if as_json else "\n".join(lines))
         return
+    images = shape if depth is None else (*shape[:2], depth, *shape[2:])
     place = device or bench.default_device()
     settings = bench.Settings(rounds=rounds, warmup=min(rounds, 2), device=place)
     with progress(as_json) as shown:
         bar = shown.add_task("", total=1)
         found = foreign.compare(
-            made, shape, dtype, settings, lambda text, share: shown.update(bar, completed=share, description=text)
+            made, images, dtype, settings, lambda text, share: shown.update(bar, completed=share, description=text)
         )
     document = {"machine": bench.machine(device=place), "model": model, **found}
     text = json.dumps(document, indent=1) + "\n"

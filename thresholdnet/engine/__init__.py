@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import own_gradients
+from ..pixels import as_images, as_volumes
 from ..plan import BlockPlan
 from .bn_relu_conv import BNReLUConv
 from .bottleneck import Bottleneck
@@ -32,7 +33,7 @@ def forward(
 
     Args:
         spec: see `Spec`.
-        x: [N, C, H, W].
+        x: [N, C, H, W], or volumes [N, C, D, H, W].
         parameters: as in `reference.block_forward`. A conv_bn_relu block takes one more at the end: the weight
             [O, out_channels, 1, 1] of a 1x1 convolution of the output, which is then returned in the output's place.
             Pre-activation blocks may take L more: a bias for each layer's feature.
@@ -43,7 +44,8 @@ def forward(
         The output (channels_last), the statistics used by each BatchNorm as [2, C] (mean, biased variance; empty unless
         spec.reports), and what backward needs beyond inputs, output and statistics (empty unless spec.save).
     """
-    return _unit(spec.plan)(spec, x, parameters, extras).forward(running)
+    y, used, saved = _block(spec, x, parameters, extras).forward(running)
+    return y if spec.volume is None else as_volumes(y, spec.volume), used, saved
 
 
 def backward(
@@ -64,15 +66,25 @@ def backward(
             `Spec.keeps_output`.
         needs: for x and each parameter.
     """
-    block = _unit(spec.plan)(spec, x, parameters, extras)
-    grads = block.backward(grad.contiguous(memory_format=torch.channels_last), statistics, saved, needs)
+    block = _block(spec, x, parameters, extras)
+    arriving = as_images(grad).contiguous(memory_format=torch.channels_last)
+    grads = block.backward(arriving, statistics, [as_images(tensor) for tensor in saved], needs)
     block.verbs.settle()
+    if spec.volume is not None and grads[0] is not None:
+        grads[0] = as_volumes(grads[0], spec.volume)
     return own_gradients((x, *parameters), grads, needs, grad)
 
 
 def parameters_a_layer(plan: BlockPlan) -> int:
     """How many parameters each layer has."""
     return _unit(plan).per_layer
+
+
+def _block(spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras) -> ConvBNReLU | ConvReLU | Features:
+    """One call of a block, its pixels as images."""
+    if extras.masks:
+        extras = extras._replace(masks=[as_images(mask) for mask in extras.masks])
+    return _unit(spec.plan)(spec, as_images(x), parameters, extras)
 
 
 def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[ConvReLU] | type[Features]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import packing, sync
 from ..backends import load
 from ..batchnorm import Norm, affines, backward_norms, folded, paired
+from ..pixels import Volume
 from ..plan import BlockPlan
 
 
@@ -27,6 +28,7 @@ class Spec(NamedTuple):
         recompute: do not keep bottleneck outputs; backward makes them again.
         drop: the probability behind the dropout masks, where a call has any.
         group: name of the process group that shares batch statistics (SyncBatchNorm), "" for none.
+        volume: depth and height of volumes, whose pixels come as images of depth * height rows; None for images.
     """
 
     plan: BlockPlan
@@ -38,6 +40,7 @@ class Spec(NamedTuple):
     recompute: bool = False
     drop: float = 0.0
     group: str = ""
+    volume: Volume | None = None
 
     @property
     def keeps_output(self) -> bool:
@@ -88,7 +91,8 @@ class Block:
     def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
         self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
         self.act = spec.activation
-        self.verbs: Any = load(spec.backend).Verbs(spec.plan, x)
+        verbs: Any = load(spec.backend).Verbs
+        self.verbs: Any = verbs(spec.plan, x) if spec.volume is None else verbs(spec.plan, x, spec.volume)
         self.x = x
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.pixels = sync.total(extras.counts, x.shape[0] * x.shape[2] * x.shape[3])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import chain
 from ..checks import integer, number
-from ..linked import check_images, symbolic, traced
+from ..linked import check_pixels, symbolic, traced
 
 
 class FeatureInfo(TypedDict):
@@ -149,7 +149,7 @@ def check_input(x: Tensor, channels: int, min_size: int) -> None:
     """Raise TypeError or ValueError unless `x` is a batch of images that the network can take."""
     if symbolic(x):
         return
-    check_images("images", x, channels)
+    check_pixels("images", x, channels)
     if not traced() and (x.shape[2] < min_size or x.shape[3] < min_size):
         raise ValueError(
             f"images must be at least {min_size}x{min_size} pixels for this network, got {x.shape[2]}x{x.shape[3]}"

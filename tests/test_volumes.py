@@ -1,0 +1,478 @@
+"""Volumes [N, C, D, H, W]: blocks of Conv3d and BatchNorm3d, transitions and other people's models, in the engine."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from saved import saved_tensors, storage_bytes
+from test_blocks import PATTERNS, UNITS
+from test_chain import Chained, _calls, _same
+from tolerances import HALF_VOLUMES, assert_close, rms_error
+from torch import nn
+
+import thresholdnet as tn
+from thresholdnet import ThresholdBlock, chain, links, ops
+from thresholdnet.backends import csrc
+from thresholdnet.convert import ConvertedBlock
+from thresholdnet.models import fuse_blocks
+from thresholdnet.reference import Statistics, block_forward
+
+F64 = torch.float64
+LAST = torch.channels_last_3d
+SIZES = [(2, 3, 4, 5), (1, 1, 3, 2), (3, 2, 1, 1), (1, 5, 2, 7)]  # N, D, H, W
+
+
+@pytest.fixture(params=["C++", "torch"])
+def passes(request, monkeypatch):
+    """The library's passes over pixels, or torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(csrc, "takes", lambda x: False)
+    elif csrc.reason() is not None:
+        pytest.skip(csrc.reason())
+
+
+def _block(rows, unit, dtype=F64, width=7, k=5, **arguments):
+    torch.manual_seed(0)
+    block = ThresholdBlock(width, rows, k, unit=unit, spatial_dims=3, dtype=dtype, **arguments)
+    for module in block.modules():  # away from the identity that BatchNorm starts as
+        if isinstance(module, nn.BatchNorm3d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return block
+
+
+def _step(block, x):
+    """Output, gradients of x and of the parameters."""
+    own = x.detach().clone().requires_grad_()
+    y = block(own)
+    cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [own, *block.parameters()], cotangent)]
+
+
+def _assert_same(ours, theirs):
+    largest = max(g.abs().max().item() for g in theirs[1:])
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape
+        # a gradient that is 0 but for rounding is held against the largest of all
+        assert (a - b).abs().max() <= 1e-9 * max(b.abs().max().item(), 1e-3 * largest), i
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_training_equals_the_plain_block(pattern, unit, size, passes):
+    n, d, h, w = size
+    plain = _block(PATTERNS[pattern], unit)
+    fused = copy.deepcopy(plain).fuse(True, "native")
+    x = torch.randn(n, 7, d, h, w, dtype=F64)
+    _assert_same(_step(fused, x), _step(plain, x))
+    assert fused.backend == "native"
+    for ours, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_reference_equals_the_plain_block(unit):
+    """Two ways to write it down: the modules, and the reference's formulas."""
+    block = _block(PATTERNS["threshold_ab"], unit)
+    x = torch.randn(2, 7, 3, 4, 5, dtype=F64, requires_grad=True)
+    expected, used = block_forward(block.plan, x, list(block.parameters()))
+    assert_close(block(x), expected)
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
+    for norm, statistics in zip(norms, used, strict=True):
+        torch.testing.assert_close(norm.running_mean, 0.1 * statistics.mean)
+    block.eval()
+    fixed = [Statistics(m.running_mean, m.running_var) for m in norms]
+    expected, _ = block_forward(block.plan, x, list(block.parameters()), fixed)
+    assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_volume_of_one_slice_is_an_image(unit):
+    """Of a 3x3x3 kernel the middle 3x3 alone meets it."""
+    volumes = _block(PATTERNS["threshold_ab"], unit).fuse(True, "native")
+    images = ThresholdBlock(7, PATTERNS["threshold_ab"], 5, unit=unit, dtype=F64, fused=True, backend="native")
+    for ours, theirs in zip(images.parameters(), volumes.parameters(), strict=True):
+        ours.data.copy_(theirs[:, :, theirs.shape[2] // 2] if theirs.dim() == 5 else theirs)
+    x = torch.randn(2, 7, 5, 4, dtype=F64)
+    assert_close(volumes(x[:, :, None])[:, :, 0], images(x))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "inference"])
+@pytest.mark.parametrize("size", [(2, 3, 4, 5), (4, 6, 7, 8)])  # normalised behind the convolution, and folded into it
+@pytest.mark.parametrize("unit", UNITS)
+def test_given_statistics(unit, size, mode, passes):
+    n, d, h, w = size
+    plain = _block(PATTERNS["threshold_ab"], unit, activation="leaky_relu(0.1)")
+    x = torch.randn(n, 7, d, h, w, dtype=F64)
+    plain(4 * x + 1)  # running statistics away from 0 and 1
+    plain.eval()
+    fused = copy.deepcopy(plain).fuse(True, "native")
+    if mode == "frozen":
+        _assert_same(_step(fused, x), _step(plain, x))
+        return
+    with torch.no_grad():
+        assert_close(fused(x), plain(x))
+        expected = plain(x)
+        tn.prepack(fused)
+        for _ in range(2):
+            assert_close(fused(x), expected)
+
+
+@pytest.mark.parametrize("order", ["NCDHW", "channels_last_3d", "strided", "repeated"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_layouts_replays_and_recomputation(unit, order, monkeypatch):
+    """The same whatever the input's memory is like, at every call; the output and the input's gradient lie as said."""
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
+    plain = _block(PATTERNS["threshold_ab"], unit)
+    fused = copy.deepcopy(plain).fuse(True, "native", "bottleneck").to(memory_format=LAST)
+    x = torch.randn(2, 7, 3, 4, 5, dtype=F64)
+    if order == "repeated":
+        x = x[:, :, :1].expand(-1, -1, 3, -1, -1)
+    expected = _step(plain, x)
+    laid = {
+        "NCDHW": lambda: x.contiguous(), "channels_last_3d": lambda: x.contiguous(memory_format=LAST),
+        "strided": lambda: torch.stack([x, x + 1], 3)[:, :, :, 0].transpose(2, 4).clone().transpose(2, 4),
+        "repeated": lambda: x,
+    }[order]()  # fmt: skip
+    for _ in range(4):
+        own = laid.detach().requires_grad_()
+        y = fused(own)
+        cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, [own, *fused.parameters()], cotangent)
+        _assert_same([y.detach(), *grads], expected)
+    assert y.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_dropout(channels):
+    block = _block(links.dense(3), "bottleneck", drop_rate=0.5).fuse(True, "native")
+    block.drop_channels = channels
+    x = torch.randn(2, 7, 3, 4, 5, dtype=F64, requires_grad=True)
+    torch.manual_seed(0)
+    y = block(x)
+    dropped = (y[:, 7:] == 0).double()
+    assert 0.3 < dropped.mean() < 0.7
+    by_channel = dropped.mean((2, 3, 4))
+    assert bool(((by_channel == 0) | (by_channel == 1)).all()) == channels
+    (grad,) = torch.autograd.grad(y[:, 7:12].sum(), block.layers[0].conv2.weight)
+    kept = (dropped[:, :5] == 0).double() * 2  # the first layer's own features, doubled where they are kept
+    layer = copy.deepcopy(block.layers[0])
+    layer.drop.p = 0.0
+    torch.testing.assert_close(grad, torch.autograd.grad((layer(x) * kept).sum(), layer.conv2.weight)[0])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_gradcheck(unit):
+    rows = tn.links.custom(PATTERNS["threshold_ab"][:3])
+    torch.manual_seed(0)
+    block = ThresholdBlock(
+        2, rows, 2, unit=unit, bottleneck_factor=1, dtype=F64, outputs="all", spatial_dims=3, fused=True,
+        backend="native",
+    )  # fmt: skip
+    x = torch.randn(2, 2, 2, 3, 2, dtype=F64, requires_grad=True)
+    parameters = dict(block.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(torch.autograd.grad(block(x).sum(), x, create_graph=True)[0].sum(), x)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_opcheck_and_compile(unit):
+    block = _block(links.threshold_ab(3, 2), unit, dtype=torch.float32).fuse(True, "native")
+    x = torch.randn(2, 7, 2, 4, 3)
+    parameters = [p.detach().requires_grad_() for p in block.parameters()]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
+    running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+    torch.library.opcheck(
+        ops.block,
+        (x.requires_grad_(), parameters, running, block.plan.to_text(), [1e-5] * len(norms), [False] * len(norms),
+         "relu", "native", True, False, [], None, 0.0, ""),
+    )  # fmt: skip
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(_step(compiled, x), _step(block, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_nothing_unwritten_is_read(unit, monkeypatch, passes):
+    """Memory that nobody wrote is NaN, and of two equal calls every bit is the same."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(made):
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setenv("THRESHOLDNET_REPLAY", "0")
+    block = _block(PATTERNS["threshold_bc"], unit).fuse(True, "native")
+    x = torch.randn(2, 7, 3, 4, 5, dtype=F64)
+    expected = _step(block, x)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+    for ours, theirs in zip(_step(block, x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unit", UNITS)
+def test_half_formats_round_no_more_than_plain_torch(unit, dtype):
+    """Both against fp64 of the same rounded operands, with masks that no rounding flips: a flip outweighs all else."""
+    exact = _block(links.threshold_ab(6, 3), unit, width=16, k=8)
+    for module in exact.modules():
+        if isinstance(module, nn.BatchNorm3d):  # 3 channels of 4 pass everywhere, the fourth nowhere
+            module.bias.data += torch.where(torch.arange(len(module.bias)) % 4 == 3, -8, 8)
+        elif isinstance(module, nn.Conv3d) and module.bias is not None:
+            nn.init.constant_(module.bias, 8.0)
+    exact.to(dtype).to(F64)
+    plain = copy.deepcopy(exact).to(dtype)
+    fused = copy.deepcopy(plain).fuse(True, "native")
+    errors = torch.zeros(2, 3)  # (ours, plain torch) x (output, gradient of x, gradients of parameters), squared
+    for seed in range(3):
+        x = torch.randn(2, 16, 4, 5, 6, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        truth = _step(exact, x.to(F64))
+        for row, block in enumerate((fused, plain)):
+            found = _step(block, x)
+            assert all(ours.dtype == dtype for ours in found)
+            parameters = (torch.cat([g.double().flatten() for g in own[2:]]) for own in (found, truth))
+            pairs = (found[0], truth[0]), (found[1], truth[1]), parameters
+            errors[row] += torch.tensor([rms_error(*pair) for pair in pairs]) ** 2
+    ours, theirs = errors.sqrt()
+    assert (ours <= HALF_VOLUMES * theirs).all(), errors.sqrt()
+
+
+def test_autocast():
+    block = _block(links.dense(3), "bottleneck", dtype=torch.float32).fuse(True, "native")
+    x = torch.randn(2, 7, 3, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = block(x), copy.deepcopy(block).fuse(False)(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.1, atol=0.1)
+
+
+def test_a_convolution_behind_the_block():
+    block = _block(links.harmonic(4), "conv_bn_relu").fuse(True, "native")
+    net = nn.Sequential(block, nn.Conv3d(block.out_channels, 5, 1, bias=False, dtype=F64))
+    x = torch.randn(2, 7, 3, 4, 5, dtype=F64)
+    plain = copy.deepcopy(net)
+    fuse_blocks(plain, False)
+    _assert_same(_step(Chained(*net), x), _step(plain, x))
+    apart = storage_bytes(saved_tensors(net, x)) - storage_bytes(saved_tensors(Chained(*net), x))
+    assert apart == block.out_channels * x[:, 0].numel() * 8  # the block's output
+
+
+TRANSITIONS = {
+    "norm act": lambda: [nn.BatchNorm3d(6), nn.ReLU()],
+    "max pool": lambda: [nn.BatchNorm3d(6), nn.ReLU(inplace=True), nn.MaxPool3d(3, 2, 1)],
+    "ceil": lambda: [nn.BatchNorm3d(6), nn.ReLU(), nn.MaxPool3d((3, 2, 1), 2, (1, 0, 0), ceil_mode=True)],
+    "average": lambda: [nn.BatchNorm3d(6), nn.ReLU6(), nn.AvgPool3d(2)],
+    "padded average": lambda: [nn.BatchNorm3d(6), nn.ReLU(), nn.AvgPool3d(3, 2, 1, count_include_pad=False)],
+    "densenet": lambda: [nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 4, 1, bias=False), nn.AvgPool3d(2, 2)],
+    "strided": lambda: [nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 5, 3, (1, 2, 2), 1, bias=False)],
+    "depth-wise": lambda: [nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 6, 3, 1, 1, groups=6, bias=False)],
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_transitions_equal_the_modules(name, train):
+    torch.manual_seed(0)
+    net = nn.Sequential(*TRANSITIONS[name]()).to(F64)
+    nn.init.uniform_(net[0].weight, 0.5, 1.5)
+    nn.init.uniform_(net[0].bias, -0.5, 0.5)
+    x = torch.randn(3, 6, 5, 7, 4, dtype=F64)
+    chain.run(list(net), x)  # running statistics other than 0 and 1
+    net.train(train)
+    _same(net, x)
+    _same(net, x[:1].to(memory_format=LAST), runs=1)
+    assert _calls(lambda: chain.run(list(net), x)) == ["transition"]
+    made = {p.data_ptr() for p in net.parameters()}
+    kept = [t for t in saved_tensors(Chained(*net), x) if t.numel() > 400 and t.data_ptr() not in made]
+    assert len({t.untyped_storage().data_ptr() for t in kept}) == 1  # its input
+
+
+def test_transitions_pass_opcheck():
+    net = nn.Sequential(*TRANSITIONS["densenet"]()).to(F64)
+    x = torch.randn(2, 6, 4, 3, 5, dtype=F64, requires_grad=True)
+    norm, _, conv, pool = net
+    how = [*conv.stride, *conv.padding, *conv.dilation]
+    torch.library.opcheck(
+        ops.transition,
+        (x, norm.weight, norm.bias, conv.weight, [x.new_empty(0)] * 2, None, 1e-5, False, "relu", how,
+         *chain._pooling(pool, 3), ""),
+    )  # fmt: skip
+
+
+def test_images_and_volumes_do_not_mix():
+    """What torch refuses, torch is asked."""
+    x = torch.randn(2, 6, 4, 4)
+    for modules in ([nn.BatchNorm3d(6), nn.ReLU()], [nn.BatchNorm2d(6), nn.ReLU(), nn.Conv3d(6, 4, 1, bias=False)]):
+        with pytest.raises((ValueError, RuntimeError)):
+            chain.run(modules, x if isinstance(modules[0], nn.BatchNorm3d) else x[:, :, None].expand(-1, -1, 3, -1, -1))
+
+
+def test_bad_input():
+    block = _block(links.dense(2), "bottleneck", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"input of the block must have 5 dimensions \[N, C, D, H, W\], got 4"):
+        block(torch.randn(2, 7, 4, 5))
+    with pytest.raises(ValueError, match="must have 7 channels, got 6"):
+        block(torch.randn(2, 6, 3, 4, 5))
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        block.fuse(True, "native")(torch.randn(1, 7, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"input of the block must have 4 dimensions \[N, C, H, W\], got 5"):
+        ThresholdBlock(7, links.dense(2), 4)(torch.randn(2, 7, 3, 4, 5))
+    for wrong, error in ((1, ValueError), (4, ValueError), ("3", TypeError)):
+        with pytest.raises(error, match="spatial_dims must"):
+            ThresholdBlock(7, links.dense(2), 4, spatial_dims=wrong)
+
+
+@pytest.mark.skipif(tn.backends()["triton"] is not None, reason="Triton cannot run here")
+def test_triton_is_refused_by_name_and_passed_over_by_auto():
+    block = _block(links.dense(2), "bottleneck", dtype=torch.float32).fuse(True, "triton")
+    with pytest.raises(
+        RuntimeError, match=r"backend 'triton' cannot run here: it takes images \[N, C, H, W\], got vol"
+    ):
+        block(torch.randn(2, 7, 3, 4, 5))
+    block.fuse(True)(torch.randn(2, 7, 3, 4, 5))
+    assert block.backend == "native"
+
+
+class Layer(nn.Module):
+    """A dense layer whose modules stand in a Sequential, as MONAI lays them out; `drop`: behind it, of channels."""
+
+    def __init__(self, read, k, drop=0.0):
+        super().__init__()
+        self.layers = nn.Sequential()
+        for name, module in (
+            ("norm1", nn.BatchNorm3d(read)), ("relu1", nn.ReLU(inplace=True)),
+            ("conv1", nn.Conv3d(read, 4 * k, 1, bias=False)), ("norm2", nn.BatchNorm3d(4 * k)),
+            ("relu2", nn.ReLU(inplace=True)), ("conv2", nn.Conv3d(4 * k, k, 3, padding=1, bias=False)),
+        ):  # fmt: skip
+            self.layers.add_module(name, module)
+        if drop:
+            self.layers.add_module("dropout", nn.Dropout3d(drop))
+
+    def forward(self, x):
+        return torch.cat([x, self.layers(x)], 1)
+
+
+class DenseNet(nn.Module):
+    """Of volumes, in MONAI's manner: one Sequential of everything up to the head."""
+
+    def __init__(self, depths=(3, 2), k=6, drop=0.0):
+        super().__init__()
+        width = 8
+        self.features = nn.Sequential()
+        for name, module in (
+            ("conv0", nn.Conv3d(1, width, 7, 2, 3, bias=False)), ("norm0", nn.BatchNorm3d(width)),
+            ("relu0", nn.ReLU(inplace=True)), ("pool0", nn.MaxPool3d(3, 2, 1)),
+        ):  # fmt: skip
+            self.features.add_module(name, module)
+        for i, depth in enumerate(depths, start=1):
+            layers = [Layer(width + j * k, k, drop) for j in range(depth)]
+            self.features.add_module(f"denseblock{i}", nn.Sequential(*layers))
+            width += depth * k
+            if i < len(depths):
+                transition = nn.Sequential(
+                    nn.BatchNorm3d(width), nn.ReLU(inplace=True), nn.Conv3d(width, width // 2, 1, bias=False),
+                    nn.AvgPool3d(2, 2),
+                )  # fmt: skip
+                self.features.add_module(f"transition{i}", transition)
+                width //= 2
+        self.features.add_module("norm5", nn.BatchNorm3d(width))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool3d(F.relu(self.features(x)), 1).flatten(1))
+
+
+class Harmonic(nn.Module):
+    """HarDNet's block of volumes: attributes links and layers."""
+
+    def __init__(self, read, k, depth):
+        super().__init__()
+        self.links = [list(row) for row in links.harmonic(depth)]
+        widths = [read, *[k] * depth]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv3d(sum(widths[s] for s in row), k, 3, 1, 1, bias=False), nn.BatchNorm3d(k), nn.ReLU6())
+            for row in self.links
+        )
+
+    def forward(self, x):
+        nodes = [x]
+        for row, layer in zip(self.links, self.layers, strict=True):
+            nodes.append(layer(torch.cat([nodes[s] for s in row], 1)))
+        last = len(self.layers)
+        return torch.cat([nodes[i] for i in range(1, last + 1) if i % 2 or i == last], 1)
+
+
+class Residual(nn.Module):
+    """A residual dense block of volumes; channels are joined along dim -4."""
+
+    def __init__(self, width=6, k=4):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv3d(width + i * k, k, 3, padding=1) for i in range(3))
+        self.last = nn.Conv3d(width + 3 * k, width, 1)
+
+    def forward(self, x):
+        nodes = x
+        for conv in self.convs:
+            nodes = torch.cat([nodes, F.leaky_relu(conv(nodes), 0.2)], dim=-4)
+        return x + 0.2 * self.last(nodes)
+
+
+FOREIGN = {
+    "MONAI's DenseNet": (DenseNet, (2, 1, 24, 20, 28), 2),
+    "HarDNet's block": (lambda: Harmonic(6, 4, 4), (2, 6, 3, 4, 5), 1),
+    "residual dense block": (Residual, (2, 6, 3, 4, 5), 1),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_convert(name):
+    make, shape, count = FOREIGN[name]
+    torch.manual_seed(0)
+    original = make().double()
+    lines = []
+    converted = tn.convert(copy.deepcopy(original), report=lines.append)
+    found = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
+    assert len(found) == count and all(block.plan.spatial_dims == 3 for block in found), lines
+    assert list(converted.state_dict()) == list(original.state_dict())
+    x = torch.randn(shape, dtype=F64)
+    for train in (True, False):
+        original.train(train)
+        converted.train(train)
+        _assert_same(_step(converted, x), _step(original, x))
+        assert {block.backend for block in found} == {"native"}
+    for ours, theirs in zip(converted.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert type(tn.to_reference(converted)) is type(original)
+
+
+def test_a_converted_model_keeps_less():
+    original = DenseNet(depths=(6, 8), k=8)
+    converted = tn.convert(copy.deepcopy(original), report=None)
+    x = torch.randn(1, 1, 32, 32, 32).to(memory_format=LAST)
+    ours, theirs = (storage_bytes(saved_tensors(model, x)) for model in (converted, original))
+    assert ours < 0.4 * theirs
+    recomputing = tn.convert(copy.deepcopy(original), recompute="bottleneck", report=None)
+    assert storage_bytes(saved_tensors(recomputing, x)) < 0.75 * ours
+    account = tn.memory.account(converted, x.shape, torch.float32)
+    assert account["fused"].kept < 0.4 * account["eager"].kept
+    assert account["fused, recompute"].kept < account["fused"].kept
+
+
+def test_a_dropout_of_channels_is_found():
+    converted = tn.convert(DenseNet(drop=0.5), report=None)
+    found = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
+    assert [(block.drop_rate, block.drop_channels) for block in found] == [(0.5, True)] * 2
+    converted.train()(torch.randn(2, 1, 20, 20, 20)).sum().backward()
+
+
+def test_the_plan_as_text():
+    plan = _block(links.dense(2), "bottleneck").plan
+    assert type(plan).from_text(plan.to_text()) == plan
+    assert ThresholdBlock(7, links.dense(2), 5, unit="bottleneck").plan != plan
