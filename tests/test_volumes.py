@@ -476,3 +476,54 @@ def test_the_plan_as_text():
     plan = _block(links.dense(2), "bottleneck").plan
     assert type(plan).from_text(plan.to_text()) == plan
     assert ThresholdBlock(7, links.dense(2), 5, unit="bottleneck").plan != plan
+
+
+SMALL = {"layers": [3, 4], "growth_rates": [6, 8], "transitions": [16, 24], "width_mult": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("thresholdnet_ab", (18, 17, 20)), ("thresholdnet_bc", (18, 17, 20)), ("densenet40", (5, 4, 6)),
+     ("hardnet39ds", (18, 17, 20))],
+)  # fmt: skip
+def test_networks_of_the_zoo(name, sides):
+    """Fused and plain, and what each takes."""
+    arguments = SMALL if name.startswith("threshold") else {}
+    torch.manual_seed(0)
+    plain = tn.create_model(name, 3, 1, spatial_dims=3, dtype=F64, **arguments, drop_rate=0.0)
+    fused = copy.deepcopy(plain)
+    fuse_blocks(fused, True, "native")
+    x = torch.randn(2, 1, *sides, dtype=F64)
+    _assert_same(_step(fused, x), _step(plain, x))
+    assert fused(x).shape == (2, 3) and fused.spatial_dims == 3
+    with pytest.raises(ValueError, match=r"volumes must have 5 dimensions \[N, C, D, H, W\], got 4"):
+        plain(x[:, :, 0])
+    if plain.min_size > 1:
+        with pytest.raises(ValueError, match=rf"volumes must be at least {plain.min_size}x.* voxels .*, got 2x"):
+            plain(x[:, :, :2])
+
+
+def test_densenet121_of_volumes_has_monais_parameters():
+    model = tn.create_model("densenet121", 2, 1, spatial_dims=3, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 11_244_674  # monai.networks.nets.DenseNet121(3, 1, 2)
+
+
+def test_a_pyramid_of_volumes():
+    pyramid = tn.create_model("thresholdnet_ab", features_only=True, spatial_dims=3, fused=True, **SMALL)
+    x = torch.randn(1, 3, 32, 16, 48)
+    for level, found in zip(pyramid.feature_info, pyramid(x), strict=True):
+        assert found.shape[1:] == (level["channels"], *(side // level["reduction"] for side in x.shape[2:]))
+
+
+def test_saving_and_the_baselines(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    model = tn.create_model("thresholdnet_ab", 3, 1, spatial_dims=3, **SMALL)
+    tn.save_pretrained(model, tmp_path / "saved")
+    loaded = tn.from_pretrained(tmp_path / "saved")
+    assert loaded.spatial_dims == 3
+    for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="spatial_dims must be 2 for resnet50, which is torchvision's, got 3"):
+        tn.create_model("resnet50", spatial_dims=3)
+    with pytest.raises(ValueError, match="spatial_dims must"):
+        tn.create_model("densenet121", spatial_dims=5)

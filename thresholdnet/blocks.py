@@ -14,11 +14,8 @@ from . import links as link_patterns
 from .checks import number, one_of
 from .layers import Unlike, activation, activation_behind, convolution
 from .linked import LinkedBlock
-from .pixels import CONVOLUTIONS
+from .pixels import CONVOLUTIONS, KINDS
 from .plan import plan_block
-
-MODULES: dict[int, tuple[Any, Any]] = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
-"""Convolution and BatchNorm by spatial dimensions."""
 
 
 class ConvBNAct(nn.Sequential):
@@ -45,9 +42,9 @@ class ConvBNAct(nn.Sequential):
         **factory: Any,
     ):
         super().__init__()
-        conv, batch_norm = MODULES[spatial_dims]
-        self.conv = conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
-        self.norm = batch_norm(out_channels, **(norm or {}), **factory)
+        kinds = KINDS[spatial_dims]
+        self.conv = kinds.conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
+        self.norm = kinds.norm(out_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
 
 
@@ -61,8 +58,7 @@ class ConvAct(nn.Sequential):
         self, in_channels: int, out_channels: int, activation: str = "relu", spatial_dims: int = 2, **factory: Any
     ):
         super().__init__()
-        conv, _ = MODULES[spatial_dims]
-        self.conv = conv(in_channels, out_channels, 3, padding=1, **factory)
+        self.conv = KINDS[spatial_dims].conv(in_channels, out_channels, 3, padding=1, **factory)
         self.act = activations.module(activation)
 
 
@@ -83,10 +79,10 @@ class BNActConv(nn.Sequential):
         **factory: Any,
     ):
         super().__init__()
-        conv, batch_norm = MODULES[spatial_dims]
-        self.norm = batch_norm(in_channels, **(norm or {}), **factory)
+        kinds = KINDS[spatial_dims]
+        self.norm = kinds.norm(in_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
-        self.conv = conv(in_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv = kinds.conv(in_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -109,13 +105,13 @@ class Bottleneck(nn.Sequential):
         **factory: Any,
     ):
         super().__init__()
-        conv, batch_norm = MODULES[spatial_dims]
-        self.norm1 = batch_norm(in_channels, **(norm or {}), **factory)
+        kinds = KINDS[spatial_dims]
+        self.norm1 = kinds.norm(in_channels, **(norm or {}), **factory)
         self.act1 = activations.module(activation)
-        self.conv1 = conv(in_channels, inner_channels, 1, bias=False, **factory)
-        self.norm2 = batch_norm(inner_channels, **(norm or {}), **factory)
+        self.conv1 = kinds.conv(in_channels, inner_channels, 1, bias=False, **factory)
+        self.norm2 = kinds.norm(inner_channels, **(norm or {}), **factory)
         self.act2 = activations.module(activation)
-        self.conv2 = conv(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv2 = kinds.conv(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 

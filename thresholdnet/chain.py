@@ -19,10 +19,9 @@ from . import ops, pixels, sync, transforms
 from .activations import name_of
 from .layers import hooked, spatial_dims, torchs_convolution, torchs_norm
 from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
+from .pixels import KINDS
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-POOLINGS = {2: (nn.MaxPool2d, nn.AvgPool2d), 3: (nn.MaxPool3d, nn.AvgPool3d)}
-"""The largest and the average, by spatial dimensions."""
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ def _pooling(module: Any, dims: int) -> tuple[str, list[int]] | None:
     """Kind, and kernel, stride, padding, ceil_mode, count_include_pad, of a pooling over so many sides."""
     if not _free(module):
         return None
-    largest, average = POOLINGS[dims]
+    *_, largest, average = KINDS[dims]
     if type(module) is largest and not module.return_indices and {*_sides(module.dilation, dims)} == {1}:
         include = True
     elif type(module) is average and module.divisor_override is None:

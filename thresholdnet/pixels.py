@@ -6,12 +6,28 @@ In channels_last order a volume's memory is that of an image of D * H rows: noth
 from __future__ import annotations
 
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+
+class Kinds(NamedTuple):
+    """The modules that images take, or volumes."""
+
+    conv: Any
+    norm: Any
+    max_pool: Any
+    avg_pool: Any
+
+
+KINDS = {
+    2: Kinds(nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d),
+    3: Kinds(nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d),
+}
+"""By spatial dimensions."""
+
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-"""Of images and of volumes."""
 
 Volume = tuple[int, int]
 """Depth and height of volumes that lie as images of depth * height rows."""

@@ -172,6 +172,11 @@ def _entry(name: str) -> Callable[..., nn.Module]:
                 f"pretrained must be False for {name}, got True: timm has no weights of it; "
                 "thresholdnet.weights.load_released reads its authors' files"
             )
+        if arguments.get("spatial_dims", 2) != 2:
+            raise ValueError(
+                f"spatial_dims must be 2 in timm, which has no volumes, got {arguments['spatial_dims']}: "
+                "thresholdnet.create_model makes them"
+            )
         own = {"fused": True, **arguments}
         if features_only:
             pyramid = create_model(name, features_only=True, out_indices=out_indices, **own)

@@ -61,7 +61,7 @@ def tables_command(
 def memory_command(
     model: Annotated[str, typer.Option(help="A model of the zoo.")] = "thresholdnet_v1",
     model_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the model; may repeat.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    image_size: Annotated[int, typer.Option(help="Side of the images, or volumes, in pixels.")] = 224,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
     figure: Annotated[Path | None, typer.Option(help="Write a bar chart there as a PNG.")] = None,
@@ -78,9 +78,12 @@ def memory_command(
     network = create_model(model, device="meta", **pairs("--model-arg", model_arg))
     if figure is not None:
         output_file("--figure", figure)
-    report = memory.account(network, (batch_size, 3, image_size, image_size), memory.dtype_of(dtype))
+    sides = [image_size] * getattr(network, "spatial_dims", 2)
+    shape = (batch_size, getattr(network, "in_chans", 3), *sides)
+    report = memory.account(network, shape, memory.dtype_of(dtype))
     if figure is not None:
-        figures.memory_bars(report, figure, f"{model}, batch {batch_size} at {image_size}x{image_size}, {dtype}")
+        at = "x".join(map(str, sides))
+        figures.memory_bars(report, figure, f"{model}, batch {batch_size} at {at}, {dtype}")
     if as_json:
         print(json.dumps(memory.as_dict(report), indent=2))
         return

@@ -9,16 +9,18 @@ from torch import nn
 
 from ..blocks import ConvBNAct, ThresholdBlock
 from ..checks import integer
+from ..pixels import KINDS
 from ._network import Network, Stage
 
 
 class DepthwiseConvBN(nn.Sequential):
     """Depth-wise Conv3x3 - BatchNorm, no activation: HarDNet's light layer and its downsampling."""
 
-    def __init__(self, channels: int, stride: int = 1, **factory: Any):
+    def __init__(self, channels: int, stride: int = 1, spatial_dims: int = 2, **factory: Any):
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False, **factory)
-        self.norm = nn.BatchNorm2d(channels, **factory)
+        kinds = KINDS[spatial_dims]
+        self.dwconv = kinds.conv(channels, channels, 3, stride, 1, groups=channels, bias=False, **factory)
+        self.norm = kinds.norm(channels, **factory)
 
 
 def build_frame(
@@ -45,6 +47,7 @@ def build_frame(
         depthwise: HarDNet's "ds" form: a 1x1 second stem convolution, depth-wise convolutions in place of max-pools.
         drop_rate: dropout before the head.
         last_block_drop: dropout between the last block and its transition.
+        factory: `device` and `dtype` of the parameters, and `spatial_dims`.
     """
     first, second = stem
     stem_stage = Stage(
@@ -64,7 +67,8 @@ def build_frame(
             if depthwise:
                 modules["pool"] = DepthwiseConvBN(width, 2, **factory)
             else:
-                modules["pool"] = nn.MaxPool2d(2, 2) if index else nn.MaxPool2d(3, 2, 1)
+                max_pool = KINDS[factory.get("spatial_dims", 2)].max_pool
+                modules["pool"] = max_pool(2, 2) if index else max_pool(3, 2, 1)
         block = make_block(width)
         modules["block"] = block
         if index == len(blocks) - 1 and last_block_drop:

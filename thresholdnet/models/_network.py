@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from .. import chain
 from ..checks import integer, number
 from ..linked import check_pixels, symbolic, traced
+from ..pixels import KINDS
+
+STRIDED: Any = tuple(kind for kinds in KINDS.values() for kind in kinds if kind is not kinds.norm)
+"""Modules that may take steps of more than a pixel."""
 
 
 class FeatureInfo(TypedDict):
@@ -41,9 +45,10 @@ class Network(nn.Module):
         num_classes: outputs of the head; 0 leaves the head out and returns pooled features.
         in_chans: channels of the images.
         drop_rate: dropout before the head, 0 to 1.
+        spatial_dims: 2 for images, 3 for volumes [N, in_chans, D, H, W].
         device, dtype: of the head's parameters (the stages bring theirs).
 
-    Shapes: images [N, in_chans, H, W] with H, W >= `min_size` -> logits [N, num_classes].
+    Shapes: images [N, in_chans, H, W] with H, W (and D) >= `min_size` -> logits [N, num_classes].
 
     With `fused` set, stem and transitions run in `thresholdnet.chain`, which keeps less for backward.
     """
@@ -57,9 +62,11 @@ class Network(nn.Module):
         num_classes: int,
         in_chans: int,
         drop_rate: float = 0.0,
+        spatial_dims: int = 2,
         **factory: Any,
     ):
         super().__init__()
+        self.spatial_dims = spatial_dims
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.in_chans = in_chans
@@ -73,12 +80,13 @@ class Network(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] -> the last stage's map [N, num_features, h, w]."""
-        check_input(x, self.in_chans, self.min_size)
+        check_input(x, self.in_chans, self.min_size, self.spatial_dims)
         return _run([self.stem, *self.stages], x, self.fused)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [N, num_features, h, w] -> logits [N, num_classes], or pooled features where `pre_logits` is set."""
-        x = self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        pool = F.adaptive_avg_pool2d if self.spatial_dims == 2 else F.adaptive_avg_pool3d
+        x = self.drop(torch.flatten(pool(x, 1), 1))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +119,7 @@ class FeaturePyramid(nn.Module):
         self.fused = network.fused
         self.in_chans = network.in_chans
         self.min_size = network.min_size
+        self.spatial_dims = network.spatial_dims
         levels = pyramid_levels(network)
         chosen = range(len(levels)) if out_indices is None else out_indices
         picked = [integer("out_indices entry", i, 0, len(levels) - 1) for i in chosen]
@@ -123,7 +132,7 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [N, in_chans, H, W] -> maps [N, channels, ~H / reduction, ~W / reduction] as `feature_info` lists."""
-        check_input(x, self.in_chans, self.min_size)
+        check_input(x, self.in_chans, self.min_size, self.spatial_dims)
         return run_levels([self.stem, *self.stages], self._emit, x, self.fused)
 
 
@@ -145,15 +154,15 @@ def _run(stages: Iterable[nn.Module], x: Tensor, fused: bool) -> Tensor:
     return x
 
 
-def check_input(x: Tensor, channels: int, min_size: int) -> None:
-    """Raise TypeError or ValueError unless `x` is a batch of images that the network can take."""
+def check_input(x: Tensor, channels: int, min_size: int, spatial_dims: int = 2) -> None:
+    """Raise TypeError or ValueError unless `x` is a batch of images, or volumes, that the network can take."""
     if symbolic(x):
         return
-    check_pixels("images", x, channels)
-    if not traced() and (x.shape[2] < min_size or x.shape[3] < min_size):
-        raise ValueError(
-            f"images must be at least {min_size}x{min_size} pixels for this network, got {x.shape[2]}x{x.shape[3]}"
-        )
+    check_pixels("images" if spatial_dims == 2 else "volumes", x, channels, spatial_dims)
+    if not traced() and min(x.shape[2:]) < min_size:
+        least, given = ("x".join(map(str, sides)) for sides in ([min_size] * spatial_dims, x.shape[2:]))
+        what, unit = ("images", "pixels") if spatial_dims == 2 else ("volumes", "voxels")
+        raise ValueError(f"{what} must be at least {least} {unit} for this network, got {given}")
 
 
 def _head(features: int, num_classes: int, **factory: Any) -> nn.Module:
@@ -177,7 +186,7 @@ def _min_size(stages: Iterable[nn.Module]) -> int:
         (_first(module.kernel_size), _first(module.stride), _first(module.padding))
         for stage in stages
         for module in stage.modules()
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and _first(module.stride) > 1
+        if isinstance(module, STRIDED) and _first(module.stride) > 1
     ]
     side = 1
     while True:

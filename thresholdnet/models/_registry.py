@@ -18,15 +18,21 @@ from ._network import FeaturePyramid, Network
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_OF_VOLUMES: set[str] = set()
 _COMMON = ("num_classes", "in_chans", "device", "dtype")
 
 
-def register(builder: Builder) -> Builder:
-    """Register a builder under its function name; a second model of that name is an error."""
+def register(builder: Builder, volumes: bool = True) -> Builder:
+    """Register a builder under its function name; a second model of that name is an error.
+
+    volumes: whether it takes `spatial_dims`.
+    """
     name = builder.__name__
     if name in _BUILDERS:
         raise ValueError(f"model name {name!r} must be unique, got a second builder for it")
     _BUILDERS[name] = builder
+    if volumes:
+        _OF_VOLUMES.add(name)
     return builder
 
 
@@ -46,6 +52,7 @@ def create_model(
     num_classes: int = 1000,
     in_chans: int = 3,
     *,
+    spatial_dims: int = 2,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -61,6 +68,8 @@ def create_model(
         name: one of `list_models()`.
         num_classes: outputs of the head; 0 leaves the head out.
         in_chans: channels of the images.
+        spatial_dims: 2 for images; 3 for volumes: the same network of Conv3d, BatchNorm3d and pools with a third side.
+            Not of the baselines, which are torchvision's.
         features_only: return a backbone whose output is a list of maps, one per reduction (see `feature_info`).
         out_indices: which of those maps, ascending; None for all.
         device, dtype: of all parameters.
@@ -69,7 +78,7 @@ def create_model(
         arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
 
     Returns:
-        An nn.Module: images [N, in_chans, H, W] -> logits [N, num_classes].
+        An nn.Module: images [N, in_chans, H, W], or volumes [N, in_chans, D, H, W] -> logits [N, num_classes].
 
     Raises:
         ValueError: unknown model (the nearest names are given) or an argument out of range.
@@ -79,6 +88,10 @@ def create_model(
     check_arguments(name, arguments)
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
+    if integer("spatial_dims", spatial_dims, 2, 3) == 3:
+        if name not in _OF_VOLUMES:
+            raise ValueError(f"spatial_dims must be 2 for {name}, which is torchvision's, got {spatial_dims}")
+        arguments = {**arguments, "spatial_dims": spatial_dims}
     boolean("features_only", features_only)
     boolean("fused", fused)
     one_of("backend", backend, CHOICES)

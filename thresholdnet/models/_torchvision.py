@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..checks import boolean, integer
 from ._network import FeatureInfo
 from ._registry import register
+
+baseline = partial(register, volumes=False)
 
 LEVELS = (
     "relu",
@@ -21,43 +24,43 @@ LEVELS = (
 )  # the ResNet family's last node at reductions 2 to 32
 
 
-@register
+@baseline
 def resnet18(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """ResNet18, the paper's ResNet on STL-10."""
     return _build("resnet18", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def resnet50(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """ResNet50: 25,557,032 parameters with 1000 classes."""
     return _build("resnet50", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def resnet101(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """ResNet101: 44,549,160 parameters with 1000 classes."""
     return _build("resnet101", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def resnext50_32x4d(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """ResNeXt50 32x4d: 25,028,904 parameters with 1000 classes."""
     return _build("resnext50_32x4d", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def resnext101_32x8d(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """ResNeXt101 32x8d: 88,791,336 parameters with 1000 classes."""
     return _build("resnext101_32x8d", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def wide_resnet50_2(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """WideResNet50-2: 68,883,240 parameters with 1000 classes."""
     return _build("wide_resnet50_2", num_classes, in_chans, small_stem, **factory)
 
 
-@register
+@baseline
 def wide_resnet101_2(num_classes: int = 1000, in_chans: int = 3, small_stem: bool = False, **factory: Any) -> nn.Module:
     """WideResNet101-2: 126,886,696 parameters with 1000 classes."""
     return _build("wide_resnet101_2", num_classes, in_chans, small_stem, **factory)

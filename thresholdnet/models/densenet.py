@@ -10,6 +10,7 @@ from torch import nn
 from .. import links
 from ..blocks import ThresholdBlock
 from ..checks import boolean
+from ..pixels import CONVOLUTIONS, KINDS, Kinds
 from ._network import Network, Stage
 from ._registry import register
 
@@ -54,7 +55,8 @@ def densenet40(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.
 
     1,019,722 parameters with 10 classes ("DenseNet", 1.0M, in table 2 of the reference).
     """
-    stem = Stage({"conv": nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False, **factory)}, 16, reduction=1)
+    kinds, place = _kinds(**factory)
+    stem = Stage({"conv": kinds.conv(in_chans, 16, 3, 1, 1, bias=False, **place)}, 16, reduction=1)
 
     def block(width: int, depth: int) -> ThresholdBlock:
         return ThresholdBlock(width, links.dense(depth), 12, unit="bn_relu_conv", width_rule="constant", **factory)
@@ -100,10 +102,11 @@ def _densenet(
 ) -> Network:
     """`small_stem`: a 3x3 convolution of stride 1 without a pool, for images of 32 pixels, in place of ImageNet's."""
     kernel, stride = (3, 1) if boolean("small_stem", small_stem) else (7, 2)
+    kinds, place = _kinds(**factory)
     stem = Stage(
         {
-            "conv": nn.Conv2d(in_chans, stem_width, kernel, stride, kernel // 2, bias=False, **factory),
-            "norm": nn.BatchNorm2d(stem_width, **factory),
+            "conv": kinds.conv(in_chans, stem_width, kernel, stride, kernel // 2, bias=False, **place),
+            "norm": kinds.norm(stem_width, **place),
             "act": nn.ReLU(inplace=True),
         },
         stem_width,
@@ -128,6 +131,7 @@ def _assembled(
     **factory: Any,
 ) -> Network:
     """make_block: from channels and layers. compression: what transitions divide channels by. pool: behind the stem."""
+    kinds, place = _kinds(**factory)
     stages: list[Stage] = []
     width, reduction = stem.out_channels, stem.reduction * (2 if pool else 1)
     for index, depth in enumerate(layers):
@@ -136,12 +140,12 @@ def _assembled(
             modules = _transition(width, width // compression, **factory)
             width, reduction = width // compression, reduction * 2
         else:
-            modules = {"pool": nn.MaxPool2d(3, 2, 1)} if pool else {}
+            modules = {"pool": kinds.max_pool(3, 2, 1)} if pool else {}
         block = make_block(width, depth)
         modules["block"] = block
         width = block.out_channels
         if index == len(layers) - 1:
-            modules |= {"last_norm": nn.BatchNorm2d(width, **factory), "last_act": nn.ReLU(inplace=True)}
+            modules |= {"last_norm": kinds.norm(width, **place), "last_act": nn.ReLU(inplace=True)}
         stages.append(Stage(modules, width, reduction))
     network = Network(stem, stages, num_classes, in_chans, drop_rate, **factory)
     _initialise(network)
@@ -150,18 +154,24 @@ def _assembled(
 
 def _transition(in_channels: int, out_channels: int, **factory: Any) -> dict[str, nn.Module]:
     """BN - ReLU - Conv1x1 - average pool, at the entry of the next stage."""
+    kinds, place = _kinds(**factory)
     return {
-        "norm": nn.BatchNorm2d(in_channels, **factory),
+        "norm": kinds.norm(in_channels, **place),
         "act": nn.ReLU(inplace=True),
-        "conv": nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory),
-        "pool": nn.AvgPool2d(2, 2),
+        "conv": kinds.conv(in_channels, out_channels, 1, bias=False, **place),
+        "pool": kinds.avg_pool(2, 2),
     }
+
+
+def _kinds(spatial_dims: int = 2, **place: Any) -> tuple[Kinds, dict[str, Any]]:
+    """The modules of so many spatial dimensions, and where their parameters lie."""
+    return KINDS[spatial_dims], place
 
 
 def _initialise(network: Network) -> None:
     """torchvision's initialisation of DenseNet."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

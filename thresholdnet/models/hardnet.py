@@ -20,7 +20,7 @@ class DepthwiseHarmonicBlock(ThresholdBlock):
     can_fuse = False
 
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
-        width = self.plan.widths[index]
+        width, factory["spatial_dims"] = self.plan.widths[index], self.plan.spatial_dims
         layer = nn.Sequential()
         layer.add_module(
             "point", ConvBNAct(self.plan.link_widths[index], width, 1, 1, self.activation, norm, **factory)
