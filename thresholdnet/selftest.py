@@ -24,13 +24,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import backends, candidates, refusal
 from .blocks import ThresholdBlock
 from .checks import one_of
 from .memory import DTYPES
 from .models import create_model
+from .pixels import CONVOLUTIONS, count
 from .reference import Statistics, block_forward
 from .replay import FIRST
 
@@ -42,6 +44,8 @@ BLOCKS = {
     "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck"),
     "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv"),
     "densenet121 dense, without BatchNorm": ("densenet121", "stages.1.block", "conv_relu"),
+    "densenet121 dense, volumes": ("densenet121", "stages.0.block", "bottleneck"),
+    "hardnet68 harmonic, volumes": ("hardnet68", "stages.0.block", "conv_bn_relu"),
 }
 """Links and widths of a network's block, with layers of a unit."""
 SMALL = (
@@ -56,6 +60,8 @@ HALF = 1.5
 """Of plain torch's error: as many roundings in other places, such as of weights with BatchNorm folded in."""
 FULL, QUICK, INTERPRETED = (None, (2, 7, 5)), (4, (2, 4, 3)), (2, (1, 3, 3))
 """Layers of a block, and images, rows, columns."""
+DEPTH = 3
+"""Slices of volumes."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,13 @@ class Case:
     dtype: str
     block: str
     layers: int | None
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @property
     def text(self) -> str:
         """The block and its pixels, for a table."""
-        n, h, w = self.shape
-        return f"{self.block}{'' if self.layers is None else f', {self.layers} layers'}, {n}x{h}x{w}"
+        sides = "x".join(map(str, self.shape))
+        return f"{self.block}{'' if self.layers is None else f', {self.layers} layers'}, {sides}"
 
 
 @dataclass
@@ -125,12 +131,13 @@ def cases(backend: str = "all", dtypes: Sequence[str] = (), quick: bool = False)
     for name in usable:
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
             interpreted = name == "triton" and device == "cpu"
-            layers, shape = INTERPRETED if interpreted else QUICK if quick else FULL
-            blocks = SMALL if interpreted else BLOCKS
-            for dtype in chosen:
-                taken = refusal(name, torch.empty(0, dtype=DTYPES[dtype], device=device)) is None
-                if taken and not (interpreted and dtype == "bf16"):
-                    made += [Case(name, device, dtype, block, layers, shape) for block in blocks]
+            layers, (images, *sides) = INTERPRETED if interpreted else QUICK if quick else FULL
+            for block in SMALL if interpreted else BLOCKS:
+                shape = (images, *([DEPTH] if _of_volumes(block) else []), *sides)
+                for dtype in chosen:
+                    pixels = torch.empty(0, 1, *shape[1:], dtype=DTYPES[dtype], device=device)
+                    if refusal(name, pixels) is None and not (interpreted and dtype == "bf16"):
+                        made.append(Case(name, device, dtype, block, layers, shape))
     if not made:
         raise ValueError(f"dtype must be one that {' or '.join(usable)} can be tested in here, got {', '.join(chosen)}")
     return made
@@ -159,6 +166,10 @@ def check(case: Case) -> Result:
     return result
 
 
+def _of_volumes(block: str) -> bool:
+    return block.endswith("volumes")
+
+
 @lru_cache(maxsize=len(BLOCKS))
 def _template(name: str) -> ThresholdBlock:
     """A block of the zoo, without memory."""
@@ -170,7 +181,7 @@ def _template(name: str) -> ThresholdBlock:
 
 @lru_cache(maxsize=len(BLOCKS) * len(DTYPES))
 def _operands_and_truth(
-    name: str, layers: int | None, shape: tuple[int, int, int], dtype: str
+    name: str, layers: int | None, shape: tuple[int, ...], dtype: str
 ) -> tuple[ThresholdBlock, Tensor, Tensor, dict[str, list[Tensor]]]:
     """A block with parameters that the dtype holds exactly, an input, a gradient of the output, and what the reference
     makes of them; in fp64 on the CPU.
@@ -181,20 +192,20 @@ def _operands_and_truth(
     generator = torch.Generator().manual_seed(0)
     block = ThresholdBlock(
         plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=BLOCKS[name][2], activation=template.activation,
-        norm_momentum=1.0, device="meta", dtype=torch.float64,
+        norm_momentum=1.0, spatial_dims=3 if _of_volumes(name) else 2, device="meta", dtype=torch.float64,
     ).to_empty(device="cpu")  # fmt: skip
     with torch.no_grad():
         for module in block.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, CONVOLUTIONS):
                 module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
         for norm in _norms(block):
             norm.reset_running_stats()
             norm.weight.uniform_(0.5, 1.0, generator=generator)
         for module in _shifting(block):
             module.bias.uniform_(-0.5, 0.5, generator=generator)
-    n, h, w = shape
+    images, *sides = shape
     x, cotangent = (
-        torch.randn(n, channels, h, w, dtype=torch.float64, generator=generator).to(narrow).double()
+        torch.randn(images, channels, *sides, dtype=torch.float64, generator=generator).to(narrow).double()
         for channels in (plan.in_channels, block.out_channels)
     )
     block.to(narrow).double()
@@ -203,12 +214,12 @@ def _operands_and_truth(
 
 
 def _norms(block: ThresholdBlock) -> list[Any]:
-    return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [module for module in block.modules() if isinstance(module, _BatchNorm)]
 
 
 def _shifting(block: ThresholdBlock) -> list[Any]:
     """Modules whose bias is the last that is added in front of an activation."""
-    return _norms(block) or [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    return _norms(block) or [module for module in block.modules() if isinstance(module, CONVOLUTIONS)]
 
 
 @torch.no_grad()
@@ -222,7 +233,7 @@ def _clear_of_zero(block: ThresholdBlock, x: Tensor, dtype: torch.dtype) -> None
         gap = middle.diff(dim=1).argmax(dim=1, keepdim=True)
         centre = (middle.gather(1, gap) + middle.gather(1, gap + 1)).flatten() / 2
         bias = (module.bias - centre).to(dtype).double()
-        moved = y + (bias - module.bias).view(1, -1, 1, 1)
+        moved = y + (bias - module.bias).view(-1, *[1] * (y.dim() - 2))
         module.bias.copy_(bias)
         return moved
 
@@ -237,7 +248,7 @@ def _reference(block: ThresholdBlock, x: Tensor, cotangent: Tensor) -> dict[str,
     parameters = list(block.parameters())
     y, used = block_forward(block.plan, x, parameters, activation=block.activation)
     grads = torch.autograd.grad((y * cotangent).sum(), [x, *parameters])
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    pixels = count(x)
     running = [Statistics(s.mean.detach(), s.variance.detach() * pixels / (pixels - 1)) for s in used]
     with torch.no_grad():
         inferred, _ = block_forward(block.plan, x, parameters, running, activation=block.activation)
