@@ -1,13 +1,18 @@
 """Volumes [N, C, D, H, W]: blocks of Conv3d and BatchNorm3d, transitions and other people's models, in the engine."""
 
 import copy
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from on_gpu import needs_gpu
 from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
 from test_chain import Chained, _calls, _same
+from test_cli import run
 from tolerances import HALF_VOLUMES, assert_close, rms_error
 from torch import nn
 
@@ -17,6 +22,7 @@ from thresholdnet.backends import csrc
 from thresholdnet.convert import ConvertedBlock
 from thresholdnet.models import fuse_blocks
 from thresholdnet.reference import Statistics, block_forward
+from thresholdnet.selftest import full_precision
 
 F64 = torch.float64
 LAST = torch.channels_last_3d
@@ -463,6 +469,43 @@ def test_a_converted_model_keeps_less():
     account = tn.memory.account(converted, x.shape, torch.float32)
     assert account["fused"].kept < 0.4 * account["eager"].kept
     assert account["fused, recompute"].kept < account["fused"].kept
+
+
+def test_the_command_measures_volumes(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # `--path` is for one command
+    said = json.loads(
+        run("convert", "test_volumes:DenseNet", "--path", Path(__file__).parent, "--shape", 2, 1, 16, 12, "--depth", 20,
+            "--rounds", 1, "--json")[0]
+    )  # fmt: skip
+    assert said["blocks"] == 2 and {row["provider"] for row in said["rows"]} == {
+        "eager_channels_last", "converted", "converted_recompute", "converted_prepacked",
+    }  # fmt: skip
+    assert all(row["shape"] == [2, 1, 20, 16, 12] and "reason" not in row for row in said["rows"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "residual dense block"])
+def test_on_a_gpu(name, dtype):
+    """Converted and plain, in the same format, against fp64 on the CPU; replayed calls among them."""
+    make, shape, _ = FOREIGN[name]
+    torch.manual_seed(0)
+    exact = make().to(dtype).double()
+    x = torch.randn(shape, dtype=F64).to(dtype)
+    truth = _step(exact, x.double())
+    plain = copy.deepcopy(exact).to("cuda", dtype)
+    converted = tn.convert(copy.deepcopy(plain), report=None)
+    with full_precision():
+        theirs = _step(plain, x.cuda())
+        for _ in range(4):
+            ours = _step(converted, x.cuda())
+    blocks = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
+    assert {block.backend for block in blocks} == {"native"}
+    bound = 5e-5 if dtype == torch.float32 else 1.5 * rms_error(theirs[0].cpu(), truth[0]) + 2**-8
+    assert rms_error(ours[0].cpu(), truth[0]) <= bound
+    if dtype == torch.float32:
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            assert rms_error(a.cpu(), b.cpu().double()) <= 1e-2  # masks flip near 0
 
 
 def test_a_dropout_of_channels_is_found():

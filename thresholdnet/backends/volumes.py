@@ -53,7 +53,7 @@ class Verbs(native.Verbs):
             )  # fmt: skip
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
         own = None if bias is None else bias.to(weight.dtype)
-        z = _rows(F.conv3d(read, weight.contiguous(memory_format=LAST), own, padding=1))
+        z = _rows(F.conv3d(read, weight, own, padding=1))  # the library lays a weight out sooner than torch would
         if bias is not None:
             z = activate_(z, activation)
         return z, self.moments(z) if statistics else None
@@ -76,7 +76,7 @@ class Verbs(native.Verbs):
         like = torch.empty(  # for its shape and order; never touched
             (dz.shape[0], weight.shape[1], *arriving.shape[2:]), dtype=dz.dtype, device=dz.device, memory_format=LAST
         )
-        return _rows(self._library_gradients(arriving, like, weight.contiguous(memory_format=LAST), 0))
+        return _rows(self._library_gradients(arriving, like, weight, 0))
 
     def weight_gradient(
         self,
