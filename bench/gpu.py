@@ -185,6 +185,15 @@ def gpu_steps(out: Path) -> list[Step]:
                 ("ResidualDense", ("--model-arg", "read=64", "--model-arg", "k=32")),
             )
         ),
+        Step(
+            "convert volumes",  # in cuDNN's convolutions, our passes around them
+            (
+                *command, "convert", "thresholdnet:create_model", "--model-arg", "name=densenet121",
+                "--model-arg", "spatial_dims=3", "--model-arg", "in_chans=1", "--shape", "4", "1", "96", "96",
+                "--depth", "96", "--dtype", "bf16", "--rounds", "7", "--out", str(out / "convert-volumes.json"),
+            ),
+            60, 25,
+        ),
         # what eager gains by cuDNN's own measuring, which takes its time
         Step(
             "bench cudnn",

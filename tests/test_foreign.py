@@ -63,6 +63,17 @@ def test_bytes_alone_and_nothing_to_fuse():
     assert said["blocks"] == 0 and said["rows"] == []
 
 
+def test_volumes_have_a_depth():
+    said = json.loads(
+        run("convert", "test_volumes:DenseNet", "--path", HERE, "--shape", 2, 1, 16, 12, "--depth", 20, "--rounds", 1,
+            "--json")[0]
+    )  # fmt: skip
+    assert said["blocks"] == 2 and {row["provider"] for row in said["rows"]} == {
+        "eager_channels_last", "converted", "converted_recompute", "converted_prepacked",
+    }  # fmt: skip
+    assert all(row["shape"] == [2, 1, 20, 16, 12] and "reason" not in row for row in said["rows"])
+
+
 class Several(nn.Module):
     """Two maps in a dict, beside a number, from a block and a dropout."""
 
@@ -102,7 +113,7 @@ def test_the_readme_says_what_the_files_say():
     root = HERE.parent
     if not (root / "bench").is_dir():
         pytest.skip("run outside a checkout")
-    files = sorted((root / "bench" / "results" / "xeon-2core" / "convert").glob("*.json"))
+    files = sorted((root / "bench" / "results").glob("*/convert/*.json"))
     found = {
         file.stem.split("-", 3)[3]: {
             (row["mode"], row["provider"]): row for row in json.loads(file.read_text())["rows"]
@@ -113,21 +124,30 @@ def test_the_readme_says_what_the_files_say():
     def speeds(names, mode, provider="converted"):
         return [found[name][mode, provider]["ratios"][compared.AS_IT_IS]["median"] for name in names]
 
-    def kept(names):
-        both = ("converted", compared.AS_IT_IS)
-        sizes = [[found[name]["train", provider]["saved_bytes"] for provider in both] for name in names]
+    def shares(names, provider="converted", mode="train", of="saved_bytes"):
+        both = (provider, compared.AS_IT_IS)
+        sizes = [[found[name][mode, each][of] for each in both] for name in names]
         return [ours / own for ours, own in sizes]
 
-    residual = ("torchsr-rdn", "spandrel-esrgan")
-    dense = [name for name in found if name not in residual]
+    residual, volumes = ("torchsr-rdn", "spandrel-esrgan"), ("monai-densenet121-volumes",)
+    dense = [name for name in found if name not in (*residual, *volumes)]
+    again = "converted_recompute"
     said = {
         "train {:.2f} to {:.2f} times": sorted(speeds(dense, "train"))[:: len(dense) - 1],
-        "keep {:.2f} to {:.2f} of": sorted(kept(dense))[:: len(dense) - 1],
+        "keep {:.2f} to {:.2f} of": sorted(shares(dense))[:: len(dense) - 1],
         "answer {:.2f} to {:.2f} times": sorted(speeds(dense, "infer"))[:: len(dense) - 1],
-        "keep {:.2f} and {:.2f} of theirs": kept(residual),
+        "keep {:.2f} and {:.2f} of theirs": shares(residual),
         "train at {:.2f} of their speed": [min(speeds(residual, "train"))],
         "at {:.2f} and {:.2f} times it": speeds(residual, "train", "converted_winograd"),
-    }
+        'keeps {:.2f} of its bytes ({:.2f} with `recompute="bottleneck"`)': shares(volumes) + shares(volumes, again),
+        "needs {:.2f} ({:.2f}) of its peak": [
+            *shares(volumes, of="peak_bytes"), *shares(volumes, again, of="peak_bytes")
+        ],
+        "trains {:.2f} ({:.2f}) times as fast": speeds(volumes, "train") + speeds(volumes, "train", again),
+        "is {:.2f} times as fast with {:.2f} of the peak": [
+            *speeds(volumes, "infer"), *shares(volumes, mode="infer", of="peak_bytes")
+        ],
+    }  # fmt: skip
     assert round(min(speeds(residual, "train")), 2) == round(max(speeds(residual, "train")), 2)
     text = " ".join((root / "README.md").read_text().split())
     for words, values in said.items():

@@ -1,9 +1,6 @@
 """Volumes [N, C, D, H, W]: blocks of Conv3d and BatchNorm3d, transitions and other people's models, in the engine."""
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from on_gpu import needs_gpu
 from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
 from test_chain import Chained, _calls, _same
-from test_cli import run
 from tolerances import HALF_VOLUMES, assert_close, rms_error
 from torch import nn
 
@@ -469,18 +465,6 @@ def test_a_converted_model_keeps_less():
     account = tn.memory.account(converted, x.shape, torch.float32)
     assert account["fused"].kept < 0.4 * account["eager"].kept
     assert account["fused, recompute"].kept < account["fused"].kept
-
-
-def test_the_command_measures_volumes(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])  # `--path` is for one command
-    said = json.loads(
-        run("convert", "test_volumes:DenseNet", "--path", Path(__file__).parent, "--shape", 2, 1, 16, 12, "--depth", 20,
-            "--rounds", 1, "--json")[0]
-    )  # fmt: skip
-    assert said["blocks"] == 2 and {row["provider"] for row in said["rows"]} == {
-        "eager_channels_last", "converted", "converted_recompute", "converted_prepacked",
-    }  # fmt: skip
-    assert all(row["shape"] == [2, 1, 20, 16, 12] and "reason" not in row for row in said["rows"])
 
 
 @needs_gpu
