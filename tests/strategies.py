@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thresholdnet import ThresholdBlock, links
+from thresholdnet.pixels import CONVOLUTIONS, KINDS, channels_last
 from thresholdnet.plan import UNITS
 
 F64 = torch.float64
@@ -28,6 +30,7 @@ seeds = st.integers(0, 2**32 - 1)
 layouts = st.sampled_from(LAYOUTS)
 widths = st.one_of(st.integers(1, 12), st.integers(1, 40))
 sides = st.integers(1, 9)
+short_sides = st.integers(1, 5)  # of volumes
 halves = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 norm_eps = st.one_of(st.sampled_from([1e-5, 1e-3]), st.floats(1e-6, 1.0))
 momenta = st.one_of(st.none(), st.sampled_from([0.0, 0.1, 1.0]))
@@ -35,27 +38,27 @@ PASSES = ("C++", "torch")
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """`values` [N, C, H, W] in memory as a caller may have it, between NaN where it has gaps; some layouts repeat."""
-    n, c, h, w = values.shape
+    """`values` [N, C, ...] in memory as a caller may have it, between NaN where it has gaps; some layouts repeat."""
+    n, c, *rest = values.shape
     if layout == "channels_last":
-        return values.contiguous(memory_format=LAST)
+        return values.contiguous(memory_format=channels_last(values))
     if layout.startswith("channels of"):
-        wide = values.new_full((n, c + 5, h, w), float("nan"))
-        wide = wide if "NCHW" in layout else wide.contiguous(memory_format=LAST)
+        wide = values.new_full((n, c + 5, *rest), float("nan"))
+        wide = wide if "NCHW" in layout else wide.contiguous(memory_format=channels_last(wide))
         wide[:, 3 : 3 + c] = values
         return wide[:, 3 : 3 + c]
     if layout == "strided":
-        wide = values.new_full((2 * n, c, h, 3 * w), float("nan"))
-        wide[::2, :, :, ::3] = values
-        return wide[::2, :, :, ::3]
+        wide = values.new_full((2 * n, c, *rest[:-1], 3 * rest[-1]), float("nan"))
+        wide[::2, ..., ::3] = values
+        return wide[::2, ..., ::3]
     if layout == "transposed":
-        return values.transpose(2, 3).contiguous().transpose(2, 3)
+        return values.transpose(-2, -1).contiguous().transpose(-2, -1)
     if layout == "flipped":
-        return values.flip(1, 3)
+        return values.flip(1, -1)
     if layout == "one image repeated":
-        return values[:1].expand(n, c, h, w)
+        return values[:1].expand(n, c, *rest)
     if layout == "one channel repeated":
-        return values[:, :1].expand(n, c, h, w)
+        return values[:, :1].expand(n, c, *rest)
     return values.contiguous()
 
 
@@ -83,7 +86,7 @@ class BlockCase:
     frozen: frozenset[int]  # BatchNorms in eval mode, by number
     bare: frozenset[int]  # without affine
     untracked: frozenset[int]  # without running statistics
-    size: tuple[int, int, int]  # N, H, W
+    size: tuple[int, ...]  # N, H, W, or of volumes N, D, H, W
     dtype: torch.dtype
     layout: str
     weights_last: bool  # convolution weights in channels_last
@@ -108,13 +111,13 @@ class BlockCase:
         block = ThresholdBlock(
             self.in_channels, self.links(), self.growth_rate, self.compression, self.unit, width_rule=self.width_rule,
             outputs=self.outputs, bottleneck_factor=self.bottleneck_factor, activation=self.activation,
-            norm_eps=self.eps, norm_momentum=self.momentum, drop_rate=0.0, dtype=F64,
+            norm_eps=self.eps, norm_momentum=self.momentum, drop_rate=0.0, spatial_dims=len(self.size) - 1, dtype=F64,
         )  # fmt: skip
         replace_norms(block, self.bare, self.untracked)
         fill(block, self.seed)
         block.to(self.dtype).to(F64)
         if self.weights_last:
-            block.to(memory_format=LAST)
+            block.to(memory_format=torch.channels_last if len(self.size) == 3 else torch.channels_last_3d)
         block.train(self.training)
         for number, norm in enumerate(norms_of(block)):
             norm.eps *= 1 + number * self.own_eps
@@ -132,9 +135,12 @@ class BlockCase:
     @property
     def too_small(self) -> bool:
         """Whether batch statistics are asked of one value a channel, which torch refuses."""
-        n, h, w = self.size
         count = len(self.rows) * (2 if self.unit == "bottleneck" else 1)
-        return n * h * w == 1 and any(self._uses_batch(number) for number in range(count))
+        return (
+            prod(self.size) == 1
+            and self.unit != "conv_relu"
+            and any(self._uses_batch(number) for number in range(count))
+        )
 
     def _uses_batch(self, number: int) -> bool:
         return number in self.untracked or (self.training and number not in self.frozen)
@@ -155,9 +161,9 @@ def replace_norms(module: nn.Module, bare: frozenset[int], untracked: frozenset[
     number = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, _BatchNorm):
                 if number in bare or number in untracked:
-                    made = nn.BatchNorm2d(
+                    made = type(child)(
                         child.num_features, child.eps, child.momentum, number not in bare, number not in untracked,
                         dtype=F64,
                     )  # fmt: skip
@@ -170,9 +176,9 @@ def fill(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for child in module.modules():
-            if isinstance(child, nn.Conv2d):
+            if isinstance(child, CONVOLUTIONS):
                 child.weight.normal_(0, child.weight[0].numel() ** -0.5, generator=generator)
-            elif isinstance(child, nn.BatchNorm2d):
+            elif isinstance(child, _BatchNorm):
                 if child.affine:
                     child.weight.uniform_(-0.5, 1.5, generator=generator)
                     child.bias.uniform_(-0.5, 0.5, generator=generator)
@@ -205,7 +211,9 @@ def some_of(count: int) -> st.SearchStrategy[frozenset[int]]:
 
 
 @st.composite
-def block_cases(draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Sequence[str] = PASSES) -> BlockCase:
+def block_cases(
+    draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Sequence[str] = PASSES, dims: int = 2
+) -> BlockCase:
     """Any block."""
     rows, threshold = draw(link_rows())
     depth = len(rows)
@@ -239,7 +247,7 @@ def block_cases(draw: Any, dtypes: st.SearchStrategy[torch.dtype], passes: Seque
         frozen=draw(some_of(norms)) if training else frozenset(),
         bare=bare,
         untracked=untracked,
-        size=(batch, draw(sides), draw(sides)),
+        size=(batch, *draw(st.tuples(*[sides if dims == 2 else short_sides] * dims))),
         dtype=dtype,
         layout=draw(layouts),
         weights_last=draw(st.booleans()),
@@ -311,7 +319,7 @@ class ChainCase:
     pool: tuple[str, int, int, int, bool] | None  # kind, kernel, stride, padding, ceil_mode
     count_padding: bool
     training: bool
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     layout: str
     needs_x: bool
     frozen_parameters: frozenset[int]
@@ -321,20 +329,20 @@ class ChainCase:
 
     def modules(self) -> nn.Sequential:
         """The modules, filled."""
-        act = nn.ReLU if self.activation == "relu" else nn.ReLU6
-        norm = nn.BatchNorm2d(self.channels, self.eps, self.momentum, self.affine, self.tracked, dtype=F64)
+        act, kinds = nn.ReLU if self.activation == "relu" else nn.ReLU6, KINDS[len(self.size) - 1]
+        norm = kinds.norm(self.channels, self.eps, self.momentum, self.affine, self.tracked, dtype=F64)
         net = nn.Sequential(norm, act(self.inplace))
         if self.conv is not None:
             outputs, kernel, stride, padding, dilation, groups = self.conv
             net.append(
-                nn.Conv2d(self.channels, outputs, kernel, stride, padding, dilation, groups, bias=False, dtype=F64)
+                kinds.conv(self.channels, outputs, kernel, stride, padding, dilation, groups, bias=False, dtype=F64)
             )
         if self.pool is not None:
             kind, kernel, stride, padding, ceil = self.pool
             if kind == "max":
-                net.append(nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil))
+                net.append(kinds.max_pool(kernel, stride, padding, ceil_mode=ceil))
             else:
-                net.append(nn.AvgPool2d(kernel, stride, padding, ceil, self.count_padding))
+                net.append(kinds.avg_pool(kernel, stride, padding, ceil, self.count_padding))
         fill(net, self.seed)
         for number, parameter in enumerate(net.parameters()):
             parameter.requires_grad_(number not in self.frozen_parameters)
@@ -342,7 +350,7 @@ class ChainCase:
 
 
 @st.composite
-def chain_cases(draw: Any) -> ChainCase:
+def chain_cases(draw: Any, dims: int = 2) -> ChainCase:
     """Any such row of modules, also where torch refuses it."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     channels = groups * draw(st.integers(1, 13))
@@ -374,7 +382,7 @@ def chain_cases(draw: Any) -> ChainCase:
         ),
         count_padding=draw(st.booleans()),
         training=draw(st.booleans()),
-        size=(draw(st.integers(0, 4)), draw(sides), draw(sides)),
+        size=(draw(st.integers(0, 4)), *draw(st.tuples(*[sides if dims == 2 else short_sides] * dims))),
         layout=draw(layouts),
         needs_x=draw(st.booleans()),
         frozen_parameters=draw(some_of(3)),

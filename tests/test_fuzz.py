@@ -39,7 +39,6 @@ from operator_calls import Call, OperatorCase, WrongCase, operator_cases, spoil,
 from replayed import checked
 from strategies import (
     F64,
-    LAST,
     BlockCase,
     ChainCase,
     ConvCase,
@@ -52,10 +51,12 @@ from strategies import (
 )  # fmt: skip
 from tolerances import PASS_ABSOLUTE, RELATIVE, WINOGRAD_BLOCK
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from thresholdnet import ThresholdBlock, chain, prepack, replay
 from thresholdnet.backends import csrc, winograd
 from thresholdnet.functional import linked_conv2d
+from thresholdnet.pixels import CONVOLUTIONS, channels_last
 
 MINUTES = float(os.environ.get("THRESHOLDNET_FUZZ_MINUTES", 0))
 AMPLIFIED = 100  # times what shaking the last bit moves: the rounding of some hundred operations, one behind the other
@@ -119,7 +120,7 @@ class Arriving(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.noted["largest"] = g.abs().amax((0, 2, 3), keepdim=True) if g.numel() else g.new_zeros(1)
+        ctx.noted["largest"] = g.abs().amax((0, *range(2, g.dim())), keepdim=True) if g.numel() else g.new_zeros(1)
         return g, None
 
 
@@ -146,9 +147,10 @@ def shake_norm(norm: Any, unit: float, seed: int) -> None:
 
     def behind(module: Any, inputs: tuple[Tensor], z: Tensor) -> Tensor:
         given = not module.training and module.running_var is not None
-        variance = module.running_var if given else inputs[0].detach().var((0, 2, 3), correction=0)
+        pixels = (0, *range(2, z.dim()))
+        variance = module.running_var if given else inputs[0].detach().var(pixels, correction=0)
         gamma = torch.ones_like(variance) if module.weight is None else module.weight.detach().abs()
-        noted["scale"] = (gamma * (variance + module.eps).rsqrt()).view(1, -1, 1, 1)
+        noted["scale"] = (gamma * (variance + module.eps).rsqrt()).view(-1, *[1] * (z.dim() - 2))
         return Arriving.apply(z, noted)
 
     norm.register_forward_pre_hook(before)
@@ -161,9 +163,9 @@ def shake(module: nn.Module, unit: float, seed: int) -> Any:
         for number, parameter in enumerate(module.parameters(), start=1):
             parameter.copy_(shaken(parameter, unit, seed + number))
     for number, child in enumerate(module.modules(), start=1000):
-        if isinstance(child, nn.Conv2d):
+        if isinstance(child, CONVOLUTIONS):
             child.register_forward_hook(lambda m, x, z, number=number: shaken(z, unit, seed + number))
-        elif isinstance(child, nn.BatchNorm2d):
+        elif isinstance(child, _BatchNorm):
             shake_norm(child, unit, seed + number)
     return module
 
@@ -210,7 +212,8 @@ def run_block(case: BlockCase, block: ThresholdBlock, dtype: torch.dtype, x: Ten
     kept, tail = x.detach().clone(), None
     leaves = {"x": x, **dict(block.named_parameters())}
     if case.tail:
-        tail = random((case.tail, block.out_channels, 1, 1), case.seed + 2).to(case.dtype).to(dtype).requires_grad_()
+        point = [1] * block.plan.spatial_dims
+        tail = random((case.tail, block.out_channels, *point), case.seed + 2).to(case.dtype).to(dtype).requires_grad_()
         leaves["tail"] = tail
     with torch.set_grad_enabled(case.grad):
         found = run(partial(block, x, tail), leaves, block, case.cotangent)
@@ -233,7 +236,7 @@ def run_fused(case: BlockCase, block: ThresholdBlock) -> Found:
                 run_block(case, fused, case.dtype)
         found = run_block(case, fused, case.dtype)
     assert fused.backend == "native"
-    assert found["output"].is_contiguous(memory_format=LAST)
+    assert found["output"].is_contiguous(memory_format=channels_last(found["output"]))
     return found
 
 
@@ -399,6 +402,9 @@ PROPERTIES: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any], int]]
     "Winograd": (check_half, block_cases(st.just(torch.float32), ["Winograd"]), 60),
     "conv": (check_conv, conv_cases(), 60),
     "chain": (check_chain, chain_cases(), 100),
+    "volumes": (check_block, block_cases(st.just(F64), dims=3), 60),
+    "half volumes": (check_half, block_cases(halves, dims=3), 40),
+    "chain of volumes": (check_chain, chain_cases(dims=3), 60),
     "operators": (check_operator, operator_cases(), 150),
     "wrong": (check_wrong, wrong_cases(), 200),
 }

@@ -59,5 +59,6 @@ def as_slices(x: Tensor, volume: Volume) -> Tensor:
 
 
 def as_volumes(x: Tensor, volume: Volume) -> Tensor:
-    """Images of D * H rows as volumes, in the same memory."""
-    return x.unflatten(2, volume)
+    """Images of D * H rows, in channels_last order, as volumes in the same memory."""
+    made = x.unflatten(2, volume)
+    return made.contiguous(memory_format=torch.channels_last_3d)  # an empty tensor has lost its order
