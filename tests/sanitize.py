@@ -29,7 +29,8 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # the last, or asan 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
 REPORT = re.compile(r"^.*(?:ERROR: AddressSanitizer|runtime error:).*$", re.MULTILINE)
 CPU_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("weight_gradient", "few_pixels", "fuzz", "engine", "chain", "winograd")
+    f"tests/test_{name}.py"
+    for name in ("weight_gradient", "few_pixels", "fuzz", "engine", "chain", "volumes", "winograd")
 )
 SLOW = "triton or compiles or gradcheck or steps_of_training or models or whole_networks or bytes"  # no new loop there
 LOADED = (

@@ -247,20 +247,22 @@ def test_half_formats_round_no_more_than_plain_torch(unit, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [1, 6])
 @pytest.mark.parametrize("sides", [(1, 3, 4), (2, 1, 1), (2, 3, 4), (3, 2, 2)])
-def test_weight_gradients_of_few_slices(sides, dtype):
-    """Of two in bf16 the library leaves elements unwritten: our gradient is right all the same."""
+def test_few_slices(sides, width, dtype):
+    """Of one and two in bf16 the library leaves elements unwritten: ours are right all the same."""
     torch.manual_seed(0)
-    exact = ThresholdBlock(6, links.dense(1), 5, unit="conv_relu", spatial_dims=3, dtype=F64)
+    exact = ThresholdBlock(width, links.dense(1), 5, unit="conv_relu", spatial_dims=3, dtype=F64)
     nn.init.constant_(exact.layers[0].conv.bias, 8.0)  # every activation is open
     exact.to(dtype).to(F64)
-    x = torch.randn(2, 6, *sides).to(dtype)
-    expected = _step(exact, x.double())[2]
+    x = torch.randn(2, width, *sides).to(dtype)
+    expected = _step(exact, x.double())
     block = copy.deepcopy(exact).to(dtype).fuse(True, "native")
     for _ in range(4):
         held = [torch.full((2**n,), 1e9, dtype=torch.float32) for n in range(4, 16) for _ in range(8)]
         del held  # so that unwritten memory shows
-        assert rms_error(_step(block, x)[2], expected) <= 2 * torch.finfo(dtype).eps
+        for ours, theirs in zip(_step(block, x), expected, strict=True):
+            assert rms_error(ours, theirs) <= 2 * torch.finfo(dtype).eps
 
 
 def test_autocast():
@@ -346,6 +348,15 @@ def test_bad_input():
     for wrong, error in ((1, ValueError), (4, ValueError), ("3", TypeError)):
         with pytest.raises(error, match="spatial_dims must"):
             ThresholdBlock(7, links.dense(2), 4, spatial_dims=wrong)
+
+
+def test_a_convolution_of_images_in_its_place_is_noticed():
+    block = ThresholdBlock(7, links.dense(2), 5, spatial_dims=3, fused=True, backend="native")
+    conv = block.layers[1].conv
+    block.layers[1].conv = nn.Conv2d(conv.in_channels, 5, 3, padding=1, bias=False)
+    with pytest.raises(RuntimeError, match="conv2d"):  # which torch itself refuses
+        block(torch.randn(2, 7, 3, 4, 5))
+    assert block.backend == "reference"
 
 
 @pytest.mark.skipif(tn.backends()["triton"] is not None, reason="Triton cannot run here")

@@ -235,15 +235,16 @@ class ThresholdBlock(LinkedBlock):
         plan = self.plan
         read, width = plan.link_widths[index], plan.widths[index]
         drops = ["drop"] if self.drop_rate else []
+        form: dict[str, Any] = {"bias": True, "dims": (plan.spatial_dims,)}
         if plan.unit == "bottleneck":
             names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *drops]
-            inner = convolution("conv1", layer.conv1, 1, read, bias=True)
-            found = convolution("conv2", layer.conv2, 3, inner, bias=True)
+            inner = convolution("conv1", layer.conv1, 1, read, **form)
+            found = convolution("conv2", layer.conv2, 3, inner, **form)
             same = inner == plan.bottleneck_widths[index]
             behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
         else:
             names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
-            found, same = convolution("conv", layer.conv, 3, read, bias=True), True
+            found, same = convolution("conv", layer.conv, 3, read, **form), True
             if plan.unit == "conv_relu":
                 names, behind = ["conv", "act"], [activation("conv", layer.act)]
             else:

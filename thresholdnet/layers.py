@@ -7,6 +7,7 @@ calls no module, so it must ask.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -28,20 +29,21 @@ class Unlike(Exception):
     """Why a block that looks like a known one cannot run in the engine."""
 
 
-def convolution(name: str, conv: Any, kernel: int, channels: int, bias: bool = False) -> int:
+def convolution(
+    name: str, conv: Any, kernel: int, channels: int, bias: bool = False, dims: Sequence[int] = (2, 3)
+) -> int:
     """The channels that a convolution of the expected form writes; raises `Unlike` for any other.
 
-    bias: whether it may have one.
+    bias: whether it may have one; dims: spatial dimensions that it may have.
     """
-    if not isinstance(conv, CONVOLUTIONS):
-        raise Unlike(f"{name} must be a Conv2d or a Conv3d, got {type(conv).__name__}")
+    if not isinstance(conv, CONVOLUTIONS) or spatial_dims(conv) not in dims:
+        raise Unlike(f"{name} must be a {' or a '.join(f'Conv{n}d' for n in dims)}, got {type(conv).__name__}")
     if not torchs_convolution(conv):
         raise Unlike(f"{name} must convolve as torch's class does, got {type(conv).__name__} with a forward of its own")
-    dims = spatial_dims(conv)
-    sides = [(side,) * dims for side in (kernel, 1, kernel // 2, 1)]
+    sides = [(side,) * spatial_dims(conv) for side in (kernel, 1, kernel // 2, 1)]
     form = [conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode]
     if form != [*sides, 1, "zeros"] or (conv.bias is not None and not bias):
-        size, ending = "x".join([str(kernel)] * dims), "one group" if bias else "one group, no bias"
+        size, ending = "x".join([str(kernel)] * spatial_dims(conv)), "one group" if bias else "one group, no bias"
         raise Unlike(f"{name} must be a {size} convolution of stride 1, padding {kernel // 2}, {ending}")
     if conv.in_channels != channels:
         raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")

@@ -51,9 +51,10 @@ class Verbs(native.Verbs):
                 sources, flat, into=into, affine=affine, bias=bias, activation=activation,
                 statistics=statistics, moments=moments,
             )  # fmt: skip
-        read = as_volumes(self._gathered(sources, affine, activation), self.volume)
-        own = None if bias is None else bias.to(weight.dtype)
-        z = _rows(F.conv3d(read, weight, own, padding=1))  # the library lays a weight out sooner than torch would
+        read, kernel = _taken(as_volumes(self._gathered(sources, affine, activation), self.volume), weight)
+        own = None if bias is None else bias.to(kernel.dtype)
+        # the library lays a weight out sooner than torch would
+        z = _rows(F.conv3d(read, kernel, own, padding=1)).to(weight.dtype)
         if bias is not None:
             z = activate_(z, activation)
         return z, self.moments(z) if statistics else None
@@ -72,11 +73,14 @@ class Verbs(native.Verbs):
         """See `native.Verbs._data_gradient`."""
         if weight.shape[2] == 1:
             return super()._data_gradient(dz, _of_images(weight))
-        arriving = as_volumes(dz, self.volume)
+        arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
         like = torch.empty(  # for its shape and order; never touched
-            (dz.shape[0], weight.shape[1], *arriving.shape[2:]), dtype=dz.dtype, device=dz.device, memory_format=LAST
+            (dz.shape[0], weight.shape[1], *arriving.shape[2:]),
+            dtype=kernel.dtype,
+            device=dz.device,
+            memory_format=LAST,
         )
-        return _rows(self._library_gradients(arriving, like, weight, 0))
+        return _rows(self._library_gradients(arriving, like, kernel, 0)).to(dz.dtype)
 
     def weight_gradient(
         self,
@@ -93,12 +97,10 @@ class Verbs(native.Verbs):
             made = super().weight_gradient(sources, dz, 1, affine=affine, activation=activation)
             return made.unsqueeze(-1)
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
-        arriving, dtype = as_volumes(dz, self.volume), dz.dtype
         shape = (dz.shape[1], read.shape[1], 3, 3, 3)
         weight = read.new_empty(shape) if like is None else like  # for its shape and order
-        if _left_unwritten(read):
-            arriving, read, weight = arriving.float(), read.float(), weight.float()
-        return self._library_gradients(arriving, read, weight, 1).to(dtype)
+        arriving, read, weight = _taken(as_volumes(dz, self.volume), read, weight)
+        return self._library_gradients(arriving, read, weight, 1).to(dz.dtype)
 
     def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         """The gradient of a 3x3x3 convolution's input (0) or weight (1)."""
@@ -108,12 +110,14 @@ class Verbs(native.Verbs):
         return found
 
 
-def _left_unwritten(x: Tensor) -> bool:
-    """Whether the library would leave elements of a weight's gradient as the memory was.
+def _taken(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Operands as the library takes them: bf16 volumes of one or two slices on a CPU in fp32.
 
-    oneDNN does, of volumes of two slices in bf16, in any order of memory (tests/test_volumes.py): seen with torch 2.14.
+    Of those oneDNN leaves elements as the memory was: of a weight's gradient where there are two, in any order of
+    memory, and of the result where one is read of one channel (seen with torch 2.11 and 2.14; tests/test_volumes.py).
     """
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2] == 2
+    thin = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2] <= 2
+    return tuple(tensor.float() for tensor in (x, *others)) if thin else (x, *others)
 
 
 def _rows(x: Tensor) -> Tensor:

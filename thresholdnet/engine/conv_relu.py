@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..constants import device_constant
 from .call import Block, live
 
 
@@ -54,9 +55,7 @@ class ConvReLU(Block):
         readers, parts = self.readers_of(reached)
         weights = verbs.prepared(parts)
         incoming = verbs.arrive_output(grad, self.output_gradients(grad))
-        widest = max(plan.widths)
-        ones = torch.ones(widest, dtype=self.wide, device=self.x.device)
-        zeros = torch.zeros(widest, dtype=self.wide, device=self.x.device)
+        ones, zeros = _ones_and_zeros(max(plan.widths), self.wide, self.x.device)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
         for node, those, own in zip(reached, readers, weights, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
@@ -76,3 +75,9 @@ class ConvReLU(Block):
                 if min(plan.links[reader - 1]) == node:
                     dz[reader] = None
         return grads
+
+
+@device_constant(maxsize=64)
+def _ones_and_zeros(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An affine that leaves values as they are, [2, C]."""
+    return torch.tensor([[1.0] * channels, [0.0] * channels], dtype=dtype, device=device)
