@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import densenet
 
 from thresholdnet import ThresholdBlock, chain, convert, links
+from thresholdnet.pixels import KINDS
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 F64 = torch.float64
@@ -23,8 +24,8 @@ class Chained(nn.Sequential):
     """Two blocks, and a transition as `thresholdnet.chain` runs it."""
 
     def __init__(self, *blocks):
-        width = blocks[-1].out_channels
-        transition = [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 3, 1, bias=False), nn.AvgPool2d(2)]
+        width, kinds = blocks[-1].out_channels, KINDS[blocks[-1].plan.spatial_dims]
+        transition = [kinds.norm(width), nn.ReLU(), kinds.conv(width, 3, 1, bias=False), kinds.avg_pool(2)]
         super().__init__(*blocks, *(module.to(F64) for module in transition))
 
     def forward(self, x):
@@ -41,15 +42,17 @@ def _network(unit, momentum=0.1):
                 norm.momentum = momentum
         return network
     shape = {"unit": unit, "norm_momentum": momentum, "fused": True, "backend": "native", "dtype": F64}
+    if unit == "volumes":
+        shape |= {"unit": "bottleneck", "spatial_dims": 3}
     first = ThresholdBlock(5, links.harmonic(4), 6, **shape)
     second = ThresholdBlock(first.out_channels, links.threshold_ab(5, 3), 4, **shape)
     return Chained(first, second)
 
 
-def _data(batch):
+def _data(batch, dims=2):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 5, 4, 3, dtype=F64, generator=generator)
-    return x, torch.randn(batch, 3, 2, 1, dtype=F64, generator=generator)
+    x = torch.randn(batch, 5, 4, *(3, 2)[: dims - 1], dtype=F64, generator=generator)
+    return x, torch.randn(batch, 3, 2, *[1] * (dims - 1), dtype=F64, generator=generator)
 
 
 def _step(model, x, weights):
@@ -85,7 +88,7 @@ def _equals_the_joined_batch(rank, shares, unit, momentum, freeze):
     for model in (network, joined):
         if freeze:  # one BatchNorm keeps the statistics it has, on every rank
             next(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)).eval()
-    x, weights = _data(sum(shares))
+    x, weights = _data(sum(shares), 3 if unit == "volumes" else 2)
     y, dx = _step(joined, x, weights)
     mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     own_y, own_dx = _step(parallel, x[mine], weights[mine])
@@ -105,6 +108,7 @@ def _each(rank, shares, cases):
 TWO = [
     ([2, 2], "conv_bn_relu", 0.1, False), ([2, 2], "bottleneck", 0.1, False), ([2, 0], "conv_bn_relu", 0.1, False),
     ([0, 2], "bottleneck", 0.1, True), ([2, 2], "converted", 0.1, False),
+    ([2, 2], "volumes", 0.1, False),
 ]  # fmt: skip
 THREE = [
     ([3, 1, 2], "conv_bn_relu", None, False),
