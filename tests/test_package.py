@@ -31,7 +31,7 @@ HEAVY = {
 ORDER = [
     "checks", "activations", "pixels", "constants", "packing", "ahead", "recording", "straight", "pooling",
     "together", "recorder", "overlap", "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends",
-    "sync", "gradients", "engine", "pools", "transition", "transforms", "ops", "functional", "layers", "biases",
+    "sync", "gradients", "engine", "downsampling", "transition", "transforms", "ops", "functional", "layers", "biases",
     "linked", "blocks", "chain", "graphs", "models", "dataflow", "recognise", "convert", "export", "timm", "weights",
     "counting", "tables", "diagrams", "memory", "data", "loaders", "checkpoint", "figures", "inference", "train",
     "info", "selftest", "bench", "cli", "__main__",

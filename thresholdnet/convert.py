@@ -191,7 +191,8 @@ def convert(
     more), HarDNet's blocks and VoVNet's become `ConvertedBlock`s, and so do blocks of the same layers in any other
     layout, which are run once to see what they do; blocks of our own plain models are switched on. Plain
     nn.Sequential containers around them become chains, whose transitions (BatchNorm - activation - convolution - pool)
-    keep less for backward. Everything else stays as it is; `to_reference` undoes it all.
+    keep less for backward. Volumes are taken as images are. Everything else stays as it is; `to_reference` undoes it
+    all.
 
     Args:
         model: any module.

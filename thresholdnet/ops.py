@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine, pools, replay, transforms
+from . import downsampling, engine, replay, transforms
 from . import transition as between
 from .backends import csrc, engine_for, load
 from .constants import compiler_constant
@@ -201,7 +201,7 @@ def _transition_spec(
     eps: float, fixed: bool, activation: str, conv: list[int], pool: str, window: list[int], group: str
 ) -> between.Spec:
     *sides, ceil_mode, count_include_pad = window
-    pooling = pools.Pool(pool, sides, bool(ceil_mode), bool(count_include_pad)) if pool else None
+    pooling = downsampling.Pool(pool, sides, bool(ceil_mode), bool(count_include_pad)) if pool else None
     return between.Spec(eps, fixed, activation, conv, pooling, group)
 
 

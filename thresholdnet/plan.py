@@ -180,11 +180,11 @@ class BlockPlan:
     @staticmethod
     @lru_cache(maxsize=1024)
     def from_text(text: str) -> BlockPlan:
-        """The plan that `to_text` wrote."""
+        """The plan that `to_text` wrote, before there were volumes too."""
         fields = json.loads(text)
         sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
         return BlockPlan(
-            links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields["spatial_dims"], **sequences
+            links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields.get("spatial_dims", 2), **sequences
         )
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:

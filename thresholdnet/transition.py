@@ -18,8 +18,8 @@ from torch import Tensor
 from . import sync
 from .backends.native import Verbs
 from .batchnorm import backward_norms, paired
+from .downsampling import Pool, activated, masked, thirds
 from .pixels import as_images, as_volumes, channels_last, count, volume_of
-from .pools import Pool, activated, masked, thirds
 
 aten = torch.ops.aten
 

@@ -74,12 +74,8 @@ class Verbs(native.Verbs):
         if weight.shape[2] == 1:
             return super()._data_gradient(dz, _of_images(weight))
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
-        like = torch.empty(  # for its shape and order; never touched
-            (dz.shape[0], weight.shape[1], *arriving.shape[2:]),
-            dtype=kernel.dtype,
-            device=dz.device,
-            memory_format=LAST,
-        )
+        shape = (dz.shape[0], weight.shape[1], *arriving.shape[2:])
+        like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
         return _rows(self._library_gradients(arriving, like, kernel, 0)).to(dz.dtype)
 
     def weight_gradient(
