@@ -110,7 +110,7 @@ def _taken(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Operands as the library takes them: bf16 volumes of one or two slices on a CPU in fp32.
 
     Of those oneDNN leaves elements as the memory was: of a weight's gradient where there are two, in any order of
-    memory, and of the result where one is read of one channel (seen with torch 2.11 and 2.14; tests/test_volumes.py).
+    memory, and of the result where one is read of one channel (seen with torch 2.11 to 2.15; tests/test_volumes.py).
     """
     thin = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2] <= 2
     return tuple(tensor.float() for tensor in (x, *others)) if thin else (x, *others)
