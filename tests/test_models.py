@@ -440,3 +440,36 @@ def test_small_stem(name):
     torch.testing.assert_close(fused.eval()(x), small(x), atol=1e-4, rtol=1e-3)
     with pytest.raises(TypeError, match="small_stem must be True or False, got 1"):
         tn.create_model(name, small_stem=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: tn.create_model("densenet121", dtype="half"), TypeError, "dtype must be a floating-point torch.dtype"),
+        (lambda: tn.create_model("densenet121", dtype=torch.int8), TypeError, "dtype must be a floating-point torch"),
+        (
+            lambda: tn.create_model("densenet121", device="nowhere"),
+            ValueError,
+            "device must be a torch device .*nowhere",
+        ),
+        (lambda: tn.create_model("densenet121", device=3.5), TypeError, "device must be a torch device .*3.5"),
+        (lambda: tn.ThresholdBlock(4, tn.links.dense(2), dtype="half"), TypeError, "dtype must be a floating-point"),
+        (
+            lambda: tn.ThresholdBlock(4, tn.links.dense(2), device="nowhere"),
+            ValueError,
+            "device must be a torch device",
+        ),
+        (lambda: tn.list_models(3), TypeError, "pattern must be a string, got 3"),
+        (lambda: tn.from_pretrained(3), TypeError, "source must be a path, got 3"),
+        (lambda: tn.convert(nn.Linear(2, 2), backend="fast"), ValueError, "backend 'fast' is unknown"),
+        (
+            lambda: tn.weights.load_released(tn.create_model("densenet121", device="meta"), 3),
+            TypeError,
+            "source must be a path, got 3",
+        ),
+        (lambda: tn.weights.load_released(nn.Linear(2, 2), "no.pth"), TypeError, "Linear"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()

@@ -29,7 +29,7 @@ HEAVY = {
 }
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "activations", "pixels", "constants", "packing", "ahead", "recording", "straight", "pooling",
+    "checks", "activations", "pixels", "places", "constants", "packing", "ahead", "recording", "straight", "pooling",
     "together", "recorder", "overlap", "replay", "links", "plan", "batchnorm", "reference", "kernels", "backends",
     "sync", "gradients", "engine", "downsampling", "transition", "transforms", "ops", "functional", "layers", "biases",
     "linked", "blocks", "chain", "graphs", "models", "dataflow", "recognise", "convert", "export", "timm", "weights",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import activations
+from . import activations, places
 from . import links as link_patterns
 from .checks import number, one_of
 from .layers import Unlike, activation, activation_behind, convolution
@@ -195,14 +195,13 @@ class ThresholdBlock(LinkedBlock):
             spatial_dims=spatial_dims,
         )
         self.activation = activations.checked("activation", activation)
+        factory = {"device": places.device(device), "dtype": places.floating_dtype(dtype)}
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
         norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
         self.drop_rate = number("drop_rate", drop_rate, 0, 1)
         if self.drop_rate and not self.plan.pre_activation:
             raise ValueError(f"drop_rate must be 0 for unit {unit!r}, got {drop_rate!r}")
-        self.layers = nn.ModuleList(
-            self._layer(index, norm, device=device, dtype=dtype) for index in range(self.plan.num_layers)
-        )
+        self.layers = nn.ModuleList(self._layer(index, norm, **factory) for index in range(self.plan.num_layers))
         self.fuse(fused, backend, recompute)
         if recompute is not None and not fused:
             raise ValueError(f"recompute needs fused=True, got recompute={recompute!r} without it")

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backends import CHOICES
 from .chain import Chain, run
+from .checks import one_of
 from .layers import RATES, Unlike, channels_read, forms_inside
 from .linked import LinkedBlock, sharded
 from .models import fuse_blocks
@@ -210,6 +212,7 @@ def convert(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must not be TorchScript to be converted, got {type(model).__name__}")
+    one_of("backend", backend, CHOICES)
     say = report or (lambda line: None)
     own = [module for module in model.modules() if isinstance(module, LinkedBlock) and not module.fused]
     lines: dict[str, str] = {}

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks, figures
+from . import checks, figures, places
 from .checkpoint import LoadedCheckpoint, load_checkpoint
 from .data import IMAGE_SUFFIXES, ImageData, find_images, load_data, read_square
 from .loaders import make_loader
@@ -211,12 +211,7 @@ def list_images(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The given device, or the GPU when there is one, or the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
+    return places.device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Kept:

@@ -25,6 +25,7 @@ from .layers import Unlike, meta_copy
 from .linked import LinkedBlock
 from .models import fuse_blocks
 from .pixels import channels_last
+from .places import floating_dtype
 from .recognise import Found, recognise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -98,8 +99,8 @@ def _modes(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     shape = checked_shape(input_shape)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if floating_dtype(dtype) is None:
+        raise TypeError("dtype must be a floating-point torch.dtype, got None")
     if foreign := _unconverted(model):
         warnings.warn(
             f"model must be converted (tn.convert) to be counted fused, got a {foreign} as it is: fused counts it in "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import places
 from .blocks import Bottleneck
 from .models import Network
 
@@ -60,12 +61,12 @@ def load_released(
         The network.
 
     Raises:
-        TypeError: not one of our own models.
+        TypeError: not one of our own models, or no path.
         FileNotFoundError: no such file.
         ValueError: a cut or foreign file, missing or unknown keys, other shapes or another number of classes.
     """
-    theirs = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)))
     prefixes = released_prefixes(network)
+    theirs = _unwrapped(source if isinstance(source, Mapping) else _read(places.path("source", source)))
     if head is None:
         bias = theirs.get(prefixes["head"] + ".bias")
         head = isinstance(bias, Tensor) and bias.shape == network.state_dict()["head.bias"].shape

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from .. import places
 from ..checks import boolean, one_of
 from ..linked import LinkedBlock
 from ._registry import check_recompute, create_model, fuse_blocks
@@ -99,9 +100,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module
         RuntimeError: a backend asked for by name that cannot run here.
     """
     own = {key: options.pop(key) for key in OWN if key in options}
-    dtype = own.get("dtype")
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    dtype = places.floating_dtype(own.get("dtype"))
+    places.path("source", source)
     fused = boolean("fused", own["fused"]) if "fused" in own else None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .. import places
 from ..backends import CHOICES
 from ..chain import Chain
 from ..checks import boolean, integer, one_of
@@ -37,7 +38,9 @@ def register(builder: Builder, volumes: bool = True) -> Builder:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of all models that match a shell pattern such as "densenet*", sorted."""
+    """Names of all models that match a shell pattern such as "densenet*", sorted; TypeError for no string."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a string, got {pattern!r} ({type(pattern).__name__})")
     return sorted(fnmatch.filter(_BUILDERS, pattern))
 
 
@@ -88,6 +91,7 @@ def create_model(
     check_arguments(name, arguments)
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
+    where = {"device": places.device(device), "dtype": places.floating_dtype(dtype)}
     if integer("spatial_dims", spatial_dims, 2, 3) == 3:
         if name not in _OF_VOLUMES:
             raise ValueError(f"spatial_dims must be 2 for {name}, which is torchvision's, got {spatial_dims}")
@@ -102,8 +106,7 @@ def create_model(
     model = _BUILDERS[name](
         num_classes=0 if features_only else num_classes,
         in_chans=in_chans,
-        device=device,
-        dtype=dtype,
+        **where,
         **arguments,
     )
     check_recompute(name, model, fused, recompute)
