@@ -100,3 +100,15 @@ def test_segment_shapes(tmp_path):
         assert picture.size[0] > 500
     share = re.search(r"background ([\d.]+)%", stdout)
     assert float(share[1]) > 60, stdout
+
+
+def test_classify_volumes(tmp_path):
+    stdout = example(
+        "classify_volumes.py", "--steps", 8, "--batch-size", 6, "--side", 20, "--out", tmp_path / "new" / "a.png"
+    )
+    with Image.open(tmp_path / "new" / "a.png") as picture:
+        assert picture.size[0] > 500
+    ours, plain = map(float, re.search(r"keep ([\d.]+) MiB, in plain torch ([\d.]+) MiB", stdout).groups())
+    assert 0 < ours < 0.5 * plain
+    loss, right = map(float, re.search(r"loss ([\d.]+); right ([\d.]+)%", stdout).groups())
+    assert loss < 2 and 0 <= right <= 100
