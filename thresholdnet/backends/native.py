@@ -95,13 +95,18 @@ class Verbs:
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
         backend may write those that it returns.
         """
+        z = self._linked_conv(sources, weight, affine, bias, activation)
+        return z, self.moments(z) if statistics else None
+
+    def _linked_conv(
+        self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
         if not isinstance(weight, Packed):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        if not isinstance(weight, Packed) and csrc.convolves(sources[0], weight):
-            z = csrc.linked_conv2d(sources, weight, affine, bias, activation)
-        else:
-            z = _convolved(self._gathered(sources, affine, activation), weight, bias, activation)
-        return z, self.moments(z) if statistics else None
+            if csrc.convolves(sources[0], weight):
+                return csrc.linked_conv2d(sources, weight, affine, bias, activation)
+        return _convolved(self._gathered(sources, affine, activation), weight, bias, activation)
 
     def way(self, layer: int, weight: Tensor) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
@@ -315,6 +320,12 @@ class Verbs:
 
         like: the weight, whose dtype and layout a caller would like best; it copies where a backend made another.
         """
+        return self._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like)
+
+    def _linked_weight_gradient(
+        self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
+        like: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         if self.passes is csrc and csrc.correlates(dz, kernel_size):
             return csrc.weight_gradient(sources, dz, kernel_size, affine, activation)
         read = self._gathered(sources, affine, activation)

@@ -16,7 +16,7 @@ from ..pixels import Volume, as_images, as_volumes
 from ..plan import BlockPlan
 from . import native
 from .elementwise import Affine
-from .native import Moments, Packed, Place, kept_like, needs_input, output_holds_features
+from .native import Packed, kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
@@ -32,32 +32,19 @@ class Verbs(native.Verbs):
         super().__init__(plan, x)
         self.volume = volume
 
-    def conv(
-        self,
-        sources: Sequence[Tensor],
-        weight: Tensor | Packed,
-        *,
-        into: Place,
-        affine: Affine | None = None,
-        bias: Tensor | None = None,
-        activation: str = "relu",
-        statistics: bool = False,
-        moments: Tensor | None = None,
-    ) -> tuple[Tensor, Moments | None]:
-        """See `native.Verbs.conv`."""
-        if isinstance(weight, Packed) or weight.shape[2] == 1:
-            flat = weight if isinstance(weight, Packed) else _of_images(weight)
-            return super().conv(
-                sources, flat, into=into, affine=affine, bias=bias, activation=activation,
-                statistics=statistics, moments=moments,
-            )  # fmt: skip
+    def _linked_conv(
+        self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        if isinstance(weight, Packed):
+            return super()._linked_conv(sources, weight, affine, bias, activation)
+        if weight.shape[2] == 1:
+            return super()._linked_conv(sources, _of_images(weight), affine, bias, activation)
         read, kernel = _taken(as_volumes(self._gathered(sources, affine, activation), self.volume), weight)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
         z = _rows(F.conv3d(read, kernel, own, padding=1)).to(weight.dtype)
-        if bias is not None:
-            z = activate_(z, activation)
-        return z, self.moments(z) if statistics else None
+        return z if bias is None else activate_(z, activation)
 
     def way(self, layer: int, weight: Tensor) -> str:
         """See `native.Verbs.way`."""
@@ -70,7 +57,6 @@ class Verbs(native.Verbs):
         return weight.contiguous(memory_format=LAST)
 
     def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
-        """See `native.Verbs._data_gradient`."""
         if weight.shape[2] == 1:
             return super()._data_gradient(dz, _of_images(weight))
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
@@ -78,20 +64,13 @@ class Verbs(native.Verbs):
         like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
         return _rows(self._library_gradients(arriving, like, kernel, 0)).to(dz.dtype)
 
-    def weight_gradient(
-        self,
-        sources: Sequence[Tensor],
-        dz: Tensor,
-        kernel_size: int,
-        *,
-        affine: Affine | None = None,
-        activation: str = "relu",
-        like: Tensor | None = None,
-    ) -> Tensor:
-        """See `native.Verbs.weight_gradient`: [O, C, k, k, k]."""
+    def _linked_weight_gradient(
+        self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
+        like: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """[O, C, k, k, k]."""
         if kernel_size == 1:
-            made = super().weight_gradient(sources, dz, 1, affine=affine, activation=activation)
-            return made.unsqueeze(-1)
+            return super()._linked_weight_gradient(sources, dz, 1, affine, activation, like).unsqueeze(-1)
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
         shape = (dz.shape[1], read.shape[1], 3, 3, 3)
         weight = read.new_empty(shape) if like is None else like  # for its shape and order
