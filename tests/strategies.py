@@ -146,6 +146,11 @@ class BlockCase:
         return number in self.untracked or (self.training and number not in self.frozen)
 
 
+def sides_of(dims: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Of images or volumes."""
+    return st.tuples(*[sides if dims == 2 else short_sides] * dims)
+
+
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
     """Normal values in float64."""
     return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed % 2**63))
@@ -247,7 +252,7 @@ def block_cases(
         frozen=draw(some_of(norms)) if training else frozenset(),
         bare=bare,
         untracked=untracked,
-        size=(batch, *draw(st.tuples(*[sides if dims == 2 else short_sides] * dims))),
+        size=(batch, *draw(sides_of(dims))),
         dtype=dtype,
         layout=draw(layouts),
         weights_last=draw(st.booleans()),
@@ -382,7 +387,7 @@ def chain_cases(draw: Any, dims: int = 2) -> ChainCase:
         ),
         count_padding=draw(st.booleans()),
         training=draw(st.booleans()),
-        size=(draw(st.integers(0, 4)), *draw(st.tuples(*[sides if dims == 2 else short_sides] * dims))),
+        size=(draw(st.integers(0, 4)), *draw(sides_of(dims))),
         layout=draw(layouts),
         needs_x=draw(st.booleans()),
         frozen_parameters=draw(some_of(3)),

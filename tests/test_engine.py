@@ -11,6 +11,7 @@ from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
 from tolerances import assert_close, rms_error
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, links, ops, transforms
@@ -31,7 +32,7 @@ def _block(rows, unit, dtype=F64, width=7, k=5, **arguments):
     torch.manual_seed(0)
     block = ThresholdBlock(width, rows, k, unit=unit, dtype=dtype, **arguments)
     for module in block.modules():  # away from the identity that BatchNorm starts as
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
+        if isinstance(module, _BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return block

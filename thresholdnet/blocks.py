@@ -195,7 +195,7 @@ class ThresholdBlock(LinkedBlock):
             spatial_dims=spatial_dims,
         )
         self.activation = activations.checked("activation", activation)
-        factory = {"device": places.device(device), "dtype": places.floating_dtype(dtype)}
+        factory = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
         momentum = None if norm_momentum is None else number("norm_momentum", norm_momentum, 0, 1)
         norm = {"eps": number("norm_eps", norm_eps, 0), "momentum": momentum}
         self.drop_rate = number("drop_rate", drop_rate, 0, 1)

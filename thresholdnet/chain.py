@@ -13,15 +13,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, pixels, sync, transforms
 from .activations import name_of
 from .layers import hooked, spatial_dims, torchs_convolution, torchs_norm
 from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
 from .pixels import KINDS
-
-NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ def _step(waiting: Sequence[nn.Module], x: Tensor) -> tuple[int, Tensor]:
         if first.fused and first.takes_tail and _free(first) and _pointwise(pointwise):
             return 2, first(x, tail=pointwise.weight)
         return 1, first(x)
-    if not (isinstance(first, NORMS) and torchs_norm(first) and behind and _fits(first, x)):
+    if not (behind and _fits(first, x) and torchs_norm(first)):
         return 1, first(x)
     activation = name_of(behind[0])
     if activation is None or not _free(first, behind[0]):
@@ -100,12 +97,17 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
     return y
 
 
-def _fits(norm: _BatchNorm, x: Tensor) -> bool:
-    """Whether the operator takes this input: what torch refuses, and an empty batch of its own, are left to torch."""
+def _fits(norm: Any, x: Tensor) -> bool:
+    """Whether the operator takes this BatchNorm with this input.
+
+    What torch refuses, and an empty batch of its own, are left to torch.
+    """
+    kinds = KINDS.get(x.dim() - 2)
+    if kinds is None or not isinstance(norm, (kinds.norm, nn.SyncBatchNorm)):
+        return False
     shared = isinstance(norm, nn.SyncBatchNorm) and sync.active(norm.process_group) is not None
     several = shared or x.numel() > norm.num_features
-    ranks = [rank for rank, other in ((4, nn.BatchNorm3d), (5, nn.BatchNorm2d)) if not isinstance(norm, other)]
-    return x.dim() in ranks and x.is_floating_point() and x.shape[1] == norm.num_features and several
+    return x.is_floating_point() and x.shape[1] == norm.num_features and several
 
 
 def _free(*modules: nn.Module) -> bool:

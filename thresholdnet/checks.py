@@ -44,6 +44,13 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name} {value!r} is unknown; {hint}")
 
 
+def file_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a Path, or raise TypeError naming the argument."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {path!r} ({type(path).__name__})")
+    return Path(path)
+
+
 def output_folder(name: str, path: str | os.PathLike[str]) -> Path:
     """Return `path` as a Path where a folder lies there or could be made, without making it.
 

@@ -112,7 +112,8 @@ class LinkedBlock(nn.Module):
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
-        return y if tail is None else torch.conv3d(y, tail) if y.dim() == 5 else torch.conv2d(y, tail)
+        conv = torch.conv3d if y.dim() == 5 else torch.conv2d
+        return y if tail is None else conv(y, tail)
 
     def _modules_fit(self) -> bool:
         """Whether the engine computes what the modules inside would, were they called."""

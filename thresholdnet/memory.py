@@ -99,8 +99,7 @@ def _modes(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     shape = checked_shape(input_shape)
-    if floating_dtype(dtype) is None:
-        raise TypeError("dtype must be a floating-point torch.dtype, got None")
+    floating_dtype(dtype)
     if foreign := _unconverted(model):
         warnings.warn(
             f"model must be converted (tn.convert) to be counted fused, got a {foreign} as it is: fused counts it in "
@@ -122,8 +121,7 @@ def _prepared(
         twin = meta_copy(model).to(dtype).train()
         fuse_blocks(twin, **options)
         images = torch.empty(shape, dtype=dtype, device="meta")
-        if images.dim() in (4, 5):
-            images = images.to(memory_format=channels_last(images))
+        images = images.to(memory_format=channels_last(images))
         yield name, (twin, images, {_key(t) for t in (*twin.parameters(), *twin.buffers(), images)})
 
 

@@ -17,7 +17,7 @@ from . import transition as between
 from .backends import csrc, engine_for, load
 from .constants import compiler_constant
 from .gradients import fake_gradients, own_gradients
-from .pixels import as_images, channels_last, volume_of
+from .pixels import as_images, channels_last
 from .plan import BlockPlan
 
 
@@ -39,7 +39,7 @@ def _block_spec(
     """A call of a block on x, with the engine behind its backend."""
     structure = BlockPlan.from_text(plan)
     engine_name = engine_for(backend, structure, x)
-    return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group, volume_of(x))
+    return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
 
 
 def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:

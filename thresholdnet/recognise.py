@@ -37,7 +37,7 @@ from .layers import (
 )
 from .linked import LinkedBlock
 from .links import Links
-from .pixels import CONVOLUTIONS
+from .pixels import CONVOLUTIONS, KINDS
 from .plan import BlockPlan
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
@@ -303,8 +303,7 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
 )  # fmt: skip
 
 _PARTS = (
-    *CONVOLUTIONS, _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d,
-    nn.AvgPool3d, nn.MaxPool3d, *CLASSES,
+    _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity, *KINDS[2], *KINDS[3], *CLASSES,
 )  # fmt: skip
 """Modules without others inside that a block of linked layers may hold."""
 

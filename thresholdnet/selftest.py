@@ -37,17 +37,17 @@ from .reference import Statistics, block_forward
 from .replay import FIRST
 
 BLOCKS = {
-    "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block", "bottleneck"),
-    "thresholdnet_v1 harmonic": ("thresholdnet_v1", "stages.3.block", "conv_bn_relu"),
-    "thresholdnet_bc threshold": ("thresholdnet_bc", "stages.2.block", "conv_bn_relu"),
-    "hardnet68 harmonic": ("hardnet68", "stages.1.block", "conv_bn_relu"),
-    "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck"),
-    "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv"),
-    "densenet121 dense, without BatchNorm": ("densenet121", "stages.1.block", "conv_relu"),
-    "densenet121 dense, volumes": ("densenet121", "stages.0.block", "bottleneck"),
-    "hardnet68 harmonic, volumes": ("hardnet68", "stages.0.block", "conv_bn_relu"),
+    "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block", "bottleneck", 2),
+    "thresholdnet_v1 harmonic": ("thresholdnet_v1", "stages.3.block", "conv_bn_relu", 2),
+    "thresholdnet_bc threshold": ("thresholdnet_bc", "stages.2.block", "conv_bn_relu", 2),
+    "hardnet68 harmonic": ("hardnet68", "stages.1.block", "conv_bn_relu", 2),
+    "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck", 2),
+    "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv", 2),
+    "densenet121 dense, without BatchNorm": ("densenet121", "stages.1.block", "conv_relu", 2),
+    "densenet121 dense, volumes": ("densenet121", "stages.0.block", "bottleneck", 3),
+    "hardnet68 harmonic, volumes": ("hardnet68", "stages.0.block", "conv_bn_relu", 3),
 }
-"""Links and widths of a network's block, with layers of a unit."""
+"""Links and widths of a network's block, with layers of a unit, of images (2) or volumes (3)."""
 SMALL = (
     "thresholdnet_v1 dense", "hardnet68 harmonic", "densenet121 dense, without bottlenecks",
     "densenet121 dense, without BatchNorm",
@@ -133,7 +133,8 @@ def cases(backend: str = "all", dtypes: Sequence[str] = (), quick: bool = False)
             interpreted = name == "triton" and device == "cpu"
             layers, (images, *sides) = INTERPRETED if interpreted else QUICK if quick else FULL
             for block in SMALL if interpreted else BLOCKS:
-                shape = (images, *([DEPTH] if _of_volumes(block) else []), *sides)
+                *_, dims = BLOCKS[block]
+                shape = (images, *[DEPTH] * (dims - 2), *sides)
                 for dtype in chosen:
                     pixels = torch.empty(0, 1, *shape[1:], dtype=DTYPES[dtype], device=device)
                     if refusal(name, pixels) is None and not (interpreted and dtype == "bf16"):
@@ -166,14 +167,10 @@ def check(case: Case) -> Result:
     return result
 
 
-def _of_volumes(block: str) -> bool:
-    return block.endswith("volumes")
-
-
 @lru_cache(maxsize=len(BLOCKS))
 def _template(name: str) -> ThresholdBlock:
     """A block of the zoo, without memory."""
-    model, path, _ = BLOCKS[name]
+    model, path, *_ = BLOCKS[name]
     block = create_model(model, device="meta").get_submodule(path)
     assert isinstance(block, ThresholdBlock)  # the table names blocks
     return block
@@ -187,12 +184,13 @@ def _operands_and_truth(
     makes of them; in fp64 on the CPU.
     """
     template, narrow = _template(name), DTYPES[dtype]
+    *_, unit, dims = BLOCKS[name]
     plan = template.plan
     depth = layers or plan.num_layers
     generator = torch.Generator().manual_seed(0)
     block = ThresholdBlock(
-        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=BLOCKS[name][2], activation=template.activation,
-        norm_momentum=1.0, spatial_dims=3 if _of_volumes(name) else 2, device="meta", dtype=torch.float64,
+        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=unit, activation=template.activation,
+        norm_momentum=1.0, spatial_dims=dims, device="meta", dtype=torch.float64,
     ).to_empty(device="cpu")  # fmt: skip
     with torch.no_grad():
         for module in block.modules():

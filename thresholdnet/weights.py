@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import places
 from .blocks import Bottleneck
+from .checks import file_path
 from .models import Network
 
 StateDict = dict[str, Tensor]
@@ -66,7 +66,7 @@ def load_released(
         ValueError: a cut or foreign file, missing or unknown keys, other shapes or another number of classes.
     """
     prefixes = released_prefixes(network)
-    theirs = _unwrapped(source if isinstance(source, Mapping) else _read(places.path("source", source)))
+    theirs = _unwrapped(source if isinstance(source, Mapping) else _read(file_path("source", source)))
     if head is None:
         bias = theirs.get(prefixes["head"] + ".bias")
         head = isinstance(bias, Tensor) and bias.shape == network.state_dict()["head.bias"].shape

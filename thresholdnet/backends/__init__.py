@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..constants import compiler_constant
+from ..pixels import count
 from ..plan import BlockPlan
 from . import csrc, native, volumes, winograd
 
@@ -118,7 +119,7 @@ def _automatic_refusal(x: Tensor, row: int) -> str | None:
 
     if x.dtype not in HALF:
         return "was measured in half formats alone: it is taken by name"
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    pixels = count(x)
     if pixels > MOST_PIXELS or pixels * row >= MAX_ELEMENTS:
         return f"takes at most {MOST_PIXELS} pixels and fewer than 2^31 elements, got {pixels} of {row} elements"
     return None

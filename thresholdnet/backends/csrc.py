@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import replay
 from ..activations import number
+from ..pixels import count
 from . import elementwise, libraries
 from .elementwise import Affine, Averages
 
@@ -209,7 +210,7 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     for some wide layers of 36 pixels and more; of a weight packed for it 0.9 to 3.
     """
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    pixels = count(x)
     products = pixels * weight.numel()
     few = (pixels <= 16 and products <= 2**24) or (pixels <= 64 and products <= 2**22)
     return exact and few and products > 0 and takes(x)

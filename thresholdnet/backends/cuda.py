@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.operands import MAX_ELEMENTS
+from ..pixels import count
 from ..plan import BlockPlan
 from . import csrc, cuda_launch, slotted
 from .slotted import kept_like, needs_input, output_holds_features
@@ -35,5 +36,5 @@ def takes(plan: BlockPlan, x: Tensor) -> bool:
 
 def fits(plan: BlockPlan, x: Tensor) -> bool:
     """Whether the kernels have the dtype, and every offset between slots fits into 31 bits."""
-    elements = x.shape[0] * x.shape[2] * x.shape[3] * plan.widest_row
+    elements = count(x) * plan.widest_row
     return x.dtype in DTYPES and x.numel() > 0 and elements < MAX_ELEMENTS

@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 from ..activations import activate_, number
 from ..batchnorm import NodeStatistics, linear_terms, paired
+from ..pixels import count
 from ..plan import BlockPlan
 from . import csrc, elementwise, taps
 from .elementwise import Affine
@@ -69,7 +70,7 @@ class Verbs:
         self.plan, self.like = plan, x
         self.passes: ModuleType = csrc if csrc.takes(x) else elementwise
         self.images = (x.shape[0], x.shape[2], x.shape[3])
-        self.pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        self.pixels = count(x)
         self.scratch: Tensor | None = None  # what a convolution reads, gathered: fresh pages at each would cost faults
         self.foreign: set[int] = set()  # storages that came from outside: never written into
 

@@ -20,6 +20,7 @@ from ..batchnorm import NodeStatistics, batch_norm_vectors
 from ..kernels import slots
 from ..kernels.operands import MAX_ELEMENTS
 from ..kernels.tables import MAX_DELTA
+from ..pixels import count
 from ..plan import BlockPlan, row_of
 from .elementwise import Affine
 from .native import Moments, Place, ReaderNorm
@@ -296,4 +297,4 @@ def widths_of(plan: BlockPlan, kind: str) -> Sequence[int]:
 
 def elements_of(x: Tensor, widths: Sequence[int]) -> int:
     """Elements of an allocation for slots of these widths, with the pixels of `x`."""
-    return x.shape[0] * x.shape[2] * x.shape[3] * row_of(widths)
+    return count(x) * row_of(widths)

@@ -12,6 +12,7 @@ from ..batchnorm import NodeStatistics
 from ..kernels import launch
 from ..kernels.packed_affine import PackedAffine, pack_affine
 from ..kernels.packed_weights import PackedWeight
+from ..pixels import count
 from ..plan import BlockPlan
 from . import slotted
 from .elementwise import Affine
@@ -42,7 +43,7 @@ class Verbs(slotted.Verbs):
 
     def __init__(self, plan: BlockPlan | None, x: Tensor):
         super().__init__(plan, x)
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        pixels = count(x)
         most = MOST_TILES * 16 if x.dtype == torch.float64 else MOST_PIXELS
         if pixels > most:
             raise ValueError(

@@ -39,7 +39,7 @@ class Verbs(native.Verbs):
         if isinstance(weight, Packed):
             return super()._linked_conv(sources, weight, affine, bias, activation)
         if weight.shape[2] == 1:
-            return super()._linked_conv(sources, _of_images(weight), affine, bias, activation)
+            return super()._linked_conv(sources, as_images(weight), affine, bias, activation)
         read, kernel = _taken(as_volumes(self._gathered(sources, affine, activation), self.volume), weight)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
@@ -48,17 +48,17 @@ class Verbs(native.Verbs):
 
     def way(self, layer: int, weight: Tensor) -> str:
         """See `native.Verbs.way`."""
-        return super().way(layer, _of_images(weight)) if weight.shape[2] == 1 else ""
+        return super().way(layer, as_images(weight)) if weight.shape[2] == 1 else ""
 
     def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
         """See `native.Verbs.packed`; a 3x3x3 weight stays as it is."""
         if weight.shape[2] == 1:
-            return super().packed(way, _of_images(weight))
+            return super().packed(way, as_images(weight))
         return weight.contiguous(memory_format=LAST)
 
     def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
         if weight.shape[2] == 1:
-            return super()._data_gradient(dz, _of_images(weight))
+            return super()._data_gradient(dz, as_images(weight))
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
         shape = (dz.shape[0], weight.shape[1], *arriving.shape[2:])
         like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
@@ -98,8 +98,3 @@ def _taken(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def _rows(x: Tensor) -> Tensor:
     """Volumes as images, in channels_last order in which not every library returns them."""
     return as_images(x).contiguous(memory_format=torch.channels_last)
-
-
-def _of_images(weight: Tensor) -> Tensor:
-    """A 1x1x1 weight as a 1x1 one, in the same memory."""
-    return weight.flatten(2, 3) if weight.dim() == 5 else weight

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import own_gradients
-from ..pixels import as_images, as_volumes
+from ..pixels import as_images, as_volumes, volume_of
 from ..plan import BlockPlan
 from .bn_relu_conv import BNReLUConv
 from .bottleneck import Bottleneck
@@ -45,7 +45,8 @@ def forward(
         spec.reports), and what backward needs beyond inputs, output and statistics (empty unless spec.save).
     """
     y, used, saved = _block(spec, x, parameters, extras).forward(running)
-    return y if spec.volume is None else as_volumes(y, spec.volume), used, saved
+    volume = volume_of(x)
+    return y if volume is None else as_volumes(y, volume), used, saved
 
 
 def backward(
@@ -70,8 +71,9 @@ def backward(
     arriving = as_images(grad).contiguous(memory_format=torch.channels_last)
     grads = block.backward(arriving, statistics, [as_images(tensor) for tensor in saved], needs)
     block.verbs.settle()
-    if spec.volume is not None and grads[0] is not None:
-        grads[0] = as_volumes(grads[0], spec.volume)
+    volume = volume_of(x)
+    if volume is not None and grads[0] is not None:
+        grads[0] = as_volumes(grads[0], volume)
     return own_gradients((x, *parameters), grads, needs, grad)
 
 
@@ -84,7 +86,7 @@ def _block(spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras) 
     """One call of a block, its pixels as images."""
     if extras.masks:
         extras = extras._replace(masks=[as_images(mask) for mask in extras.masks])
-    return _unit(spec.plan)(spec, as_images(x), parameters, extras)
+    return _unit(spec.plan)(spec, as_images(x), parameters, extras, volume_of(x))
 
 
 def _unit(plan: BlockPlan) -> type[ConvBNReLU] | type[ConvReLU] | type[Features]:

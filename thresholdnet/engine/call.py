@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import packing, sync
 from ..backends import load
 from ..batchnorm import Norm, affines, backward_norms, folded, paired
-from ..pixels import Volume
+from ..pixels import Volume, count
 from ..plan import BlockPlan
 
 
@@ -28,7 +28,6 @@ class Spec(NamedTuple):
         recompute: do not keep bottleneck outputs; backward makes them again.
         drop: the probability behind the dropout masks, where a call has any.
         group: name of the process group that shares batch statistics (SyncBatchNorm), "" for none.
-        volume: depth and height of volumes, whose pixels come as images of depth * height rows; None for images.
     """
 
     plan: BlockPlan
@@ -40,7 +39,6 @@ class Spec(NamedTuple):
     recompute: bool = False
     drop: float = 0.0
     group: str = ""
-    volume: Volume | None = None
 
     @property
     def keeps_output(self) -> bool:
@@ -83,19 +81,24 @@ NO_EXTRAS = Extras()
 
 
 class Block:
-    """What all units share: the tensors of one call, and statistics."""
+    """What all units share: the tensors of one call, and statistics.
+
+    `volume`: of volumes, whose pixels come as images of depth * height rows.
+    """
 
     per_layer: int  # parameters a layer
     norms: tuple[int, ...]  # positions of the BatchNorm weights among them
 
-    def __init__(self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras):
+    def __init__(
+        self, spec: Spec, x: Tensor, parameters: Sequence[Tensor], extras: Extras, volume: Volume | None = None
+    ):
         self.spec, self.plan, self.parameters, self.extras = spec, spec.plan, parameters, extras
         self.act = spec.activation
         verbs: Any = load(spec.backend).Verbs
-        self.verbs: Any = verbs(spec.plan, x) if spec.volume is None else verbs(spec.plan, x, spec.volume)
+        self.verbs: Any = verbs(spec.plan, x) if volume is None else verbs(spec.plan, x, volume)
         self.x = x
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.pixels = sync.total(extras.counts, x.shape[0] * x.shape[2] * x.shape[3])
+        self.pixels = sync.total(extras.counts, count(x))
         self.used: list[Tensor] = []
         self._given: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -142,7 +145,7 @@ class Block:
 
     def folds(self, weight: Tensor) -> bool:
         """Whether scaling a convolution's weight touches fewer elements than scaling its result, or is done once."""
-        few = weight[0].numel() <= self.x.shape[0] * self.x.shape[2] * self.x.shape[3]
+        few = weight[0].numel() <= count(self.x)
         return few or packing.forms_of(weight) is not None
 
     def constant(

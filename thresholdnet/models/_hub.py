@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from .. import places
-from ..checks import boolean, one_of
+from ..checks import boolean, file_path, one_of
 from ..linked import LinkedBlock
 from ._registry import check_recompute, create_model, fuse_blocks
 
@@ -100,8 +100,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module
         RuntimeError: a backend asked for by name that cannot run here.
     """
     own = {key: options.pop(key) for key in OWN if key in options}
-    dtype = places.floating_dtype(own.get("dtype"))
-    places.path("source", source)
+    dtype = places.floating_dtype(own.get("dtype"), optional=True)
+    file_path("source", source)
     fused = boolean("fused", own["fused"]) if "fused" in own else None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from

@@ -91,7 +91,7 @@ def create_model(
     check_arguments(name, arguments)
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
-    where = {"device": places.device(device), "dtype": places.floating_dtype(dtype)}
+    where = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
     if integer("spatial_dims", spatial_dims, 2, 3) == 3:
         if name not in _OF_VOLUMES:
             raise ValueError(f"spatial_dims must be 2 for {name}, which is torchvision's, got {spatial_dims}")
