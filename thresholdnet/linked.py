@@ -112,7 +112,7 @@ class LinkedBlock(nn.Module):
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
-        conv = torch.conv3d if y.dim() == 5 else torch.conv2d
+        conv = torch.conv3d if self.plan.spatial_dims == 3 else torch.conv2d
         return y if tail is None else conv(y, tail)
 
     def _modules_fit(self) -> bool:
