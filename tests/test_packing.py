@@ -143,21 +143,13 @@ def _data_replaced(block):
     block.layers[0].conv.weight.data = block.layers[0].conv.weight.data * 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _data_replaced,
-        _in_place,
-        _optimizer,
-        _loaded,
-        _assigned,
-        _statistics,
-        _trained,
-        _replaced,
-        _epsilon,
-        _data_and_again,
-    ],
-)
+CHANGES = (
+    _data_replaced, _in_place, _optimizer, _loaded, _assigned, _statistics, _trained, _replaced, _epsilon,
+    _data_and_again,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_written_is_seen(change):
     block, x = tn.prepack(_block()), torch.randn(2, 24, 8, 8)
     with torch.no_grad():

@@ -122,12 +122,14 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def states_inside(module: nn.Module) -> list[Any] | None:
-    """What, beside tensors, decides what the modules inside a module compute; None where one of them has hooks.
+def states_inside(module: nn.Module) -> tuple[list[Any], list[Any]] | None:
+    """What decides what the modules inside a module compute; None where one of them has hooks.
 
-    While two lists are equal nobody has changed a module. Asked at every call, so it looks where they keep things.
+    While the first list is equal nobody has changed a module's form; while the second is, modules hold the same
+    tensors, and BatchNorms have the same mode and eps. Asked at every call, so it looks where modules keep things.
     """
-    states: list[Any] = [module.training]  # layers that drop something compare theirs with it
+    forms: list[Any] = [module.training]  # layers that drop something compare theirs with it
+    tensors: list[Any] = []
     inside = [*module._modules.values()]
     for each in inside:  # which grows
         if each is None:
@@ -136,14 +138,19 @@ def states_inside(module: nn.Module) -> list[Any] | None:
             return None
         own = each.__dict__
         inside += own["_modules"].values()
-        states += id(each), type(each), own.get("forward")
+        forms += id(each), type(each), own.get("forward")
+        parameters, buffers = own["_parameters"], own["_buffers"]
         if "kernel_size" in own:
-            states += own["_parameters"].get("bias") is None, *map(own.get, CONVOLUTION)
+            forms += parameters.get("bias") is None, *map(own.get, CONVOLUTION)
         elif not _DROPS.isdisjoint(own):
-            states += own.get("training"), *map(own.get, RATES)
+            forms += own.get("training"), *map(own.get, RATES)
         elif "negative_slope" in own:
-            states.append(own["negative_slope"])
-    return states
+            forms.append(own["negative_slope"])
+        if parameters:
+            tensors += map(id, parameters.values())
+        if buffers:
+            tensors += own.get("training"), own.get("eps"), *map(id, buffers.values())
+    return forms, tensors
 
 
 def forms_inside(module: nn.Module) -> tuple[Any, ...]:

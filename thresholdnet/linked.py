@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,29 @@ from .checks import boolean, one_of
 from .constants import compiler_constant
 from .layers import hooked, states_inside
 from .links import Links
-from .pixels import CONVOLUTIONS
+from .operands import Operands, or_zeros
 from .plan import BlockPlan
 
 Self = TypeVar("Self", bound="LinkedBlock")
+
+
+class Checked(NamedTuple):
+    """What a block found when it last looked through the modules inside.
+
+    Attributes:
+        forms, tensors: as `states_inside` returned them.
+        fit: whether the engine computes what the modules would.
+        units: see `LinkedBlock._units`; empty where they do not fit.
+        biased: whether a convolution has a bias.
+        operands: what the engine takes of them, where that is known to be the same at the next call.
+    """
+
+    forms: Sequence[Any] = ()
+    fit: bool = True
+    units: Sequence[Sequence[nn.Module]] = ()
+    biased: bool = False
+    tensors: Sequence[Any] = ()
+    operands: Operands | None = None
 
 
 class LinkedBlock(nn.Module):
@@ -38,8 +57,7 @@ class LinkedBlock(nn.Module):
     drop_rate: float
     drop_channels = False  # whether dropout takes whole channels of an image
     _biased: tuple[list[Any], list[Tensor], Any] = ([], [], None)  # what was written, of which tensors; its `Biases`
-    _checked: tuple[list[Any], bool, Sequence[Any], bool] = ([], True, (), False)
-    """The modules' states, whether they fit, `_units`, and whether a convolution has a bias."""
+    _checked = Checked()
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
         """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
@@ -124,11 +142,17 @@ class LinkedBlock(nn.Module):
     @compiler_constant
     def _forms_fit(self) -> bool:
         states = states_inside(self)
-        if states is not None and states != self._checked[0]:
+        if states is None:
+            return False
+        forms, tensors = states
+        known = self._checked
+        if forms != known.forms:
             fit = self._fits()
             units = self._units() if fit else ()
-            self._checked = states, fit, units, has_biases(units)
-        return states is not None and self._checked[1]
+            self._checked = Checked(forms, fit, units, has_biases(units), tensors)
+        elif tensors != known.tensors:
+            self._checked = known._replace(tensors=tensors, operands=None)
+        return self._checked.fit
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -137,24 +161,23 @@ class LinkedBlock(nn.Module):
         return state
 
     def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        known, biased = ((), False) if torch.compiler.is_compiling() else self._checked[2:]
-        units = known or self._units()
-        biased = biased if known else has_biases(units)
-        norms = [module for unit in units for module in unit if isinstance(module, _BatchNorm)]
-        convolutions = [module for unit in units for module in unit if isinstance(module, CONVOLUTIONS)]
-        fixed = [not norm.training and norm.running_mean is not None for norm in norms]
+        known = Checked() if torch.compiler.is_compiling() else self._checked
+        units = known.units or self._units()
+        operands = known.operands or Operands(units)
+        if operands.own and known.units and known.operands is None:
+            self._checked = known._replace(operands=operands)
+        norms, fixed = operands.norms, operands.fixed
         group = shared_group([norm for norm, given in zip(norms, fixed, strict=True) if not given])
         if pixels.count(x) == 1 and not all(fixed) and group is None:
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
-        weights = {id(conv): conv.weight for conv in convolutions}  # once: a parametrization computes it each time
-        first = weights[id(convolutions[0])]
-        if any(map(sharded, weights.values())):
+        if any(map(sharded, operands.weights)):
             raise RuntimeError(
                 "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
                 "got sharded weights inside it"
             )
+        first = operands.weights[0]
         dtype = ops.autocast_dtype(x.device)
         if dtype is not None:  # as conv2d: operands cast, norm parameters left alone
             x = x.to(dtype)
@@ -162,24 +185,21 @@ class LinkedBlock(nn.Module):
             raise TypeError(f"input of the block must have the weights' dtype {first.dtype}, got {x.dtype}")
         # Triton's kernels round weights as they lay them out: no cast of each, and none of its gradient on the way back
         rounded = backend == "triton" and not transforms.active()
-        if not rounded:
-            weights = {number: weight.to(x.dtype) for number, weight in weights.items()}
+        biased = known.biased if known.units else has_biases(units)
         biases = self._biases(units, norms, fixed, first) if biased and norms else None
-        betas: Iterator[Any] = iter([norm.bias for norm in norms] if biases is None else biases.betas)
-        parameters = [tensor for unit in units for tensor in _in_forward_order(unit, weights, betas)]
+        parameters = operands.parameters(None if rounded else x.dtype, None if biases is None else biases.betas)
         if biases is not None:
             parameters += biases.of_features
         if tail is not None:
-            parameters.append(tail if rounded else tail.to(x.dtype))
-        running = [or_empty(t, x) for norm in norms for t in (norm.running_mean, norm.running_var)]
+            parameters = [*parameters, tail if rounded else tail.to(x.dtype)]
+        running = [or_empty(t, x) for t in operands.running]
         # a transform hides from the tensors of its inner levels that somebody differentiates further out
         save = torch.is_grad_enabled() and (transforms.active() or any(t.requires_grad for t in (x, *parameters)))
-        eps = [norm.eps for norm in norms]
         recompute = self.recompute == "bottleneck"
         counts = None if group is None else sync.counts(x, group)
         y, statistics, _ = transforms.call(
-            ops.block, x, parameters, running, self._plan_text, eps, fixed, self.activation, backend, save, recompute,
-            self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
+            ops.block, x, parameters, running, self._plan_text, operands.eps, fixed, self.activation, backend, save,
+            recompute, self._masks(x), counts, self.drop_rate, "" if group is None else group.group_name,
         )  # fmt: skip
         if statistics:
             statistics = statistics if biases is None else biases.noted(statistics)
@@ -262,28 +282,6 @@ def check_pixels(name: str, x: Tensor, channels: int, spatial_dims: int = 2) -> 
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
-
-
-def _in_forward_order(
-    unit: Sequence[nn.Module], weights: dict[int, Tensor], betas: Iterator[Tensor | None]
-) -> Iterator[Tensor]:
-    """A unit's parameters as the engine takes them; ones and zeros stand for an affine or a bias that is not there."""
-    for module in unit:
-        if isinstance(module, CONVOLUTIONS):
-            weight = weights[id(module)]
-            yield weight
-            if len(unit) == 1:  # no BatchNorm is there to take the bias in
-                yield weight.new_zeros(module.out_channels) if module.bias is None else module.bias
-        elif isinstance(module, _BatchNorm):
-            weight, bias = module.weight, next(betas)
-            like = next(iter(weights.values()))
-            yield like.new_ones(module.num_features) if weight is None else weight
-            yield or_zeros(module, like) if bias is None else bias
-
-
-def or_zeros(norm: _BatchNorm, like: Tensor) -> Tensor:
-    """A BatchNorm's beta, zeros where it has none."""
-    return like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -42,9 +42,11 @@ def _block_spec(
     return engine.Spec(structure, eps, fixed, activation, engine_name, save, recompute, drop, group)
 
 
-def _run(function: Callable[..., Any], group: str, *arguments: Any) -> Any:
+def _run(function: Callable[..., Any], group: str, *arguments: Any, serves: bool = False) -> Any:
     """`function(*arguments)`, replayed where it may be: not what talks to other processes."""
-    return function(*arguments) if group else replay.call(function, *arguments, describe=csrc.described)
+    if group:
+        return function(*arguments)
+    return replay.call(function, *arguments, describe=csrc.described, serves=serves)
 
 
 def run_block(
@@ -65,7 +67,8 @@ def run_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`engine.forward`: the output, the statistics used per BatchNorm [2, C], and what is kept for backward."""
     spec = _block_spec(x, plan, eps, fixed, activation, backend, save, recompute, drop, group)
-    return _run(engine.forward, group, spec, x, parameters, running, engine.Extras(masks, counts))
+    extras = engine.Extras(masks, counts)
+    return _run(engine.forward, group, spec, x, parameters, running, extras, serves=not spec.reports)
 
 
 block = transforms.operator("block", run_block)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .pixels import CONVOLUTIONS
+from .stamps import Stamp
 
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,7 +29,7 @@ class Forms:
 
     def __init__(self, weight: Tensor, forget: Callable[[Any], None]):
         self.weight = weakref.ref(weight, forget)
-        self._made: dict[Hashable, tuple[list[Any], Any]] = {}  # form -> what it was made of, as it was; the result
+        self._made: dict[Hashable, tuple[Stamp, Any]] = {}  # form -> what it was made of, as it was; the result
 
     def once(self, form: Hashable, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
         """`make()`, which reads these tensors, or its last result if none of them has been written since."""
@@ -38,8 +39,7 @@ class Forms:
                 result = make()
             if any(source.is_inference() for source in sources):  # loaded there: nothing counts writes
                 return result
-            stamps = [(weakref.ref(source), source.data_ptr(), source._version) for source in sources]
-            self._made[form] = stamps, result
+            self._made[form] = Stamp(sources), result
         uses = getattr(_here, "uses", None)
         if uses is not None:
             uses.append(Use(self, form, sources, result))
@@ -48,18 +48,12 @@ class Forms:
     def find(self, form: Hashable, sources: Sequence[Tensor]) -> Any:
         """The last result of `once`, None if there is none or one of these tensors has been written since."""
         found = self._made.get(form)
-        if found is None:
-            return None
-        stamps, result = found
-        for (reference, address, version), source in zip(stamps, sources, strict=True):
-            if reference() is not source or source._version != version or source.data_ptr() != address:
-                return None
-        return result
+        return found[1] if found is not None and found[0].holds(sources) else None
 
     def forget_of(self, tensors: set[int]) -> None:
         """Let go of what was made of any of the tensors with these ids."""
-        for form, (stamps, _) in [*self._made.items()]:
-            if any(id(reference()) in tensors for reference, *_ in stamps):
+        for form, (stamp, _) in [*self._made.items()]:
+            if stamp.has(tensors):
                 self._made.pop(form, None)
 
 
