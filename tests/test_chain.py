@@ -9,6 +9,7 @@ from torch import nn
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, chain, links, ops
+from thresholdnet.backends import csrc
 from thresholdnet.models import fuse_blocks
 
 F64 = torch.float64
@@ -118,6 +119,17 @@ def test_equals_the_modules(name, train):
     kept = saved_tensors(Chained(*net), x)
     own = [t for t in kept if t.numel() > 100 and t.data_ptr() not in {p.data_ptr() for p in net.parameters()}]
     assert len({t.untyped_storage().data_ptr() for t in own}) == name.count("two") + 1  # the input of each
+
+
+@pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")
+@pytest.mark.parametrize("name", ["densenet", "1x1", "3x3", "strided", "dilated", "depth-wise"])
+def test_few_pixels_take_the_layers_convolution(name, monkeypatch):
+    convolve, calls = csrc.linked_conv2d, []
+    monkeypatch.setattr(csrc, "linked_conv2d", lambda *given: calls.append(given) or convolve(*given))
+    net, x = _modules(*TRANSITIONS[name]()), torch.randn(1, 6, 4, 4, dtype=F64)
+    _same(net, x)
+    _same(net.eval(), x, runs=1)
+    assert len(calls) == 3 * (name in ("densenet", "1x1", "3x3"))
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)

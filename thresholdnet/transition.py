@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import sync
+from .backends import csrc
 from .backends.native import Verbs
 from .batchnorm import backward_norms, paired
 from .downsampling import Pool, activated, masked, thirds
@@ -70,7 +71,11 @@ def forward(
     else:
         moments = sync.merge(verbs.moments(z), counts, spec.group)
     affine = verbs.affine(gamma, beta, moments, spec.eps)
-    out = _convolved(spec, activated(spec.pool, verbs, z, affine, spec.activation, volume), weight)
+    read = activated(spec.pool, verbs, z, affine, spec.activation, volume)
+    if weight is not None and _few(spec, read, weight):
+        out = csrc.linked_conv2d([read], weight.contiguous(memory_format=channels_last(weight)), None, None, "relu")
+    else:
+        out = _convolved(spec, read, weight)
     return out.contiguous(memory_format=channels_last(out)), paired(*moments)
 
 
@@ -110,6 +115,13 @@ def _convolved(spec: Spec, read: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return read
     return aten.convolution(read, weight, None, *_how(spec, read, weight))
+
+
+def _few(spec: Spec, read: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution is one as in layers, of so few pixels that the library is slower."""
+    kernel, *how = weight.shape[2], *spec.conv
+    alike = kernel in (1, 3) and weight.shape[2:] == (kernel, kernel) and how == [1, 1, kernel // 2, kernel // 2, 1, 1]
+    return alike and read.shape[1] == weight.shape[1] and csrc.convolves(read, weight)
 
 
 def _how(spec: Spec, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
