@@ -15,7 +15,7 @@ from tolerances import HALF_VOLUMES, assert_close, rms_error
 from torch import nn
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, chain, links, ops
+from thresholdnet import ThresholdBlock, chain, downsampling, links, ops
 from thresholdnet.backends import csrc
 from thresholdnet.convert import ConvertedBlock
 from thresholdnet.models import fuse_blocks
@@ -306,6 +306,31 @@ def test_transitions_equal_the_modules(name, train):
     made = {p.data_ptr() for p in net.parameters()}
     kept = [t for t in saved_tensors(Chained(*net), x) if t.numel() > 400 and t.data_ptr() not in made]
     assert len({t.untyped_storage().data_ptr() for t in kept}) == 1  # its input
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (nn.MaxPool3d(3, 2, 1), (2, 6, 5, 7, 4)),
+        (nn.MaxPool3d((2, 3, 1), (3, 1, 2), (1, 1, 0), ceil_mode=True), (1, 6, 6, 5, 5)),
+        (nn.MaxPool2d(3, 2, 1), (7, 6, 8, 5)),
+    ],
+)
+def test_largest_values_in_pieces(pool, shape, dtype, monkeypatch):
+    """Some images or slices after the others are all at once, to the bit, NaN included."""
+    x = torch.randn(shape).to(dtype)
+    x[0, 1, ..., 2, 2], x[0, 2, ..., 1] = float("nan"), 1.5  # and ties
+    net = [nn.BatchNorm3d(6) if len(shape) == 5 else nn.BatchNorm2d(6), nn.ReLU(), pool]
+    net[0].eval().to(dtype)
+    with torch.no_grad():
+        y = chain.run(net[:2], x)
+        expected = pool(y.contiguous())
+        for piece in (1, 300, 1 << 30):
+            monkeypatch.setattr(downsampling, "PIECE", piece)
+            found = chain.run(net, x)
+            assert torch.equal(found.isnan(), expected.isnan()) and expected.isnan().any()
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 def test_transitions_pass_opcheck():

@@ -1,7 +1,8 @@
 """Poolings behind a BatchNorm and its activation, forward and backward, from the values in front of all three.
 
-Volumes are pooled by the library. Averages whose windows lie behind each other in depth are those of slices, as images,
-and then of slices: they need no order of memory but channels_last, and no activated values in between on a GPU.
+Averages of volumes whose windows lie behind each other in depth are those of slices, as images, and then of slices:
+they need no order of memory but channels_last, and on a GPU no activated values in between. So are the largest
+values, of any windows. Other averages are the library's.
 
 Letters: y = act(z * scale + shift), out = pool(y).
 """
@@ -9,6 +10,7 @@ Letters: y = act(z * scale + shift), out = pool(y).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,9 @@ from .batchnorm import Norm
 from .pixels import Volume, as_images, as_slices, as_volumes
 
 aten = torch.ops.aten
+
+PIECE = 1 << 19
+"""Activated values that lie between a BatchNorm and a max pooling at a time, on a CPU: they stay in its cache."""
 
 Sums = tuple[Tensor, Tensor, Tensor]
 """The gradient of y behind the activation's mask, its sum and that of its product with xhat."""
@@ -84,18 +89,19 @@ def activated(
 ) -> Tensor:
     """The activated and pooled values of z [N, C, H, W], or of volumes that lie so: then [N, C, D, H, W].
 
-    Averages alone do without the values in between.
+    Averages do without the values in between; the largest have some of them at a time.
     """
     averages = None if pool is None else pool.of_slices(z, volume)
     if averages is not None:
         slices, window, deep = averages
         made: Tensor = verbs.passes.avg_pool2d(slices, window, affine, activation)
         return made if volume is None else _depth_average(made, volume[0], deep)
+    if pool is not None and pool.kind == "max":
+        return _largest(pool, verbs, z, affine, activation, volume)
     y = verbs.normalise(z, affine, activation, into=("scratch", 0))
     if volume is not None:
         y = as_volumes(y, volume)
-        return y if pool is None else pool(y)
-    return y if pool is None else verbs.passes.max_pool2d(y, *pool.sides, pool.ceil_mode)
+    return y if pool is None else pool(y)
 
 
 def masked(
@@ -120,6 +126,27 @@ def thirds(window: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """The sides of three things, of images or of volumes."""
     dims = len(window) // 3
     return list(window[:dims]), list(window[dims : 2 * dims]), list(window[2 * dims :])
+
+
+def _largest(
+    pool: Pool, verbs: Verbs, z: Tensor, affine: elementwise.Affine, activation: str, volume: Volume | None
+) -> Tensor:
+    """`activated`, of some images after the others; in volumes of some slices, and then of neighbouring slices."""
+    images = z if volume is None else as_slices(z, volume)
+    (*deep, _, _), (*step, _, _), (*behind, _, _) = pool.sides
+    flat = [sides[-2:] for sides in pool.sides]
+    some = max(1, PIECE // max(1, prod(images.shape[1:]))) if z.device.type == "cpu" else len(images)
+    made = []
+    for piece in images.split(max(1, some)):
+        y = verbs.normalise(piece, affine, activation, into=("scratch", 0))
+        made.append(verbs.passes.max_pool2d(y, *flat, pool.ceil_mode))
+    pooled = torch.cat(made) if len(made) > 1 else made[0]
+    if volume is None:
+        return pooled
+    volumes = pooled.unflatten(0, (len(z), volume[0])).transpose(1, 2)
+    sides = [*deep, 1, 1], [*step, 1, 1], [*behind, 0, 0], [1, 1, 1]
+    found: Tensor = aten.max_pool3d_with_indices(volumes, *sides, pool.ceil_mode)[0]
+    return found
 
 
 def _unpooled(pool: Pool, verbs: Verbs, grad: Tensor, y: Tensor, volume: Volume | None) -> Tensor:
