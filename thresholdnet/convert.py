@@ -22,7 +22,7 @@ from .backends import CHOICES
 from .chain import Chain, run
 from .checks import one_of
 from .layers import RATES, Unlike, channels_read, forms_inside
-from .linked import LinkedBlock, sharded
+from .linked import NOTHING, Checked, LinkedBlock, sharded
 from .models import fuse_blocks
 from .pixels import CONVOLUTIONS
 from .recognise import Found, by_rules, few_pixels, recognise
@@ -115,7 +115,7 @@ class ConvertedBlock(LinkedBlock):
             return self._plain_forward(x, *others, **named)
         return super().forward(x, tail)
 
-    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
+    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None, known: Checked = NOTHING) -> Tensor:
         found, y = self._found, x
         if found.before:
             y = run(self._modules_at(found.before), y)
@@ -123,7 +123,7 @@ class ConvertedBlock(LinkedBlock):
             conv = self.get_submodule(found.tail)
             assert isinstance(conv, CONVOLUTIONS)  # it was when it was recognised
             tail = conv.weight
-        y = super()._fused_forward(y, backend, tail)
+        y = super()._fused_forward(y, backend, tail, known)
         if found.behind:
             y = run(self._modules_at(found.behind), y)
         if found.residual:

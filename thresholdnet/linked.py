@@ -43,6 +43,9 @@ class Checked(NamedTuple):
     operands: Operands | None = None
 
 
+NOTHING = Checked()
+
+
 class LinkedBlock(nn.Module):
     """A block over a plan, fused through the engine or in plain torch.
 
@@ -57,7 +60,7 @@ class LinkedBlock(nn.Module):
     drop_rate: float
     drop_channels = False  # whether dropout takes whole channels of an image
     _biased: tuple[list[Any], list[Tensor], Any] = ([], [], None)  # what was written, of which tensors; its `Biases`
-    _checked = Checked()
+    _checked = NOTHING
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
         """Switch the engine on or off; returns the block itself. Arguments and errors as in `ThresholdBlock`."""
@@ -125,7 +128,7 @@ class LinkedBlock(nn.Module):
         if not torch.compiler.is_compiling():  # to a graph it would be a state to guard: one more compilation
             self._ran = backend
         if backend != "reference":
-            return self._fused_forward(x, backend, tail)
+            return self._fused_forward(x, backend, tail, NOTHING if torch.compiler.is_compiling() else self._checked)
         return self._plainly(x, tail)
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
@@ -160,8 +163,8 @@ class LinkedBlock(nn.Module):
             state.pop(name, None)
         return state
 
-    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None) -> Tensor:
-        known = Checked() if torch.compiler.is_compiling() else self._checked
+    def _fused_forward(self, x: Tensor, backend: str, tail: Tensor | None, known: Checked = NOTHING) -> Tensor:
+        """`known`: of the modules, as they are now."""
         units = known.units or self._units()
         operands = known.operands or Operands(units)
         if operands.own and known.units and known.operands is None:
