@@ -158,3 +158,24 @@ def test_modules_are_read_once(monkeypatch):
     del fast, made[:]
     gc.collect()
     assert not any(reference() is not None for reference in gone)
+
+
+class _Computed(nn.Conv2d):
+    """A weight that a class computes, though torch's own has registered one."""
+
+    @property
+    def weight(self):
+        return self.raw * self.factor
+
+
+def test_what_a_class_computes_is_read_at_each_call():
+    block = ThresholdBlock(5, links.dense(3), 4, fused=True, backend="native")
+    conv = block.layers[1].conv
+    conv.__class__, conv.raw, conv.factor = _Computed, nn.Parameter(conv.weight.detach().clone()), 1.0
+    x = torch.randn(2, 5, 6, 6)
+    with torch.no_grad():
+        for factor in (1.0, 2.0, 3.0):
+            conv.factor = factor
+            found = block(x)
+            assert block.backend == "native"
+            assert largest_error(found, copy.deepcopy(block).fuse(False)(x)) <= RELATIVE[torch.float32]

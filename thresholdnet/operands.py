@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pixels import CONVOLUTIONS
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 class Operands:
     """Of the units of a block, see `LinkedBlock._units`.
@@ -21,7 +23,7 @@ class Operands:
         eps: of the BatchNorms.
         running: mean and variance of every BatchNorm, None where it has none.
         weights: of the convolutions.
-        own: all are parameters that the modules hold, so that none is made for a call.
+        own: the modules hold all of it, as parameters, buffers and attributes: nothing is made or computed for a call.
     """
 
     def __init__(self, units: Sequence[Sequence[nn.Module]]):
@@ -34,15 +36,8 @@ class Operands:
         self._units = units
         self._weights = {id(conv): conv.weight for conv in convolutions}  # once: a parametrization computes it
         self.weights: list[Tensor] = [*self._weights.values()]
-        affine = [
-            (module, name)
-            for unit in units
-            for module in unit
-            for name in ("weight", "bias")
-            if name == "weight" or len(unit) == 1 or isinstance(module, _BatchNorm)
-        ]
-        self.own = all(isinstance(module._parameters.get(name), nn.Parameter) for module, name in affine)
-        self._own = self._in_order(self._weights, None) if self.own else []
+        self._as_they_are = self._in_order(self._weights, None)
+        self.own = _held(units, self.norms, self._as_they_are)
 
     def parameters(self, dtype: torch.dtype | None, betas: Sequence[Tensor] | None = None) -> list[Tensor]:
         """All parameters as the engine takes them, ones and zeros for an affine or a bias that is not there.
@@ -52,8 +47,8 @@ class Operands:
             betas: in the place of the BatchNorms' biases.
         """
         cast = dtype is not None and any(weight.dtype != dtype for weight in self.weights)
-        if self.own and betas is None and not cast:
-            return self._own
+        if betas is None and not cast:
+            return self._as_they_are
         weights = {number: weight.to(dtype) if cast else weight for number, weight in self._weights.items()}
         return self._in_order(weights, betas)
 
@@ -73,6 +68,22 @@ class Operands:
                     made.append(like.new_ones(module.num_features) if scale is None else scale)
                     made.append(or_zeros(module, like) if shift is None else shift)
         return made
+
+
+def _held(units: Sequence[Sequence[nn.Module]], norms: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
+    """Whether modules hold what was read of them: another class may make it."""
+    held = [
+        module._parameters.get(name)
+        for unit in units
+        for module in unit
+        for name in ("weight", "bias")
+        if name == "weight" or len(unit) == 1 or isinstance(module, _BatchNorm)
+    ]
+    return (
+        all(isinstance(own, nn.Parameter) and own is read for own, read in zip(held, parameters, strict=True))
+        and all("eps" in vars(norm) for norm in norms)
+        and all(norm._buffers.get(name) is getattr(norm, name) for norm in norms for name in _STATISTICS)
+    )
 
 
 def or_zeros(norm: _BatchNorm, like: Tensor) -> Tensor:
