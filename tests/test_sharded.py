@@ -48,7 +48,11 @@ def _shard(model, which, **options):
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for name, module in list(model.named_modules()):
         if WRAPPED[which](name, module) and any(True for _ in module.parameters()):
-            fully_shard(module, mesh=mesh, **options)
+            try:
+                fully_shard(module, mesh=mesh, **options)
+            except ValueError as error:  # torch 2.11 takes no ModuleDict, as torchvision's dense blocks are
+                assert isinstance(module, nn.ModuleDict) and "containers" in str(error)
+                assert torch.__version__.startswith(("2.11.", "2.12.", "2.13."))
     return fully_shard(model, mesh=mesh, **options)
 
 
