@@ -6,9 +6,11 @@ import pytest
 import torch
 from foreign import HarDBlock, InOneRow, NewFirst, PlainLayer, PowersOfTwoBack, Stage, dense_row, with_biases
 from test_convert import assert_equal_in_all, blocks, quiet, randomise
+from tolerances import RELATIVE, largest_error
 from torch import nn
 
 import thresholdnet as tn
+from thresholdnet import ThresholdBlock, links
 from thresholdnet.biases import Biases
 
 F64 = torch.float64
@@ -151,3 +153,22 @@ def test_half_and_compiled():
         assert block(x).dtype == torch.bfloat16
         torch.testing.assert_close(block(x).float(), expected, rtol=0.1, atol=0.2)
     assert block.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("unit", ("conv_bn_relu", "bn_relu_conv", "bottleneck"))
+def test_modules_made_in_inference_mode(unit):
+    """Whose writes nothing counts: their shifts are made at each call."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        block = ThresholdBlock(8, links.dense(3), 4, unit=unit, fused=True, backend="native").eval()
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.bias = nn.Parameter(torch.randn(module.out_channels))
+        x = torch.randn(2, 8, 5, 6)
+        for _ in range(2):
+            found = block(x)
+            assert block.backend == "native"
+            assert largest_error(found, copy.deepcopy(block).fuse(False)(x)) <= RELATIVE[torch.float32]
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.bias.mul_(2)

@@ -20,6 +20,7 @@ from .layers import hooked, states_inside
 from .links import Links
 from .operands import Operands, or_zeros
 from .plan import BlockPlan
+from .stamps import Stamp
 
 Self = TypeVar("Self", bound="LinkedBlock")
 
@@ -59,7 +60,7 @@ class LinkedBlock(nn.Module):
     activation: str
     drop_rate: float
     drop_channels = False  # whether dropout takes whole channels of an image
-    _biased: tuple[list[Any], list[Tensor], Any] = ([], [], None)  # what was written, of which tensors; its `Biases`
+    _biased: tuple[Stamp | None, list[float], Any] = (None, [], None)  # tensors as they were, eps, and their `Biases`
     _checked = NOTHING
 
     def fuse(self: Self, fused: bool = True, backend: str = "auto", recompute: str | None = None) -> Self:
@@ -216,13 +217,13 @@ class LinkedBlock(nn.Module):
         kept = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms.active()) and all(fixed)
         modules = [module for unit in units for module in unit] if kept else []
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        written = [*((id(t), t._version) for t in tensors), *(norm.eps for norm in norms)]
-        if kept and written == self._biased[0]:
-            known: Biases = self._biased[2]
+        eps = [norm.eps for norm in norms]
+        stamp, known_eps, known = self._biased
+        if kept and stamp is not None and known_eps == eps and stamp.holds(tensors):
             return known
         made = Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
-        if kept:
-            self._biased = written, tensors, made  # held, so that no other tensor takes an id
+        if kept and not any(map(Tensor.is_inference, tensors)):
+            self._biased = Stamp(tensors), eps, made
         return made
 
     def _masks(self, x: Tensor) -> list[Tensor]:
