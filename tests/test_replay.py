@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -301,6 +304,27 @@ def test_switched_off(monkeypatch):
     for _ in range(4):
         trained(block_of("dense", "conv_bn_relu", "native"), torch.randn(1, 7, 3, 3))
     assert not replay._known
+
+
+def test_recording_imports_no_compiler():
+    """Which would take a second of the first call that is recorded, and memory ever after."""
+    code = """
+import sys, torch, thresholdnet as tn
+from thresholdnet import replay
+from thresholdnet.recording import Recording
+block = tn.ThresholdBlock(8, tn.links.dense(3), 4, fused=True, backend="native")
+x = torch.randn(2, 8, 6, 6)
+for _ in range(3):
+    block(x).sum().backward()
+tn.prepack(block.eval())
+with torch.no_grad():
+    for _ in range(4):
+        block(x)
+print(sum(isinstance(found, Recording) for found in replay._known.values()), "torch._dynamo" in sys.modules)
+"""
+    environment = os.environ | {"THRESHOLDNET_REPLAY": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "False"]
 
 
 def test_a_cpu_waits_for_the_tenth_call(monkeypatch):

@@ -54,6 +54,11 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:  # of several over one storage the first stands for it: how they lie is part of the kind
             self._number(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: where it does, the first recording of a process imports torch's compiler, for a second."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not self._launching and not self.refused:
