@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing import CHANGES, _assigned, _block
+from test_packing import CHANGES, UNITS, _assigned, _block
 from tolerances import RELATIVE, largest_error
 from torch import Tensor, nn
 
@@ -115,6 +115,17 @@ def test_blocks_without_affine_parameters(finds, monkeypatch):
         layer.norm.weight = layer.norm.bias = None
     run(block, torch.randn(2, 24, 8, 8), monkeypatch, 5)
     assert finds == [False] * 5
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_biases_of_some_layers_in_inference_mode(unit, monkeypatch):
+    """Zeros in the place of the others are made there at each call, and have no stamp."""
+    block = _block(unit)
+    for index, layer in enumerate(block.layers):
+        conv = layer.conv2 if unit == "bottleneck" else layer.conv
+        conv.bias = nn.Parameter(torch.randn(conv.out_channels)) if index == 1 else None
+    with torch.inference_mode():
+        run(tn.prepack(block), torch.randn(2, 24, 8, 8), monkeypatch, 5)
 
 
 def test_the_last_used_are_kept(finds, monkeypatch):

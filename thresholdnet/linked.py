@@ -20,7 +20,7 @@ from .layers import hooked, states_inside
 from .links import Links
 from .operands import Operands, or_zeros
 from .plan import BlockPlan
-from .stamps import Stamp
+from .stamps import Stamp, stamp_of
 
 Self = TypeVar("Self", bound="LinkedBlock")
 
@@ -222,8 +222,8 @@ class LinkedBlock(nn.Module):
         if kept and stamp is not None and known_eps == eps and stamp.holds(tensors):
             return known
         made = Biases(self.plan, units, norms, fixed, [or_zeros(norm, like) for norm in norms])
-        if kept and not any(map(Tensor.is_inference, tensors)):
-            self._biased = Stamp(tensors), eps, made
+        if kept:
+            self._biased = stamp_of(tensors), eps, made
         return made
 
     def _masks(self, x: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .pixels import CONVOLUTIONS
-from .stamps import Stamp
+from .stamps import Stamp, stamp_of
 
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,9 +37,10 @@ class Forms:
         if result is None:
             with _disable_current_modes():  # a recording must not take this for what every call does
                 result = make()
-            if any(source.is_inference() for source in sources):  # loaded there: nothing counts writes
+            stamp = stamp_of(sources)
+            if stamp is None:
                 return result
-            self._made[form] = Stamp(sources), result
+            self._made[form] = stamp, result
         uses = getattr(_here, "uses", None)
         if uses is not None:
             uses.append(Use(self, form, sources, result))

@@ -12,11 +12,15 @@ from torch import Tensor
 _version = attrgetter("_version")
 
 
-class Stamp:
-    """Some tensors as they are now; it holds none of them.
+def stamp_of(tensors: Sequence[Tensor]) -> Stamp | None:
+    """Some tensors as they are now; None where one was made in inference mode: nothing counts the writes to it."""
+    return None if any(map(Tensor.is_inference, tensors)) else Stamp(tensors)
 
-    A write through `.data`, or through memory shared with numpy, is not noticed. Tensors made in inference mode have no
-    stamp, for nothing counts their writes: RuntimeError.
+
+class Stamp:
+    """What `stamp_of` makes; it holds none of the tensors.
+
+    A write through `.data`, or through memory shared with numpy, is not noticed.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .recording import Recording
-from .stamps import Stamp
+from .stamps import Stamp, stamp_of
 
 MOST = 256  # calls kept, the last used ones: of each block one for every kind of input
 
@@ -47,8 +47,11 @@ def find(key: Hashable, tensors: Sequence[Tensor]) -> tuple[Recording, dict[int,
 
 
 def keep(key: Hashable, tensors: Sequence[Tensor], recording: Recording, forms: dict[int, Tensor]) -> None:
-    """Note a call that was replayed with these forms."""
-    made = _Steady(Stamp(tensors), recording, {number: weakref.ref(tensor) for number, tensor in forms.items()})
+    """Note a call that was replayed with these forms, but where its tensors have no stamp."""
+    stamp = stamp_of(tensors)
+    if stamp is None:
+        return
+    made = _Steady(stamp, recording, {number: weakref.ref(tensor) for number, tensor in forms.items()})
     with _lock:
         _known[key] = made
         if len(_known) > MOST:
