@@ -135,7 +135,7 @@ def _largest(
     images = z if volume is None else as_slices(z, volume)
     (*deep, _, _), (*step, _, _), (*behind, _, _) = pool.sides
     flat = [sides[-2:] for sides in pool.sides]
-    some = max(1, PIECE // max(1, prod(images.shape[1:]))) if z.device.type == "cpu" else len(images)
+    some = PIECE // max(1, prod(images.shape[1:])) if z.device.type == "cpu" else len(images)
     made = []
     for piece in images.split(max(1, some)):
         y = verbs.normalise(piece, affine, activation, into=("scratch", 0))
