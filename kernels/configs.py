@@ -100,6 +100,7 @@ def convolution_config(
     affine: bool = False,
     gradient: bool = False,
     in_channels: int = 0,
+    dilation: int = 1,
 ) -> ConvolutionConfig:
     """Choose the tile of a convolution or data gradient.
 
@@ -113,9 +114,11 @@ def convolution_config(
         affine: an affine and an activation are applied on load.
         gradient: it is a data gradient, whose mask needs registers behind the product.
         in_channels: channels read; 0 leaves K whole, and only half formats split it.
+        dilation: pixels between two taps; output grouping needs 1.
     """
     padded = -(-out_channels // 8) * 8
-    grouped = kernel_size == 3 and height % 2 == 0 and width % 2 == 0 and padded in GROUPED
+    even = height % 2 == 0 and width % 2 == 0
+    grouped = kernel_size == 3 and dilation == 1 and even and padded in GROUPED
     tile = _convolution_tile(capability, dtype, padded, kernel_size, pixels, grouped, affine, gradient)
     if capability is None or dtype not in HALF:
         return tile

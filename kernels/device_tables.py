@@ -33,9 +33,10 @@ def device_table(
     group: Group,
     transposed: bool,
     device: torch.device,
+    dilation: int = 1,
 ) -> DeviceTable:
     """`tables.k_table` there."""
-    table = k_table(sources, width, kernel_size, chunk, group, transposed)
+    table = k_table(sources, width, kernel_size, chunk, group, transposed, dilation)
     return DeviceTable(
         upload(table.entries, device),
         upload(table.row8, device),
@@ -73,9 +74,11 @@ def device_halo_table(
 
 
 @device_constant(maxsize=256)
-def device_pixels(batch: int, height: int, width: int, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
+def device_pixels(
+    batch: int, height: int, width: int, group: Group, device: torch.device, dilation: int = 1
+) -> tuple[Tensor, Tensor]:
     """(taps_inside, first_pixel) of `tables.pixel_table` there."""
-    table = pixel_table(batch, height, width, group)
+    table = pixel_table(batch, height, width, group, dilation)
     return upload(table.taps_inside, device), upload(table.first_pixel, device)
 
 

@@ -42,6 +42,7 @@ def gradient_of_readers(
     add: bool,
     activation: str | None = "relu",
     terms: tuple[Tensor, Sequence[Tensor]] | None = None,
+    dilation: int = 1,
     config: ReadersConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gather the gradients of R readers, each act(BatchNorm(features)) and a convolution, into the features' slots.
@@ -59,6 +60,7 @@ def gradient_of_readers(
         add: add to what `outs` hold instead of writing them for the first time.
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         terms: [2, C], and R shares [2, C], with dense rows: adds every reader's share times its two sums to the former.
+        dilation: pixels between two taps of all weights.
         config: tile sizes instead of the chosen ones.
 
     Returns:
@@ -105,7 +107,7 @@ def gradient_of_readers(
         return (torch.zeros(readers, channels, dtype=accumulator, device=first.device),) * 2
     if config is None:
         shape = Shape("readers", dtype_name(first), kernel_size, False, readers * depth, channels, *read.images)
-        tuned = choice(first.device, shape).tile
+        tuned = choice(first.device, shape).tile if dilation == 1 else None
         rule = readers_config(capability_of(first.device), dtype_name(first), channels, kernel_size)
         config = tuned if isinstance(tuned, ReadersConfig) else rule
     most = 256 if kernel_size == 1 else 32  # more for every tap would spill
@@ -118,7 +120,7 @@ def gradient_of_readers(
     taps = kernel_size**2
     weights = [with_even_taps(weight) for weight in weights]
     layouts = tuple(step for weight in weights for step in (*weight.stride()[:2], weight.stride(3)))
-    inside = device_pixels(*read.images, (1, 1), first.device)[0] if taps > 1 else dz_at8
+    inside = device_pixels(*read.images, (1, 1), first.device, dilation)[0] if taps > 1 else dz_at8
     packed = torch.empty(readers, columns, taps * parts * part, dtype=first.dtype, device=first.device)
     affine = torch.empty(readers, 2, columns, dtype=accumulator, device=first.device)
     partial = torch.empty(tiles, readers, 2, columns, dtype=accumulator, device=first.device)
@@ -134,7 +136,7 @@ def gradient_of_readers(
             device_readers.gather_readers, (columns // config.columns, tiles),
             read.base, packed, written.base, raw.base, affine, mean, rstd,
             dz_at8, out_at8, feature_at8, column_channel, inside, partial,
-            read.pixels, read.width, readers, len(out_at8), padded_width(depth) // LANES,
+            read.pixels, read.width, dilation, readers, len(out_at8), padded_width(depth) // LANES,
             read.row8, written.row8, raw.row8,
             TILE_ROWS=config.rows, TILE_COLUMNS=config.columns, DEPTH=part, PARTS=parts, TAPS=taps,
             ACTIVATION=activation_number(activation), ADD=add, TF32=uses_tf32(first),

@@ -84,9 +84,10 @@ def conv(
     bias: Tensor | None = None,
     statistics: bool = False,
     moments: Tensor | None = None,
+    dilation: int = 1,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Convolve the sources, concatenated, into a slot: out = conv2d(cat(sources), weight, padding=kernel // 2).
+    """Convolve the sources, concatenated, into a slot: out = conv2d(cat(sources), weight, padding=dilation (k // 2)).
 
     Args:
         sources: slots [N, C_i, H, W] in the order of the weight's input channels.
@@ -99,6 +100,7 @@ def conv(
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
         moments: [2, O], with dense rows of that dtype: where those are written; elsewhere without.
+        dilation: pixels between two taps. Packed weights have none.
         config: tile sizes instead of the chosen ones; those of a packed weight are its own.
 
     Raises:
@@ -131,7 +133,8 @@ def conv(
     partial, tile_rows, group = _convolve(
         layout, read, kernel_size, out,
         epilogue=STATISTICS if statistics else PLAIN if bias is None else BIAS,
-        activation=activation_number(activation), affine=scale_shift, vectors=vectors, config=config,
+        activation=activation_number(activation), affine=scale_shift, vectors=vectors, dilation=dilation,
+        config=config,
     )  # fmt: skip
     if not statistics:
         return None
@@ -146,6 +149,7 @@ def gradient(
     add: bool = False,
     mask: Mask | tuple[Tensor, ...] | None = None,
     activation: str | None = "relu",
+    dilation: int = 1,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Gather the data gradient of one slot: out = sum over its readers of conv2d's gradient by its input.
@@ -159,6 +163,7 @@ def gradient(
         mask: of act(BatchNorm(z)) behind the slot: keep the gradient where the activation passes it, and return the
             sums that BatchNorm's backward needs. None leaves the plain gradient.
         activation: as there, not None with `mask`.
+        dilation: of all readers, as there.
         config: tile sizes instead of the chosen ones; those of packed weights are their own.
 
     Returns:
@@ -190,7 +195,8 @@ def gradient(
         layout, read, kernel_size, out,
         epilogue=PLAIN if mask is None else MASK,
         activation=activation_number(activation) if mask is not None else 0,
-        raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, config=config,
+        raw=None if mask is None else mask[0], vectors=vectors, add=add, transposed=True, dilation=dilation,
+        config=config,
     )  # fmt: skip
     if mask is None:
         return None
@@ -362,6 +368,7 @@ def _convolve(
     vectors: tuple[Tensor, ...] = (),
     add: bool = False,
     transposed: bool = False,
+    dilation: int = 1,
     config: ConvolutionConfig | None = None,
 ) -> tuple[Tensor, int, Group]:
     """Launch, with the epilogue on its own behind it where K is split.
@@ -377,7 +384,7 @@ def _convolve(
         if isinstance(weights, PackedWeight):
             config = weights.matrix.config
         else:
-            form = sum(widths), channels, kernel_size, affine is not None, transposed
+            form = sum(widths), channels, kernel_size, affine is not None, transposed, dilation
             config = _chosen_config(out, layout.images, *form)
     group = config.group
     positions = group[0] * group[1]
@@ -388,7 +395,7 @@ def _convolve(
     padded = padded_width(channels)
     rows = layout.pixels // positions
     tiles = cdiv(rows, config.rows)
-    table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device)
+    table = device_table(layout.sources, width, kernel_size, config.chunk, group, transposed, device, dilation)
     matrix = Matrix(widths, channels, kernel_size, transposed, config)
     packed, packed_affine = _packed(weights, affine, matrix, table, out)
     columns = matrix.columns
@@ -400,7 +407,7 @@ def _convolve(
     partial = torch.empty((cdiv(rows, tile_rows), 2, columns) if sums else 1, dtype=accumulator, device=device)
     products = partial.new_empty(splits, split_rows, columns) if splits > 1 else partial
     if kernel_size == 3:
-        taps_inside, first_pixel = device_pixels(batch, height, width, group, device)
+        taps_inside, first_pixel = device_pixels(batch, height, width, group, device, dilation)
     else:
         taps_inside = first_pixel = table.entries
     four = (*vectors, *(partial,) * 4)[:4]
@@ -460,14 +467,15 @@ def _chosen_config(
     kernel_size: int,
     affine: bool,
     transposed: bool,
+    dilation: int = 1,
 ) -> ConvolutionConfig:
     """The tile of this GPU's table, or the rule's, for `images` in the dtype and on the device of `like`."""
     dtype, kind = dtype_name(like), "gradient" if transposed else "forward"
     tuned = choice(like.device, Shape(kind, dtype, kernel_size, affine, read, channels, *images)).tile
-    if isinstance(tuned, ConvolutionConfig):
+    if isinstance(tuned, ConvolutionConfig) and dilation == 1:
         return tuned
     capability = capability_of(like.device)
-    form = affine, transposed, read
+    form = affine, transposed, read, dilation
     return convolution_config(capability, dtype, channels, kernel_size, math.prod(images), *images[1:], *form)
 
 

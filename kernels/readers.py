@@ -91,11 +91,13 @@ def merge_readers(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "image_width", "readers", "columns8", "depth8", "dz_row8", "out_row8", "feature_row8"]
+    do_not_specialize=[
+        "rows", "image_width", "dilation", "readers", "columns8", "depth8", "dz_row8", "out_row8", "feature_row8",
+    ]
 )  # fmt: skip
 def gather_readers(
     dz, weight, out, feature, affine, mean, rstd, dz_at8, out_at8, feature_at8, column_channel, taps_inside, partial,
-    rows, image_width, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
+    rows, image_width, dilation, readers, columns8, depth8, dz_row8, out_row8, feature_row8,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, TAPS: tl.constexpr,
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -103,8 +105,8 @@ def gather_readers(
 
     dz_at8 [readers], out_at8 and feature_at8 [columns / 8]: where each reader's dz and each 8 columns lie, in units of
     8 elements; column_channel [columns]: the column's channel, -1 in padding. TAPS: 1, or 9 that read taps_inside
-    [rows]. weight [readers, columns, TAPS * PARTS * DEPTH]; depth8: padded channels of dz / 8; affine [readers, 2,
-    columns]: gamma, beta; mean, rstd [channels]; partial [row tiles, readers, 2, columns].
+    [rows] and lie `dilation` pixels apart. weight [readers, columns, TAPS * PARTS * DEPTH]; depth8: padded channels of
+    dz / 8; affine [readers, 2, columns]: gamma, beta; mean, rstd [channels]; partial [row tiles, readers, 2, columns].
     """
     ACC: tl.constexpr = partial.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
@@ -153,7 +155,7 @@ def gather_readers(
             for step in tl.range(0, TAPS * PARTS, num_stages=STAGES):
                 tap = step // PARTS
                 first = step % PARTS * DEPTH
-                shifted = ((tap // 3 - 1) * image_width + tap % 3 - 1) * (dz_row8 * 8) + first
+                shifted = ((tap // 3 - 1) * image_width + tap % 3 - 1) * dilation * (dz_row8 * 8) + first
                 valid = ((inside >> tap) & 1) != 0
                 d = tl.load(dz_at + shifted, mask=valid[:, None] & (first + k < depth8 * 8)[None, :], other=0.0)
                 w = tl.load(weight_at + step * DEPTH)

@@ -65,11 +65,14 @@ class KTable(NamedTuple):
     chunks: int
 
 
-def tap_shifts(kernel_size: int, group: Group = (1, 1)) -> list[tuple[int, int]]:
-    """(dy, dx) of every tap seen from the first pixel of an output group, row by row; one (0, 0) for a 1x1 kernel."""
+def tap_shifts(kernel_size: int, group: Group = (1, 1), dilation: int = 1) -> list[tuple[int, int]]:
+    """(dy, dx) of every tap seen from the first pixel of an output group, row by row; one (0, 0) for a 1x1 kernel.
+
+    Only taps side by side (dilation 1) are shared by the pixels of a group.
+    """
     if kernel_size == 1:
         return [(0, 0)]
-    return [(y - 1, x - 1) for y in range(group[0] + 2) for x in range(group[1] + 2)]
+    return [((y - 1) * dilation, (x - 1) * dilation) for y in range(group[0] + 2) for x in range(group[1] + 2)]
 
 
 @lru_cache(maxsize=4096)
@@ -80,6 +83,7 @@ def k_table(
     chunk: int,
     group: Group = (1, 1),
     transposed: bool = False,
+    dilation: int = 1,
 ) -> KTable:
     """Build and check the K table of a convolution.
 
@@ -90,12 +94,15 @@ def k_table(
         chunk: K rows that the kernel takes at a time (16 or more, a power of two).
         group: pixels (height, width) that one row of the product computes; (1, 1) for a 1x1 kernel.
         transposed: mirror the taps, as the data gradient needs them.
+        dilation: pixels between two taps.
 
     Raises:
-        ValueError: a source that is not aligned to 8, or an offset that an entry cannot hold.
+        ValueError: a source that is not aligned to 8, an offset that an entry cannot hold, or a dilated group.
     """
+    if dilation > 1 and group != (1, 1):
+        raise ValueError(f"group must be (1, 1) with dilation {dilation}, got {group}")
     taps = kernel_size * kernel_size
-    shifts = tap_shifts(kernel_size, group)
+    shifts = tap_shifts(kernel_size, group, dilation)
     widths = tuple(source.width for source in sources)
     offset = [source.offset + start for source in sources for start in range(0, source.width, LANES)]
     row = [source.row for source in sources for _ in range(0, source.width, LANES)]
@@ -128,7 +135,7 @@ def k_table(
         k_of_weight,
         chunks,
     )
-    check_k_table(table, sources, image_width, kernel_size, group)
+    check_k_table(table, sources, image_width, kernel_size, group, dilation)
     return _frozen(table)
 
 
@@ -192,7 +199,12 @@ def _weight_index(channel: Array, dy: Array, dx: Array, taps: int, y: int, x: in
 
 
 def check_k_table(
-    table: KTable, sources: Sequence[Source], image_width: int, kernel_size: int, group: Group = (1, 1)
+    table: KTable,
+    sources: Sequence[Source],
+    image_width: int,
+    kernel_size: int,
+    group: Group = (1, 1),
+    dilation: int = 1,
 ) -> None:
     """Raise ValueError unless every entry reads 8 channels of a linked slot and every weight has its place.
 
@@ -206,7 +218,7 @@ def check_k_table(
             )
     if not sources:
         return
-    shifts = np.array(tap_shifts(kernel_size, group))
+    shifts = np.array(tap_shifts(kernel_size, group, dilation))
     tap = table.entries & (1 << TAP_BITS) - 1
     if len(shifts) > MAX_TAPS or tap.max() >= len(shifts):
         raise ValueError(f"K table must name taps below {len(shifts)}, got {tap.max()}")
@@ -237,12 +249,15 @@ class PixelTable(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def pixel_table(batch: int, height: int, width: int, group: Group = (1, 1)) -> PixelTable:
-    """The pixel table of a 3x3 convolution; `height` and `width` are multiples of `group`. Shared by all layers."""
+def pixel_table(batch: int, height: int, width: int, group: Group = (1, 1), dilation: int = 1) -> PixelTable:
+    """The pixel table of a 3x3 convolution; `height` and `width` are multiples of `group`.
+
+    All layers of one dilation share it.
+    """
     y = np.arange(0, height, group[0])[:, None]
     x = np.arange(0, width, group[1])[None, :]
     bits = np.zeros((len(y), x.shape[1]), np.int32)
-    for t, (dy, dx) in enumerate(tap_shifts(3, group)):
+    for t, (dy, dx) in enumerate(tap_shifts(3, group, dilation)):
         inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
         bits |= inside.astype(np.int32) << np.int32(t)
     first = np.arange(batch)[:, None, None] * (height * width) + y * width + x

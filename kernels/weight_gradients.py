@@ -56,6 +56,7 @@ def weight_gradient(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
     later: list[Splits] | None = None,
+    dilation: int = 1,
     config: WeightGradientConfig | None = None,
 ) -> Tensor:
     """The gradient of `launch.conv` by its weight: [O, sum C_i, k, k], fp32 (fp64 for fp64 slots) or `dtype`.
@@ -68,6 +69,7 @@ def weight_gradient(
         dtype: of the result.
         channels_last: its memory format; contiguous otherwise.
         later: the result is filled when `reduce_splits` is given this list, to which it is added.
+        dilation: pixels between two taps.
         config: tile sizes instead of the chosen ones.
 
     Raises:
@@ -94,9 +96,9 @@ def weight_gradient(
     if config is None:
         rule = weight_gradient_config(capability, dtype_name(dz), out_channels, weights, affine is not None)
         form = "weight", dtype_name(dz), kernel_size, affine is not None
-        tuned = choice(dz.device, Shape(*form, channels, out_channels, *layout.images)).tile
+        tuned = choice(dz.device, Shape(*form, channels, out_channels, *layout.images)).tile if dilation == 1 else None
         config = tuned if isinstance(tuned, WeightGradientConfig) else rule
-    table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device)
+    table = device_table(layout.sources, layout.width, kernel_size, config.chunk, (1, 1), False, dz.device, dilation)
     columns = cdiv(out_channels, config.columns) * config.columns
     all_k = table.chunks * config.chunk
     splits = weight_gradient_splits(capability, config, table.chunks * columns // config.columns, layout.pixels)
@@ -105,7 +107,7 @@ def weight_gradient(
     splits = cdiv(layout.pixels, split_rows)
     partial = torch.empty(splits, all_k, columns, dtype=accumulator, device=dz.device)
     scale, shift = (partial, partial) if affine is None else affine
-    inside = device_pixels(*layout.images, (1, 1), dz.device)[0] if kernel_size == 3 else table.entries
+    inside = device_pixels(*layout.images, (1, 1), dz.device, dilation)[0] if kernel_size == 3 else table.entries
     with on_device_of(dz):
         start(
             device_weight_gradient.weight_gradient, (table.chunks, columns // config.columns, splits),

@@ -31,6 +31,7 @@ layouts = st.sampled_from(LAYOUTS)
 widths = st.one_of(st.integers(1, 12), st.integers(1, 40))
 sides = st.integers(1, 9)
 short_sides = st.integers(1, 5)  # of volumes
+dilations = st.sampled_from([1, 2, 3, 8])  # the last beyond most images
 halves = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 norm_eps = st.one_of(st.sampled_from([1e-5, 1e-3]), st.floats(1e-6, 1.0))
 momenta = st.one_of(st.none(), st.sampled_from([0.0, 0.1, 1.0]))
@@ -78,6 +79,7 @@ class BlockCase:
     unit: str
     outputs: str | tuple[int, ...]
     bottleneck_factor: int
+    dilation: int | tuple[int, ...]
     activation: str
     eps: float
     own_eps: bool  # another for every BatchNorm
@@ -110,8 +112,9 @@ class BlockCase:
         """The plain block in float64, its values rounded to the case's dtype."""
         block = ThresholdBlock(
             self.in_channels, self.links(), self.growth_rate, self.compression, self.unit, width_rule=self.width_rule,
-            outputs=self.outputs, bottleneck_factor=self.bottleneck_factor, activation=self.activation,
-            norm_eps=self.eps, norm_momentum=self.momentum, drop_rate=0.0, spatial_dims=len(self.size) - 1, dtype=F64,
+            outputs=self.outputs, bottleneck_factor=self.bottleneck_factor, dilation=self.dilation,
+            activation=self.activation, norm_eps=self.eps, norm_momentum=self.momentum, drop_rate=0.0,
+            spatial_dims=len(self.size) - 1, dtype=F64,
         )  # fmt: skip
         replace_norms(block, self.bare, self.untracked)
         fill(block, self.seed)
@@ -244,6 +247,7 @@ def block_cases(
             )
         ),
         bottleneck_factor=draw(st.integers(1, 4)),
+        dilation=draw(st.one_of(st.just(1), st.just(1), dilations, st.tuples(*[dilations] * depth))),
         activation=draw(st.sampled_from(["relu", "relu6", "leaky_relu(0.125)"])),
         eps=draw(norm_eps),
         own_eps=draw(st.booleans()),
@@ -280,6 +284,7 @@ class ConvCase:
     widths: tuple[int, ...]
     outputs: int
     kernel_size: int
+    dilation: int
     size: tuple[int, int, int]
     layouts: tuple[str, ...]
     weight_layout: str
@@ -298,6 +303,7 @@ def conv_cases(draw: Any) -> ConvCase:
         widths=read,
         outputs=draw(widths),
         kernel_size=draw(st.sampled_from([1, 3])),
+        dilation=draw(st.one_of(st.just(1), dilations)),
         size=(draw(st.integers(0, 4)), draw(sides), draw(sides)),
         layouts=tuple(draw(layouts) for _ in read),
         weight_layout=draw(layouts),

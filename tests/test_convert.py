@@ -506,7 +506,7 @@ def test_it_says_what_it_did_and_why_not():
             self.good = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
             self.odd = Odd(2, 8, 2, 4, 0.0)
             self.strided = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
-            self.strided.denselayer2.conv2 = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
+            self.strided.denselayer2.conv2 = nn.Conv2d(8, 4, 3, stride=2, padding=1, bias=False)
             self.gelu = torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0)
             self.gelu.denselayer1.relu1 = nn.GELU()
             self.harmonic = HarDBlock(8, 6, 1.7, 4)

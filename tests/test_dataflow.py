@@ -341,7 +341,7 @@ def test_what_a_layer_with_dropout_does_in_training_is_checked(layer):
 
 def test_why_a_block_was_left_is_said_once():
     strided = dense_row(InOneRow, 12, 5, 3)
-    strided[1].bottle_neck[5] = nn.Conv2d(20, 5, 3, padding=2, dilation=2, bias=False)
+    strided[1].bottle_neck[5] = nn.Conv2d(20, 5, 3, padding=1, groups=5, bias=False)
     model, lines = nn.Sequential(Twice(), nn.Sequential(strided)), []
     tn.convert(model, report=lines.append)
     assert lines[0] == "left 0: a module runs in it more than once"

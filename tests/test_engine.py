@@ -97,6 +97,14 @@ def test_training_equals_the_reference(unit, backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_dilated_training_equals_the_reference(unit, backend):
+    """Readers of one node with several dilations; even sides, which tiles of 2 x 2 pixels would cover."""
+    block = _block(links.dense(4), unit, dilation=(1, 2, 3, 2))
+    theirs, ours = _both(block, backend, torch.randn(2, 7, 6, 4, dtype=F64))
+    _assert_same(ours, theirs, F64)
+
+
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("unit", UNITS)
 def test_inference_equals_the_reference(unit, activation, backend):

@@ -308,9 +308,10 @@ def assert_no_worse_than_torch() -> None:
 # The convolution of a list, and what stands between blocks -----------------------------------------------------------
 
 
-def plain_conv(sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_conv(sources: list[Tensor], weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """What linked_conv2d stands for."""
-    return F.conv2d(torch.cat(sources, 1), weight, bias, padding=weight.shape[2] // 2)
+    padding = dilation * (weight.shape[2] // 2)
+    return F.conv2d(torch.cat(sources, 1), weight, bias, padding=padding, dilation=dilation)
 
 
 def run_conv(case: ConvCase, call: Callable[..., Tensor], unit: float = 0.0) -> Found:
@@ -325,7 +326,8 @@ def run_conv(case: ConvCase, call: Callable[..., Tensor], unit: float = 0.0) -> 
     kept, count = [t.detach().clone() for t in tensors], len(case.widths)
     leaves = {f"operand {j}": t for j, t in enumerate(tensors)}
     bias = tensors[-1] if case.bias else None
-    found = run(partial(call, tensors[:count], tensors[count], bias), leaves, None, case.cotangent)
+    step = partial(call, tensors[:count], tensors[count], bias, dilation=case.dilation)
+    found = run(step, leaves, None, case.cotangent)
     assert all(torch.equal(t.detach(), old) for t, old in zip(tensors, kept, strict=True))
     return found
 

@@ -45,10 +45,10 @@ def packs(monkeypatch):
     def noted(kind):
         packed = kind.packed
 
-        def note(self, way, weight):
+        def note(self, way, *of):
             if type(self) is kind:
                 made.append(way)
-            return packed(self, way, weight)
+            return packed(self, way, *of)
 
         monkeypatch.setattr(kind, "packed", note)
 

@@ -146,7 +146,7 @@ def test_fused_kept_bytes_of_v1_blocks():
         (
             {"growth_rate": (8, 8)},
             ValueError,
-            "growth_rate must hold one width for each of the 3 layers, got 2",
+            "growth_rate must hold one number for each of the 3 layers, got 2",
         ),
         ({"growth_rate": (8, 8, 0)}, ValueError, "growth_rate of layer 3 must be at least 1, got 0"),
         ({"growth_rate": "8"}, TypeError, "growth_rate must be an integer, got '8'"),
@@ -159,6 +159,10 @@ def test_fused_kept_bytes_of_v1_blocks():
         ({"outputs": ()}, ValueError, "outputs must name at least one node"),
         ({"outputs": 3}, TypeError, "outputs must be one of"),
         ({"bottleneck_factor": 0}, ValueError, "bottleneck_factor must be at least 1, got 0"),
+        ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+        ({"dilation": (1, 2)}, ValueError, "dilation must hold one number for each of the 3 layers, got 2"),
+        ({"dilation": (1, 2, 0)}, ValueError, "dilation of layer 3 must be at least 1, got 0"),
+        ({"dilation": 1.5}, TypeError, "dilation must be an integer, got 1.5"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -27,6 +27,7 @@ class ConvBNAct(nn.Sequential):
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
         spatial_dims: 2 for images, 3 for volumes.
+        dilation: of a 3x3 kernel, which pads as much.
         factory: `device` and `dtype` of the parameters.
     """
 
@@ -39,11 +40,13 @@ class ConvBNAct(nn.Sequential):
         activation: str = "relu",
         norm: dict[str, Any] | None = None,
         spatial_dims: int = 2,
+        dilation: int = 1,
         **factory: Any,
     ):
         super().__init__()
         kinds = KINDS[spatial_dims]
-        self.conv = kinds.conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **factory)
+        padding = dilation * (kernel_size // 2)
+        self.conv = kinds.conv(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False, **factory)
         self.norm = kinds.norm(out_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
 
@@ -55,10 +58,16 @@ class ConvAct(nn.Sequential):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, activation: str = "relu", spatial_dims: int = 2, **factory: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        activation: str = "relu",
+        spatial_dims: int = 2,
+        dilation: int = 1,
+        **factory: Any,
     ):
         super().__init__()
-        self.conv = KINDS[spatial_dims].conv(in_channels, out_channels, 3, padding=1, **factory)
+        self.conv = KINDS[spatial_dims].conv(in_channels, out_channels, 3, 1, dilation, dilation, **factory)
         self.act = activations.module(activation)
 
 
@@ -76,13 +85,14 @@ class BNActConv(nn.Sequential):
         norm: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
         spatial_dims: int = 2,
+        dilation: int = 1,
         **factory: Any,
     ):
         super().__init__()
         kinds = KINDS[spatial_dims]
         self.norm = kinds.norm(in_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
-        self.conv = kinds.conv(in_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv = kinds.conv(in_channels, out_channels, 3, 1, dilation, dilation, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -102,6 +112,7 @@ class Bottleneck(nn.Sequential):
         norm: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
         spatial_dims: int = 2,
+        dilation: int = 1,
         **factory: Any,
     ):
         super().__init__()
@@ -111,7 +122,7 @@ class Bottleneck(nn.Sequential):
         self.conv1 = kinds.conv(in_channels, inner_channels, 1, bias=False, **factory)
         self.norm2 = kinds.norm(inner_channels, **(norm or {}), **factory)
         self.act2 = activations.module(activation)
-        self.conv2 = kinds.conv(inner_channels, out_channels, 3, padding=1, bias=False, **factory)
+        self.conv2 = kinds.conv(inner_channels, out_channels, 3, 1, dilation, dilation, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -125,7 +136,7 @@ class ThresholdBlock(LinkedBlock):
         in_channels: channels of the input.
         links: a pattern of `thresholdnet.links`, or any tuple of source tuples (entry i-1: sources of layer i).
         growth_rate: k, or one width a layer.
-        compression, unit, width_rule, outputs, bottleneck_factor: see `thresholdnet.plan.plan_block`.
+        compression, unit, width_rule, outputs, bottleneck_factor, dilation: see `thresholdnet.plan.plan_block`.
         num_layers, threshold: depth L and the last layer on the dense side, when `links` is not given.
         below: "dense" (ThresholdNet-ab) or "sparse_dense" (-bc) up to the threshold.
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
@@ -171,6 +182,7 @@ class ThresholdBlock(LinkedBlock):
         width_rule: str = "harmonic",
         outputs: str | Iterable[int] = "auto",
         bottleneck_factor: int = 4,
+        dilation: int | Sequence[int] = 1,
         activation: str = "relu",
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
@@ -193,6 +205,7 @@ class ThresholdBlock(LinkedBlock):
             outputs=outputs,
             bottleneck_factor=bottleneck_factor,
             spatial_dims=spatial_dims,
+            dilation=dilation,
         )
         self.activation = activations.checked("activation", activation)
         factory = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
@@ -207,16 +220,17 @@ class ThresholdBlock(LinkedBlock):
             raise ValueError(f"recompute needs fused=True, got recompute={recompute!r} without it")
 
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
-        plan, activation, dims = self.plan, self.activation, self.plan.spatial_dims
+        plan, activation = self.plan, self.activation
         read, width = plan.link_widths[index], plan.widths[index]
+        factory |= {"spatial_dims": plan.spatial_dims, "dilation": plan.dilation(index + 1)}
         if plan.unit == "bottleneck":
             inner = plan.bottleneck_widths[index]
-            return Bottleneck(read, inner, width, activation, norm, self.drop_rate, dims, **factory)
+            return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
         if plan.unit == "bn_relu_conv":
-            return BNActConv(read, width, activation, norm, self.drop_rate, dims, **factory)
+            return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
         if plan.unit == "conv_relu":
-            return ConvAct(read, width, activation, dims, **factory)
-        return ConvBNAct(read, width, 3, 1, activation, norm, dims, **factory)
+            return ConvAct(read, width, activation, **factory)
+        return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
         return [[m for m in layer.modules() if isinstance(m, (*CONVOLUTIONS, _BatchNorm))] for layer in self.layers]
@@ -235,15 +249,16 @@ class ThresholdBlock(LinkedBlock):
         read, width = plan.link_widths[index], plan.widths[index]
         drops = ["drop"] if self.drop_rate else []
         form: dict[str, Any] = {"bias": True, "dims": (plan.spatial_dims,)}
+        dilation = plan.dilation(index + 1)
         if plan.unit == "bottleneck":
             names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *drops]
             inner = convolution("conv1", layer.conv1, 1, read, **form)
-            found = convolution("conv2", layer.conv2, 3, inner, **form)
+            found = convolution("conv2", layer.conv2, 3, inner, dilation, **form)
             same = inner == plan.bottleneck_widths[index]
             behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
         else:
             names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
-            found, same = convolution("conv", layer.conv, 3, read, **form), True
+            found, same = convolution("conv", layer.conv, 3, read, dilation, **form), True
             if plan.unit == "conv_relu":
                 names, behind = ["conv", "act"], [activation("conv", layer.act)]
             else:

@@ -10,21 +10,28 @@ from torch import Tensor
 
 from . import ops, transforms
 from .backends import choose
+from .checks import integer
 from .plan import row_of
 
 
 def linked_conv2d(
-    sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    dilation: int = 1,
 ) -> Tensor:
-    """conv2d(torch.cat(sources, 1), weight, bias, padding=kernel // 2) without keeping the concatenation for backward.
+    """conv2d(torch.cat(sources, 1), weight, bias, padding=dilation * (k // 2), dilation=dilation).
 
-    Differentiable once in sources, weight and bias; under autocast the operands are cast as conv2d's are.
+    The concatenation is not kept for backward. Differentiable once in sources, weight and bias; under autocast the
+    operands are cast as conv2d's are.
 
     Args:
         sources: [N, C_i, H, W] each, one dtype and device.
         weight: [O, sum of C_i, k, k] with k = 1 or 3.
         bias: [O] or None.
         backend: "auto" or a name of `tn.backends()`.
+        dilation: pixels between two taps of a 3x3 kernel.
 
     Returns:
         [N, O, H, W], channels_last; in plain torch ("reference") in the sources' own memory format.
@@ -37,14 +44,15 @@ def linked_conv2d(
         raise TypeError(f"sources must be a list of tensors, got {type(sources).__name__}")
     tensors = list(sources)
     _check(tensors, weight, bias)
+    dilation = integer("dilation", dilation, 1)
     dtype = ops.autocast_dtype(weight.device)
     if dtype is not None:
         tensors, weight = [t.to(dtype) for t in tensors], weight.to(dtype)
     name = choose(backend, tensors[0], row_of([*(t.shape[1] for t in tensors), weight.shape[0]]))
     if name == "reference" or transforms.counted():
-        z = F.conv2d(torch.cat(tensors, 1), weight, padding=weight.shape[2] // 2)
+        z = F.conv2d(torch.cat(tensors, 1), weight, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
     else:
-        z = transforms.call(ops.linked_conv2d, tensors, weight, name)
+        z = transforms.call(ops.linked_conv2d, tensors, weight, name, dilation)
     return z if bias is None else z + bias.to(z.dtype).view(1, -1, 1, 1)
 
 

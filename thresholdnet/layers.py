@@ -30,7 +30,13 @@ class Unlike(Exception):
 
 
 def convolution(
-    name: str, conv: Any, kernel: int, channels: int, bias: bool = False, dims: Sequence[int] = (2, 3)
+    name: str,
+    conv: Any,
+    kernel: int,
+    channels: int,
+    dilation: int = 1,
+    bias: bool = False,
+    dims: Sequence[int] = (2, 3),
 ) -> int:
     """The channels that a convolution of the expected form writes; raises `Unlike` for any other.
 
@@ -40,11 +46,13 @@ def convolution(
         raise Unlike(f"{name} must be a {' or a '.join(f'Conv{n}d' for n in dims)}, got {type(conv).__name__}")
     if not torchs_convolution(conv):
         raise Unlike(f"{name} must convolve as torch's class does, got {type(conv).__name__} with a forward of its own")
-    sides = [(side,) * spatial_dims(conv) for side in (kernel, 1, kernel // 2, 1)]
+    padding = dilation * (kernel // 2)
+    sides = [(side,) * spatial_dims(conv) for side in (kernel, 1, padding, dilation)]
     form = [conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode]
     if form != [*sides, 1, "zeros"] or (conv.bias is not None and not bias):
         size, ending = "x".join([str(kernel)] * spatial_dims(conv)), "one group" if bias else "one group, no bias"
-        raise Unlike(f"{name} must be a {size} convolution of stride 1, padding {kernel // 2}, {ending}")
+        spread = f"dilation {dilation}, " if dilation > 1 else ""
+        raise Unlike(f"{name} must be a {size} convolution of stride 1, padding {padding}, {spread}{ending}")
     if conv.in_channels != channels:
         raise Unlike(f"{name} must read {channels} channels, got {conv.in_channels}")
     return conv.out_channels
@@ -53,6 +61,12 @@ def convolution(
 def channels_read(module: Any) -> int:
     """Of a convolution or a BatchNorm."""
     return int(module.in_channels if isinstance(module, CONVOLUTIONS) else module.num_features)
+
+
+def dilation_of(conv: Any) -> int:
+    """Of a convolution whose sides have one; that of the last side where they differ, or it is none."""
+    found = getattr(conv, "dilation", None)
+    return found[-1] if isinstance(found, tuple) else 1
 
 
 def spatial_dims(conv: Any) -> int:

@@ -328,38 +328,38 @@ def _backward_transition(ctx: Any, grad: Tensor | None, grad_statistics: Any) ->
 transforms.differentiable(transition, _setup_transition, _backward_transition)
 
 
-def run_linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
-    """conv2d of the concatenated sources, padding kernel // 2."""
-    return _run(_linked_forward, "", sources, weight, backend)
+def run_linked_conv2d(sources: list[Tensor], weight: Tensor, backend: str, dilation: int = 1) -> Tensor:
+    """conv2d of the concatenated sources, padding dilation * (kernel // 2)."""
+    return _run(_linked_forward, "", sources, weight, backend, dilation)
 
 
 linked_conv2d = transforms.operator("linked_conv2d", run_linked_conv2d)
 
 
-def _linked_forward(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
+def _linked_forward(sources: list[Tensor], weight: Tensor, backend: str, dilation: int) -> Tensor:
     verbs = load(backend).Verbs(None, sources[0])
-    return verbs.leave([verbs.conv(sources, weight, into=("raw", 0))[0]])
+    return verbs.leave([verbs.conv(sources, weight, into=("raw", 0), dilation=dilation)[0]])
 
 
 @linked_conv2d.register_fake
-def _(sources: list[Tensor], weight: Tensor, backend: str) -> Tensor:
+def _(sources: list[Tensor], weight: Tensor, backend: str, dilation: int = 1) -> Tensor:
     n, _, h, w = sources[0].shape
     out: Tensor = sources[0].new_empty((n, weight.shape[0], h, w))
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
 def run_linked_conv2d_backward(
-    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
+    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, dilation: int, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of every source and of the weight; empty tensors where `needs` is False."""
-    return _run(_linked_gradients, "", grad, sources, weight, backend, needs)
+    return _run(_linked_gradients, "", grad, sources, weight, backend, dilation, needs)
 
 
 linked_conv2d_backward = transforms.operator("linked_conv2d_backward", run_linked_conv2d_backward)
 
 
 def _linked_gradients(
-    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]
+    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, dilation: int, needs: list[bool]
 ) -> list[Tensor]:
     verbs = load(backend).Verbs(None, sources[0])
     dz = verbs.enter(grad)
@@ -367,17 +367,23 @@ def _linked_gradients(
     for source, needed in zip(sources, needs[:-1], strict=True):
         part = weight[:, start : start + source.shape[1]]
         if needed:
-            made.append(verbs.leave([verbs.gradient([dz], [part], None, into=("gradient", 0))[0]]))
+            g, _, _ = verbs.gradient([dz], [part], None, into=("gradient", 0), dilation=dilation)
+            made.append(verbs.leave([g]))
         else:
             made.append(source.new_empty(0))
         start += source.shape[1]
-    made.append(verbs.weight_gradient(sources, dz, weight.shape[2]) if needs[-1] else weight.new_empty(0))
+    if needs[-1]:
+        made.append(verbs.weight_gradient(sources, dz, weight.shape[2], dilation=dilation))
+    else:
+        made.append(weight.new_empty(0))
     verbs.settle()
     return made
 
 
 @linked_conv2d_backward.register_fake
-def _(grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: list[bool]) -> list[Tensor]:
+def _(
+    grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, dilation: int, needs: list[bool]
+) -> list[Tensor]:
     made = [
         torch.empty_like(source, memory_format=torch.channels_last) if needed else source.new_empty(0)
         for source, needed in zip(sources, needs[:-1], strict=True)
@@ -387,17 +393,17 @@ def _(grad: Tensor, sources: list[Tensor], weight: Tensor, backend: str, needs: 
 
 
 def _setup_linked(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sources, weight, ctx.backend = inputs
+    sources, weight, *ctx.call = inputs
     ctx.save_for_backward(weight, *sources)
 
 
-def _backward_linked(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None]:
+def _backward_linked(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None, None]:
     weight, *sources = ctx.saved_tensors
     needs_sources, needs_weight = ctx.needs_input_grad[:2]
     needs = [*needs_sources, needs_weight]
-    grads = transforms.call(linked_conv2d_backward, grad, sources, weight, ctx.backend, needs)
+    grads = transforms.call(linked_conv2d_backward, grad, sources, weight, *ctx.call, needs)
     found = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
-    return found[:-1], found[-1], None
+    return found[:-1], found[-1], None, None
 
 
 transforms.differentiable(linked_conv2d, _setup_linked, _backward_linked)

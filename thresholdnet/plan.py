@@ -53,6 +53,7 @@ class BlockPlan:
             (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
         bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
         spatial_dims: 2 for images; 3 for volumes, whose kernels have a third side.
+        dilations: pixels between two taps of each layer's 3x3 convolution; empty where that is 1 in all of them.
     """
 
     links: Links
@@ -61,6 +62,7 @@ class BlockPlan:
     unit: str
     bottleneck_widths: tuple[int, ...] = ()
     spatial_dims: int = 2
+    dilations: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -101,6 +103,10 @@ class BlockPlan:
     def normalises(self) -> bool:
         """Whether its layers have a BatchNorm."""
         return self.unit != "conv_relu"
+
+    def dilation(self, layer: int) -> int:
+        """Of the 3x3 convolution of layer 1..L."""
+        return self.dilations[layer - 1] if self.dilations else 1
 
     @property
     def reads_nodes_back(self) -> bool:
@@ -180,12 +186,13 @@ class BlockPlan:
     @staticmethod
     @lru_cache(maxsize=1024)
     def from_text(text: str) -> BlockPlan:
-        """The plan that `to_text` wrote, before there were volumes too."""
+        """The plan that `to_text` wrote, before there were volumes and dilations too."""
         fields = json.loads(text)
-        sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
+        tuples = ("node_widths", "outputs", "bottleneck_widths", "dilations")
         return BlockPlan(
-            links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields.get("spatial_dims", 2), **sequences
-        )
+            links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields.get("spatial_dims", 2),
+            **{key: tuple(fields.get(key, ())) for key in tuples},
+        )  # fmt: skip
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
         """Channels per pixel that backward needs, the block's input included.
@@ -227,6 +234,7 @@ def plan_block(
     outputs: str | Iterable[int] = "auto",
     bottleneck_factor: int = 4,
     spatial_dims: int = 2,
+    dilation: int | Sequence[int] = 1,
 ) -> BlockPlan:
     """Plan a block.
 
@@ -243,6 +251,7 @@ def plan_block(
             threshold, the odd layers above it, and the last one; for the other units all nodes.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
         spatial_dims: 2 for images, 3 for volumes: 3x3x3 and 1x1x1 convolutions.
+        dilation: of the 3x3 convolutions, in pixels, which pad as much; or one a layer.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, named in the message.
@@ -259,7 +268,14 @@ def plan_block(
         unit=unit,
         bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
         spatial_dims=integer("spatial_dims", spatial_dims, 2, 3),
+        dilations=dilations_of(_one_a_layer("dilation", dilation, len(pattern))),
     )
+
+
+def dilations_of(layers: Iterable[int]) -> tuple[int, ...]:
+    """`BlockPlan.dilations` of layers with these."""
+    found = tuple(layers)
+    return found if {*found} - {1} else ()
 
 
 def layer_widths(
@@ -271,18 +287,23 @@ def layer_widths(
     if not 0 < m < 100:
         raise ValueError(f"compression must lie above 0 and below 100, got {compression}")
     layers = range(1, len(links) + 1)
-    if isinstance(growth_rate, Sequence) and not isinstance(growth_rate, str):
-        if len(growth_rate) != len(links):
-            raise ValueError(
-                f"growth_rate must hold one width for each of the {len(links)} layers, got {len(growth_rate)}"
-            )
-        return tuple(integer(f"growth_rate of layer {i}", growth_rate[i - 1], 1) for i in layers)
+    if isinstance(growth_rate, Sequence):
+        return _one_a_layer("growth_rate", growth_rate, len(links))
     k = integer("growth_rate", growth_rate, 1)
     if rule == "constant":
         return (k,) * len(links)
     if rule == "even":
         return tuple(_harmonic_width(k, m, 0 if i % 2 else 1) for i in layers)
     return tuple(k if i <= links.threshold else _harmonic_width(k, m, _twos(i)) for i in layers)
+
+
+def _one_a_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """A number for each layer: one for all, or one each."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (integer(name, value, 1),) * layers
+    if len(value) != layers:
+        raise ValueError(f"{name} must hold one number for each of the {layers} layers, got {len(value)}")
+    return tuple(integer(f"{name} of layer {i}", each, 1) for i, each in enumerate(value, start=1))
 
 
 def _harmonic_width(k: int, m: float, exponent: int) -> int:

@@ -30,6 +30,7 @@ from .layers import (
     batch_norm,
     channels_read,
     convolution,
+    dilation_of,
     forms_inside,
     hooked,
     idle,
@@ -38,7 +39,7 @@ from .layers import (
 from .linked import LinkedBlock
 from .links import Links
 from .pixels import CONVOLUTIONS, KINDS
-from .plan import BlockPlan
+from .plan import BlockPlan, dilations_of
 
 _DENSE = ("norm1", "conv1", "norm2", "conv2")
 
@@ -127,6 +128,7 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     units: list[tuple[str, ...]] = []
     widths: list[int] = []
     inner: list[int] = []
+    dilations: list[int] = []
     activations, drops = set(), set()
     read = getattr(layers[0][1].conv1, "in_channels", 0)  # what is no convolution is refused below
     for prefix, layer in layers:
@@ -134,15 +136,17 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
         inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths), bias=True))
-        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], bias=True))
+        dilations.append(dilation_of(layer.conv2))
+        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], dilations[-1], bias=True))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
         units.append(tuple(f"{prefix}{part}" for part in _DENSE))
     dims = spatial_dims(layers[0][1].conv1)
     plan = BlockPlan(
-        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims
-    )
+        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims,
+        dilations_of(dilations),
+    )  # fmt: skip
     return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
 
@@ -157,12 +161,11 @@ def harmonic_block(block: nn.Module) -> Found | None:
         pattern = Links([list(row) for row in sources])
     except (TypeError, ValueError):  # something else of this name
         return None
-    units, nodes, activation = _layers("layers", layers, pattern)
+    units, nodes, activation, form = _layers(block, "layers", pattern)
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
     outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
-    plan = BlockPlan(pattern, nodes, outputs, "conv_bn_relu", spatial_dims=_dims_of(block, units))
-    return Found("HarDNet block", plan, units, activation)
+    return Found("HarDNet block", BlockPlan(pattern, nodes, outputs, "conv_bn_relu", **form), units, activation)
 
 
 def one_shot_aggregation(block: nn.Module) -> Found | None:
@@ -172,7 +175,7 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     if names is None or not isinstance(layers, nn.ModuleList | nn.Sequential) or not len(layers):
         return None
     pattern = Links([[i] for i in range(len(layers))])
-    units, nodes, activation = _layers(names[0], layers, pattern)
+    units, nodes, activation, form = _layers(block, names[0], pattern)
     joint: list[tuple[str, Any]] = list(block.get_submodule(names[1]).named_children())
     (tail, conv), *rest = joint or [("", None)]
     convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
@@ -180,7 +183,7 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
-    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu", spatial_dims=_dims_of(block, units))
+    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu", **form)
     residual = float(bool(getattr(block, "residual", False) or getattr(block, "identity", False)))
     return Found(
         "one-shot aggregation", plan, units, activation,
@@ -252,6 +255,7 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         raise Unlike("a module runs in it more than once")
     nodes: list[int] = []
     inner = []
+    dilations = []
     for layer in flow.layers:
         modules = {path: block.get_submodule(path) for path in layer.modules}
         nodes = nodes or [channels_read(modules[layer.modules[0]])]  # the first layer to run reads the input alone
@@ -265,7 +269,9 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         for path, conv in convolutions[:-1]:
             channels = convolution(path, conv, 1, channels, bias=True)
             inner.append(channels)
-        nodes.append(convolution(*convolutions[-1], 3, channels, bias=True))
+        path, conv = convolutions[-1]
+        dilations.append(dilation_of(conv))
+        nodes.append(convolution(path, conv, 3, channels, dilations[-1], bias=True))
     try:
         pattern = Links([layer.sources for layer in flow.layers])
     except ValueError as error:
@@ -273,7 +279,8 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
     dims = _dims_of(block, [layer.modules for layer in flow.layers])
-    plan, behind = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), dims), flow.behind
+    spread, behind = dilations_of(dilations), flow.behind
+    plan = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), dims, spread)
     tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
@@ -323,18 +330,27 @@ def _has(block: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(block, name, None), nn.Module) for name in names)
 
 
-def _layers(path: str, layers: Any, pattern: Links) -> tuple[tuple[tuple[str, ...], ...], tuple[int, ...], str]:
-    """Of layers of 3x3 convolution, BatchNorm and activation with these sources: units, node widths, activation."""
+def _layers(
+    block: nn.Module, path: str, pattern: Links
+) -> tuple[tuple[tuple[str, ...], ...], tuple[int, ...], str, dict[str, Any]]:
+    """Of the layers at this path, 3x3 convolution, BatchNorm and activation with these sources each.
+
+    Their units, node widths and activation, and what else a plan takes of them.
+    """
+    layers: Any = block.get_submodule(path)
     units: list[tuple[str, ...]] = []
     nodes: list[int] = []
+    dilations: list[int] = []
     activations = set()
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
         unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), bias=True))
+        dilations.append(dilation_of(conv))
+        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), dilations[-1], bias=True))
         activations.add(act)
         units.append(unit)
-    return tuple(units), tuple(nodes), _the("activation", activations)
+    form = {"spatial_dims": _dims_of(block, units), "dilations": dilations_of(dilations)}
+    return tuple(units), tuple(nodes), _the("activation", activations), form
 
 
 def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:

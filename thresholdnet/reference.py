@@ -67,17 +67,18 @@ def block_forward(
         return z * _per_channel(scale, z) + _per_channel(shift, z)
 
     nodes = [x]
-    for sources in plan.links:
+    for layer, sources in enumerate(plan.links, start=1):
         joined = torch.cat([nodes[k] for k in sources], dim=1)
+        conv3x3 = partial(conv, padding=plan.dilation(layer), dilation=plan.dilation(layer))
         if plan.unit == "conv_bn_relu":
-            nodes.append(act(normalise(conv(joined, next(weights), padding=1))))
+            nodes.append(act(normalise(conv3x3(joined, next(weights)))))
         elif plan.unit == "conv_relu":
-            nodes.append(act(conv(joined, next(weights), next(weights), padding=1)))
+            nodes.append(act(conv3x3(joined, next(weights), next(weights))))
         elif plan.unit == "bn_relu_conv":
-            nodes.append(conv(act(normalise(joined)), next(weights), padding=1))
+            nodes.append(conv3x3(act(normalise(joined)), next(weights)))
         else:
             inner = conv(act(normalise(joined)), next(weights))
-            nodes.append(conv(act(normalise(inner)), next(weights), padding=1))
+            nodes.append(conv3x3(act(normalise(inner)), next(weights)))
     return torch.cat([nodes[k] for k in plan.outputs], dim=1), used
 
 

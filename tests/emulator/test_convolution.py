@@ -276,6 +276,26 @@ def test_the_choice_can_be_forced(monkeypatch):
         torch.testing.assert_close(own, library, rtol=2**-6, atol=2**-6 * library.abs().max().item())
 
 
+@pytest.mark.parametrize(("size", "dilation"), (((2, 16, 16), 2), ((1, 7, 9), 3), ((2, 4, 6), 5)))
+@pytest.mark.parametrize("forced", ("own", "library"))
+def test_dilation(size, dilation, forced, monkeypatch):
+    """The tables alone know of it; 16 x 16 pixels would else be those of a tile with its border."""
+    monkeypatch.setenv("THRESHOLDNET_CONV", forced)
+    memory, (a, b, out, dx) = laid_out(*size, (14, 24, 20, 14), torch.bfloat16, "arena")
+    weight = (torch.randn(20, 38, 3, 3) / 6).bfloat16()
+    filled(a), filled(b)
+    x, exact = torch.cat([a, b], 1).float().requires_grad_(), weight.float().requires_grad_()
+    wanted = F.conv2d(x, exact, padding=dilation, dilation=dilation)
+    before = outside(memory, out)
+    cuda_launch.conv([a, b], weight, out, dilation=dilation)
+    near(out, wanted.detach())
+    assert torch.equal(outside(memory, out), before)
+    of_x, of_weight = torch.autograd.grad(wanted, [x, exact], out.float())
+    cuda_launch.gradient([out], [weight[:, :14]], dx, dilation=dilation)
+    near(dx, of_x[:, :14])
+    near(cuda_launch.weight_gradient([a, b], out, 3, dilation=dilation), of_weight, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     (

@@ -52,10 +52,11 @@ def _errors(found, truth):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dilated"])
 def test_no_worse_than_plain_torch(pattern, unit):
     """Both in bf16 against fp64 of the same rounded operands; many images, as a mask that flips near 0 moves one."""
-    exact = _block(PATTERNS[pattern], unit).bfloat16().to(F64)
+    rows, dilation = (links.dense(3), (1, 2, 4)) if pattern == "dilated" else (PATTERNS[pattern], 1)
+    exact = _block(rows, unit, dilation=dilation).bfloat16().to(F64)
     half = copy.deepcopy(exact).bfloat16()
     ours, theirs = [], []
     for _ in range(25):

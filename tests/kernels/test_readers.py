@@ -13,14 +13,15 @@ from torch.nn.functional import conv_transpose2d
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype):
+def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype, dilation=1):
     """(gradient of the features, sums of g, sums of g xhat), without the statistics' share."""
     mean, rstd = mean.double()[:, None, None], rstd.double()[:, None, None]
     xhat = (torch.cat(list(features), 1).double() - mean) * rstd
     total, sums, sums_xhat = 0, [], []
     for d, weight, gamma, beta in zip(dz, weights, gammas, betas, strict=True):
         y = gamma.double()[:, None, None] * xhat + beta.double()[:, None, None]
-        g = conv_transpose2d(d.double(), weight.to(dtype).double(), padding=weight.shape[2] // 2)
+        spread = {"padding": dilation * (weight.shape[2] // 2), "dilation": dilation}
+        g = conv_transpose2d(d.double(), weight.to(dtype).double(), **spread)
         g = g * derivative(y, activation)
         total = total + gamma.double()[:, None, None] * g
         sums.append(g.sum((0, 2, 3)))
@@ -28,7 +29,10 @@ def formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
     return total * rstd, torch.stack(sums), torch.stack(sums_xhat)
 
 
-def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None, terms=False, kernel=1):
+def run(
+    dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), config=None, terms=False, kernel=1,
+    dilation=1,
+):  # fmt: skip
     _, (*outs, unlinked) = rows(*size, (*widths, 8), dtype)
     _, features = rows(*size, widths, dtype)
     _, dz = layouts.arena(*size, (depth,) * readers, dtype)
@@ -48,9 +52,9 @@ def run(dtype, depth, readers, widths, add, activation="relu", size=(2, 5, 4), c
     room.copy_(given := torch.randn(2, channels))
     sums = launch.gradient_of_readers(
         dz, weights, outs, features, gammas, betas, mean, rstd, add=add, activation=activation, config=config,
-        terms=(room, shares) if terms else None,
+        terms=(room, shares) if terms else None, dilation=dilation,
     )  # fmt: skip
-    g, *expected = formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype)
+    g, *expected = formula(dz, weights, features, gammas, betas, mean, rstd, activation, dtype, dilation)
     added = sum(share * torch.stack(both) for share, *both in zip(shares, *expected, strict=True)) if terms else 0
     assert_near(room, given.double() + added, exact)
     assert around[:, 0].isnan().all() and around[:, -1].isnan().all()

@@ -18,14 +18,17 @@ ARENA = (Source(0, 10, 16), Source(1600, 8, 8), Source(4000, 3, 8))
 
 
 @pytest.mark.parametrize("sources", (ROWS, ARENA, ROWS[::-1], ROWS[1:2]), ids=("rows", "arena", "reversed", "one"))
-@pytest.mark.parametrize(("kernel_size", "group"), ((1, (1, 1)), (3, (1, 1)), (3, (2, 2)), (3, (1, 2))))
+@pytest.mark.parametrize(
+    ("kernel_size", "group", "dilation"),
+    ((1, (1, 1), 1), (3, (1, 1), 1), (3, (2, 2), 1), (3, (1, 2), 1), (3, (1, 1), 3)),
+)
 @pytest.mark.parametrize("chunk", (16, 32, 64))
 @pytest.mark.parametrize("transposed", (False, True))
-def test_every_weight_meets_its_element(sources, kernel_size, group, chunk, transposed):
+def test_every_weight_meets_its_element(sources, kernel_size, group, dilation, chunk, transposed):
     width = 6
-    table = k_table(sources, width, kernel_size, chunk, group, transposed)
+    table = k_table(sources, width, kernel_size, chunk, group, transposed, dilation)
     assert len(table.entries) == (table.chunks + 1) * chunk // 8
-    shifts, taps = tap_shifts(kernel_size, group), kernel_size**2
+    shifts, taps = tap_shifts(kernel_size, group, dilation), kernel_size**2
     first = np.cumsum([0] + [s.width for s in sources])
     met = 0
     for position, index in enumerate(table.weight_index):
@@ -35,7 +38,7 @@ def test_every_weight_meets_its_element(sources, kernel_size, group, chunk, tran
                 continue
             channel, tap = divmod(int(weight), taps)
             tap = taps - 1 - tap if transposed else tap
-            dy, dx = (tap // 3 - 1, tap % 3 - 1) if taps == 9 else (0, 0)
+            dy, dx = (dilation * (tap // 3 - 1), dilation * (tap % 3 - 1)) if taps == 9 else (0, 0)
             source = int(np.searchsorted(first, channel, side="right")) - 1
             entry, row = int(table.entries[k // 8]), int(table.row8[k // 8]) * 8
             assert row == sources[source].row
@@ -55,17 +58,17 @@ def test_taps_of_a_chunk_lie_side_by_side():
     assert (taps == np.arange(9)[:, None]).all()
 
 
-@pytest.mark.parametrize("group", ((1, 1), (2, 2), (1, 2)))
+@pytest.mark.parametrize(("group", "dilation"), (((1, 1), 1), ((2, 2), 1), ((1, 2), 1), ((1, 1), 2), ((1, 1), 5)))
 @pytest.mark.parametrize("size", ((2, 4, 6), (1, 2, 2), (3, 2, 4)))
-def test_pixel_table(size, group):
+def test_pixel_table(size, group, dilation):
     batch, height, width = size
-    table = pixel_table(batch, height, width, group)
+    table = pixel_table(batch, height, width, group, dilation)
     m = 0
     for n in range(batch):
         for y in range(0, height, group[0]):
             for x in range(0, width, group[1]):
                 assert table.first_pixel[m] == (n * height + y) * width + x
-                for t, (dy, dx) in enumerate(tap_shifts(3, group)):
+                for t, (dy, dx) in enumerate(tap_shifts(3, group, dilation)):
                     inside = 0 <= y + dy < height and 0 <= x + dx < width
                     assert (int(table.taps_inside[m]) >> t & 1) == inside
                 m += 1

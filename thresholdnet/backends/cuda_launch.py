@@ -100,6 +100,7 @@ def conv(
     bias: Tensor | None = None,
     statistics: bool = False,
     moments: Tensor | None = None,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor] | None:
     """See `kernels.launch.conv`; an affine in front of a 3x3 kernel always takes the library's convolution.
 
@@ -116,13 +117,13 @@ def conv(
         affine = _affine(affine, sum(widths), out)
     vectors = [] if bias is None else [per_channel("bias", bias, channels, out)]
     code = activation_number(activation)
-    form = _form("forward", kernel_size, sum(widths), out, affine is not None)
+    form = _form("forward", kernel_size, sum(widths), out, affine is not None, dilation)
     if form != "library" and (affine is None or kernel_size == 1):
         epilogue = STATISTICS if statistics else PLAIN if bias is None else BIAS
-        found = _convolve(layout, weight, out, form, epilogue, code, affine=affine, vectors=vectors)
+        found = _convolve(layout, weight, out, form, epilogue, code, affine=affine, vectors=vectors, dilation=dilation)
         return (found[0], found[1]) if statistics else None
     read = _gathered(sources, affine, code)
-    z = _convolved(read, weight, widths)
+    z = _convolved(read, weight, widths, dilation)
     scale, shift = (None, None) if bias is None else _fitted([torch.ones_like(vectors[0]), *vectors], channels)
     operators().gather([z], scale, shift, 0 if bias is None else code, whole(out))
     return slot_statistics(out) if statistics else None
@@ -136,6 +137,7 @@ def gradient(
     add: bool = False,
     mask: tuple[Tensor, ...] | None = None,
     activation: str | None = "relu",
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor] | None:
     """See `kernels.launch.gradient`."""
     layout = lay_out("dz", dz, out, *([] if mask is None else [mask[0]]))
@@ -152,15 +154,16 @@ def gradient(
     code = activation_number(activation) if mask is not None else 0
     transposed = [weight.detach().transpose(0, 1) for weight in weights]
     joined = torch.cat(transposed, 1) if transposed else out.new_empty(channels, 0, 1, 1)
-    form = _form("gradient", kernel_size, joined.shape[1], out, False) if dz else "gemm"
+    form = _form("gradient", kernel_size, joined.shape[1], out, False, dilation) if dz else "gemm"
     if form != "library":
         raw = None if mask is None else mask[0]
         epilogue = PLAIN if mask is None else MASK
         found = _convolve(
-            layout, joined, out, form, epilogue, code, raw=raw, vectors=vectors, add=add, transposed=True
+            layout, joined, out, form, epilogue, code, raw=raw, vectors=vectors, add=add, transposed=True,
+            dilation=dilation,
         )  # fmt: skip
         return None if mask is None else (found[0], found[1])
-    g = _convolved(_gathered(dz, None, 0), _mirrored(joined), [d.shape[1] for d in dz])
+    g = _convolved(_gathered(dz, None, 0), _mirrored(joined), [d.shape[1] for d in dz], dilation)
     to = whole(out)
     if mask is None:
         if add:
@@ -224,6 +227,7 @@ def weight_gradient(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
     later: list[Any] | None = None,
+    dilation: int = 1,
 ) -> Tensor:
     """See `kernels.launch.weight_gradient`; without `dtype` the result has the slots', and is always contiguous.
 
@@ -239,7 +243,7 @@ def weight_gradient(
         affine = _affine(affine, sum(widths), dz)
     read, grad = _gathered(sources, affine, activation_number(activation)), _gathered([dz], None, 0)
     shape = [grad.shape[1], read.shape[1], kernel_size, kernel_size]
-    found = conv2d_weight(read, shape, grad, padding=kernel_size // 2)[: dz.shape[1]]
+    found = conv2d_weight(read, shape, grad, padding=dilation * (kernel_size // 2), dilation=dilation)[: dz.shape[1]]
     places = _places(tuple(widths), dz.device)
     return (found if places is None else found.index_select(1, places.of_channel)).to(dtype or found.dtype)
 
@@ -257,6 +261,7 @@ def gradient_of_readers(
     add: bool,
     activation: str | None = "relu",
     terms: tuple[Tensor, Sequence[Tensor]] | None = None,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.launch.gradient_of_readers`; one reader after the other, each over all features."""
     widths = tuple(out.shape[1] for out in outs)
@@ -274,7 +279,7 @@ def gradient_of_readers(
         transposed = _mirrored(weight.detach().transpose(0, 1))
         if places is not None:
             transposed = _spread(transposed, 0, places.of_padded)
-        g = _convolved(_gathered([d], None, 0), transposed, [d.shape[1]])
+        g = _convolved(_gathered([d], None, 0), transposed, [d.shape[1]], dilation)
         before = to if add or i else [nothing] * len(to)
         found = operators().send(g, raw, *vectors, before, code, to)
         sums.append(found if places is None else found.index_select(1, places.of_channel))
@@ -285,13 +290,14 @@ def gradient_of_readers(
     return both[:, 0], both[:, 1]
 
 
-def _form(kind: str, kernel_size: int, read: int, out: Tensor, affine: bool) -> str:
-    """THRESHOLDNET_CONV's, else that of this GPU's table, else the rule's."""
+def _form(kind: str, kernel_size: int, read: int, out: Tensor, affine: bool, dilation: int) -> str:
+    """THRESHOLDNET_CONV's, else that of this GPU's table, else the rule's; dilated tiles have wider borders."""
     batch, channels, height, width = out.shape
     forced = os.environ.get("THRESHOLDNET_CONV")
     shape = Shape(kind, dtype_name(out), kernel_size, affine, read, channels, batch, height, width)
     tuned = None if forced else choice(out.device, shape).form
-    return tuned or convolution_form(kernel_size, channels, height, width, forced)
+    form = tuned or convolution_form(kernel_size, channels, height, width, forced)
+    return "gemm" if form in TILES and dilation > 1 else form
 
 
 def _convolve(
@@ -307,13 +313,14 @@ def _convolve(
     vectors: Sequence[Tensor] = (),
     add: bool = False,
     transposed: bool = False,
+    dilation: int = 1,
 ) -> Tensor:
     """The own kernel; returns [2, channels]: mean and variance, or the mask's two sums, or nothing."""
     kernel_size, inside = weight.shape[2], None
     if form == "gemm":
-        table = device_table(layout.sources, layout.width, kernel_size, CHUNK, (1, 1), transposed, out.device)
+        table = device_table(layout.sources, layout.width, kernel_size, CHUNK, (1, 1), transposed, out.device, dilation)
         if kernel_size == 3:
-            inside = device_pixels(*layout.images, (1, 1), out.device)[0]
+            inside = device_pixels(*layout.images, (1, 1), out.device, dilation)[0]
     else:
         table = device_halo_table(layout.sources, layout.width, CHUNK, transposed, out.device)
     scale, shift = (None, None) if affine is None else affine
@@ -344,7 +351,7 @@ def _gathered(sources: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, a
     return scratch
 
 
-def _convolved(read: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
+def _convolved(read: Tensor, weight: Tensor, widths: Sequence[int], dilation: int) -> Tensor:
     """torch's convolution of gathered slots; output channels are padded as a slot's are."""
     places = _places(tuple(widths), read.device)
     weight = weight.detach().to(read.dtype)
@@ -352,7 +359,8 @@ def _convolved(read: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
         weight = _spread(weight, 1, places.of_padded)
     if weight.shape[0] % 8:
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -weight.shape[0] % 8))
-    return F.conv2d(read, weight.contiguous(memory_format=torch.channels_last), padding=weight.shape[2] // 2)
+    padding = dilation * (weight.shape[2] // 2)
+    return F.conv2d(read, weight.contiguous(memory_format=torch.channels_last), padding=padding, dilation=dilation)
 
 
 def _mirrored(weight: Tensor) -> Tensor:

@@ -89,39 +89,46 @@ class Verbs:
         activation: str = "relu",
         statistics: bool = False,
         moments: Tensor | None = None,
+        dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
-        """conv2d over the concatenated sources, padding kernel // 2; with `statistics` also the moments of the result.
+        """conv2d over the concatenated sources, as large as they; with `statistics` also the moments of the result.
 
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
         backend may write those that it returns.
         """
-        z = self._linked_conv(sources, weight, affine, bias, activation)
+        z = self._linked_conv(sources, weight, affine, bias, activation, dilation)
         return z, self.moments(z) if statistics else None
 
     def _linked_conv(
         self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
-        activation: str,
+        activation: str, dilation: int,
     ) -> Tensor:  # fmt: skip
         if not isinstance(weight, Packed):
             weight = weight.contiguous(memory_format=torch.channels_last)
-            if csrc.convolves(sources[0], weight):
+            if dilation == 1 and csrc.convolves(sources[0], weight):
                 return csrc.linked_conv2d(sources, weight, affine, bias, activation)
-        return _convolved(self._gathered(sources, affine, activation), weight, bias, activation)
+        return _convolved(self._gathered(sources, affine, activation), weight, bias, activation, dilation)
 
-    def way(self, layer: int, weight: Tensor) -> str:
+    def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
         as_it_lies = csrc.convolves(self.like, weight) or taps.takes(self.like, weight.shape[2])
-        return "library" if _activates_in_library(weight) and self.pixels and not as_it_lies else ""
+        own = as_it_lies and dilation == 1
+        return "library" if _activates_in_library(weight) and self.pixels and not own else ""
 
-    def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
+    def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
         """The weight for `conv` where it goes this way."""
         weight = weight.contiguous(memory_format=torch.channels_last)
         if way != "library":
             return weight
         batch, height, width = self.images
         made = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, [weight.shape[2] // 2] * 2, [1, 1], [1, 1], 1, [batch, weight.shape[1], height, width]
+            weight,
+            [dilation * (weight.shape[2] // 2)] * 2,
+            [1, 1],
+            [dilation] * 2,
+            1,
+            [batch, weight.shape[1], height, width],
         )
         return Packed(made, weight.shape)
 
@@ -185,6 +192,7 @@ class Verbs:
         into: Place,
         masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
         activation: str = "relu",
+        dilation: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of one node, gathered from all its readers with the transposed link table.
 
@@ -193,6 +201,7 @@ class Verbs:
             weights: of each of them, the slice of its weight that reads the node, [O, C, k, k].
             add: gradient of the node as a block output, or None; with no readers it must be given.
             masked: (z, affine, mean, rstd) of the node: apply its activation's mask and return BatchNorm's sums.
+            dilation: of all these readers.
 
         Returns:
             The gradient g of the node's activated value behind the mask (or of the value itself), sum(g) and
@@ -201,22 +210,22 @@ class Verbs:
         own = bool(readers)
         if own:
             joined = self._gathered(readers, None, activation)
-            g = self._data_gradient(joined, torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+            g = self._data_gradient(joined, torch.cat(list(weights)) if len(weights) > 1 else weights[0], dilation)
         else:
             assert add is not None
             g, add = add, None
         return self._masked(g, add, masked, activation, own)
 
-    def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+    def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
         weight = weight.contiguous(memory_format=torch.channels_last)
-        padding = weight.shape[2] // 2
-        if taps.takes(dz, weight.shape[2]):
+        padding = dilation * (weight.shape[2] // 2)
+        if dilation == 1 and taps.takes(dz, weight.shape[2]):
             return taps.data_gradient(dz, weight)
         if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
             turned = weight.flip(2, 3) if padding else weight
             turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-            g = F.conv2d(dz, turned, padding=padding)
+            g = F.conv2d(dz, turned, padding=padding, dilation=dilation)
             # one channel is in either order, and leads the library
             return g.contiguous(memory_format=torch.channels_last)
         like = torch.empty(  # for its shape and order; never touched
@@ -224,7 +233,7 @@ class Verbs:
             dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
         )  # fmt: skip
         g = torch.ops.aten.convolution_backward(
-            dz, like, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+            dz, like, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], 1, [True, False, False]
         )[0]
         return g.contiguous(memory_format=torch.channels_last)
 
@@ -270,6 +279,7 @@ class Verbs:
         arriving: Sequence[Tensor | None],
         activation: str,
         terms: tuple[Tensor, Sequence[Tensor]] | None = None,
+        dilation: int = 1,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """What pre-activation readers (BN - act - convolution) send to raw features, added to what arrived.
 
@@ -281,6 +291,7 @@ class Verbs:
             statistics: mean and rstd of the features, which the readers share.
             arriving: per feature, what other readers and the output sent so far, or None.
             terms: [2, C], and each reader's share [2, C]: that times its two sums is added to the former.
+            dilation: of all these readers.
 
         Returns:
             Per feature the new sum of scale * g, the part that does not pass through the batch statistics; per reader
@@ -288,7 +299,7 @@ class Verbs:
         """
         sums, sent = [], list(arriving)
         for reader, (d, weight, norm) in enumerate(zip(dz, weights, norms, strict=True)):
-            g = self._data_gradient(d, weight)
+            g = self._data_gradient(d, weight, dilation)
             affine, owned = (norm.scale, norm.shift), [self._owns(before) for before in sent]
             sent, *found = self.passes.send(g, features, affine, *statistics, sent, owned, activation)
             sums.append(found)
@@ -316,24 +327,25 @@ class Verbs:
         affine: Affine | None = None,
         activation: str = "relu",
         like: Tensor | None = None,
+        dilation: int = 1,
     ) -> Tensor:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources.
 
         like: the weight, whose dtype and layout a caller would like best; it copies where a backend made another.
         """
-        return self._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like)
+        return self._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like, dilation)
 
     def _linked_weight_gradient(
         self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
-        like: Tensor | None,
+        like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
-        if self.passes is csrc and csrc.correlates(dz, kernel_size):
+        if dilation == 1 and self.passes is csrc and csrc.correlates(dz, kernel_size):
             return csrc.weight_gradient(sources, dz, kernel_size, affine, activation)
         read = self._gathered(sources, affine, activation)
-        if taps.takes(read, kernel_size):
+        if dilation == 1 and taps.takes(read, kernel_size):
             return taps.weight_gradient(read, dz)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
-        return conv2d_weight(read, shape, dz, padding=kernel_size // 2)
+        return conv2d_weight(read, shape, dz, padding=dilation * (kernel_size // 2), dilation=dilation)
 
     def settle(self) -> None:
         """Finish the weight gradients that were returned, which a backend may leave for later until then."""
@@ -368,19 +380,19 @@ class Verbs:
         return list(saved[:count]), saved[count:]
 
 
-def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activation: str) -> Tensor:
+def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activation: str, dilation: int) -> Tensor:
     """The convolution of one tensor with a weight, packed or in channels_last order; with a bias it activates."""
-    padding = weight.shape[2] // 2
+    padding = dilation * (weight.shape[2] // 2)
     if isinstance(weight, Packed):
-        return _in_library(read, weight.tensor, bias, activation, padding)
-    if taps.takes(read, weight.shape[2]):
+        return _in_library(read, weight.tensor, bias, activation, padding, dilation)
+    if dilation == 1 and taps.takes(read, weight.shape[2]):
         z = taps.conv(read, weight)
         return z if bias is None else activate_(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
     if bias is None:
-        return F.conv2d(read, weight, padding=padding)
+        return F.conv2d(read, weight, padding=padding, dilation=dilation)
     if _activates_in_library(read):
-        return _in_library(read, weight, bias, activation, padding)
-    return activate_(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding), activation)
+        return _in_library(read, weight, bias, activation, padding, dilation)
+    return activate_(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding, dilation=dilation), activation)
 
 
 def _activates_in_library(x: Tensor) -> bool:
@@ -388,11 +400,11 @@ def _activates_in_library(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _POINTWISE
 
 
-def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int) -> Tensor:
+def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int, dilation: int) -> Tensor:
     """oneDNN's convolution of x with a weight, packed or not; with a bias it activates."""
     attribute, scalars = ("none", []) if bias is None else _attribute(activation)
     z: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, [padding] * 2, [1, 1], [1, 1], 1, attribute, scalars, ""
+        x, weight, bias, [padding] * 2, [1, 1], [dilation] * 2, 1, attribute, scalars, ""
     )
     return z
 

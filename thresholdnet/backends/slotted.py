@@ -57,19 +57,20 @@ class Verbs:
         activation: str = "relu",
         statistics: bool = False,
         moments: Tensor | None = None,
+        dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
         if self.plan is None:  # sources from anywhere: bring them into one allocation first
             sources = self._packed(sources)
         out = self._slot(into, weight.shape[0])
         return out, self.launch.conv(
             sources, self._met(weight), out, affine=affine, activation=activation, bias=bias, statistics=statistics,
-            moments=moments,
+            moments=moments, dilation=dilation,
         )  # fmt: skip
 
-    def way(self, layer: int, weight: Tensor) -> str:
+    def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         return ""
 
-    def packed(self, way: str, weight: Tensor) -> Tensor:
+    def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor:
         return weight
 
     def prepared(
@@ -110,6 +111,7 @@ class Verbs:
         into: Place,
         masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
         activation: str = "relu",
+        dilation: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         channels = weights[0].shape[1] if weights else add.shape[1]  # type: ignore[union-attr]  # one of both is given
         out = self._slot(into, channels)
@@ -117,7 +119,9 @@ class Verbs:
             slots.write(out, add)
         mask = None if masked is None else (masked[0], *masked[1], masked[2], masked[3])
         weights = [self._met(weight) for weight in weights]
-        sums = self.launch.gradient(readers, weights, out, add=add is not None, mask=mask, activation=activation)
+        sums = self.launch.gradient(
+            readers, weights, out, add=add is not None, mask=mask, activation=activation, dilation=dilation
+        )
         return (out, *sums) if sums is not None else (out, out.new_empty(0), out.new_empty(0))
 
     def arrive(self, grad: Tensor, place: Place) -> Tensor:
@@ -143,6 +147,7 @@ class Verbs:
         arriving: Sequence[Tensor | None],
         activation: str,
         terms: tuple[Tensor, Sequence[Tensor]] | None = None,
+        dilation: int = 1,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         outs = [self._slot(("gradient", node), f.shape[1]) for node, f in zip(nodes, features, strict=True)]
         add = any(before is not None for before in arriving)
@@ -152,7 +157,7 @@ class Verbs:
         sum_g, sum_gx = self.launch.gradient_of_readers(
             dz, [self._met(weight) for weight in weights], outs, features,
             [norm.gamma for norm in norms], [norm.beta for norm in norms], *statistics,
-            add=add, activation=activation, terms=terms,
+            add=add, activation=activation, terms=terms, dilation=dilation,
         )  # fmt: skip
         return outs, list(sum_g), list(sum_gx)
 
@@ -172,6 +177,7 @@ class Verbs:
         affine: Affine | None = None,
         activation: str = "relu",
         like: Tensor | None = None,
+        dilation: int = 1,
     ) -> Tensor:
         if self.plan is None:
             sources = self._packed(sources)
@@ -182,7 +188,7 @@ class Verbs:
         made: Tensor = self.launch.weight_gradient(
             sources, dz, 1 if point else kernel_size, affine=affine, activation=activation,
             dtype=(dz if like is None else like).dtype, channels_last=like is not None and not like.is_contiguous(),
-            later=self.unsummed,
+            later=self.unsummed, dilation=dilation,
         )  # fmt: skip
         if point or sum(each.partial.nbytes for each in self.unsummed) > UNSUMMED:
             self.settle()

@@ -79,8 +79,11 @@ class Verbs(slotted.Verbs):
     def prepared(
         self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
     ) -> Sequence[Any]:
-        """Packed in few launches: a packed weight each, or in each list, if it has any, one for all of them."""
-        if 0 in self.like.shape:
+        """Packed in few launches: a packed weight each, or in each list, if it has any, one for all of them.
+
+        Not those of dilated blocks: a convolution's dilation decides over its tile, and so over the order of weights.
+        """
+        if 0 in self.like.shape or (self.plan is not None and self.plan.dilations):
             return weights
         if read is not None:
             return launch.pack([[self._met(weight)] for weight in weights], self.like, widths=read, affine=affine)

@@ -21,8 +21,6 @@ from .native import Packed, kept_like, needs_input, output_holds_features
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
 LAST = torch.channels_last_3d
-SIDES = [1, 1, 1]
-"""Stride, padding and dilation of a 3x3x3 convolution."""
 
 
 class Verbs(native.Verbs):
@@ -34,53 +32,54 @@ class Verbs(native.Verbs):
 
     def _linked_conv(
         self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
-        activation: str,
+        activation: str, dilation: int,
     ) -> Tensor:  # fmt: skip
         if isinstance(weight, Packed):
-            return super()._linked_conv(sources, weight, affine, bias, activation)
+            return super()._linked_conv(sources, weight, affine, bias, activation, dilation)
         if weight.shape[2] == 1:
-            return super()._linked_conv(sources, as_images(weight), affine, bias, activation)
+            return super()._linked_conv(sources, as_images(weight), affine, bias, activation, dilation)
         read, kernel = _taken(as_volumes(self._gathered(sources, affine, activation), self.volume), weight)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
-        z = _rows(F.conv3d(read, kernel, own, padding=1)).to(weight.dtype)
+        z = _rows(F.conv3d(read, kernel, own, padding=dilation, dilation=dilation)).to(weight.dtype)
         return z if bias is None else activate_(z, activation)
 
-    def way(self, layer: int, weight: Tensor) -> str:
+    def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """See `native.Verbs.way`."""
         return super().way(layer, as_images(weight)) if weight.shape[2] == 1 else ""
 
-    def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
+    def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
         """See `native.Verbs.packed`; a 3x3x3 weight stays as it is."""
         if weight.shape[2] == 1:
             return super().packed(way, as_images(weight))
         return weight.contiguous(memory_format=LAST)
 
-    def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+    def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         if weight.shape[2] == 1:
-            return super()._data_gradient(dz, as_images(weight))
+            return super()._data_gradient(dz, as_images(weight), dilation)
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
         shape = (dz.shape[0], weight.shape[1], *arriving.shape[2:])
         like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
-        return _rows(self._library_gradients(arriving, like, kernel, 0)).to(dz.dtype)
+        return _rows(self._library_gradients(arriving, like, kernel, dilation, 0)).to(dz.dtype)
 
     def _linked_weight_gradient(
         self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
-        like: Tensor | None,
+        like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
         """[O, C, k, k, k]."""
         if kernel_size == 1:
-            return super()._linked_weight_gradient(sources, dz, 1, affine, activation, like).unsqueeze(-1)
+            return super()._linked_weight_gradient(sources, dz, 1, affine, activation, like, dilation).unsqueeze(-1)
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
         shape = (dz.shape[1], read.shape[1], 3, 3, 3)
         weight = read.new_empty(shape) if like is None else like  # for its shape and order
         arriving, read, weight = _taken(as_volumes(dz, self.volume), read, weight)
-        return self._library_gradients(arriving, read, weight, 1).to(dz.dtype)
+        return self._library_gradients(arriving, read, weight, dilation, 1).to(dz.dtype)
 
-    def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, dilation: int, which: int) -> Tensor:
         """The gradient of a 3x3x3 convolution's input (0) or weight (1)."""
+        spread = [dilation] * 3  # which is the padding as well
         found: Tensor = torch.ops.aten.convolution_backward(
-            dz, x, weight, None, SIDES, SIDES, SIDES, False, [0, 0, 0], 1, [which == 0, which == 1, False]
+            dz, x, weight, None, [1, 1, 1], spread, spread, False, [0, 0, 0], 1, [which == 0, which == 1, False]
         )[which]
         return found
 

@@ -97,15 +97,16 @@ class Verbs(native.Verbs):
         activation: str = "relu",
         statistics: bool = False,
         moments: Tensor | None = None,
+        dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
         """See `native.Verbs.conv`."""
         kind, layer = into
         shared = self.chosen.forward.get(layer) if kind in ("node", "raw") else None
-        readers = self._readers(shared, weight.shape[1], weight.shape[0], weight.shape[2])
+        readers = self._readers(shared, weight.shape[1], weight.shape[0], weight.shape[2], dilation)
         if readers is None:
             return super().conv(
                 sources, weight, into=into, affine=affine, bias=bias, activation=activation, statistics=statistics,
-                moments=moments,
+                moments=moments, dilation=dilation,
             )  # fmt: skip
         if affine is not None:
             sources = [self.passes.gather(sources, affine, activation)]
@@ -121,15 +122,18 @@ class Verbs(native.Verbs):
         into: Place,
         masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
         activation: str = "relu",
+        dilation: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `native.Verbs.gradient`."""
         kind, self.layer = into
         behind_block = bool(weights) and weights[0].shape[2] == 1  # a 1x1 convolution of the output, see the engine
         of_each = self.chosen.gradient.get(self.layer) if kind == "gradient" and not behind_block else None
         if weights:
-            of_each = self._readers(of_each, weights[0].shape[0], weights[0].shape[1], weights[0].shape[2])
+            of_each = self._readers(of_each, weights[0].shape[0], weights[0].shape[1], weights[0].shape[2], dilation)
         if of_each is None:
-            return super().gradient(readers, weights, add, into=into, masked=masked, activation=activation)
+            return super().gradient(
+                readers, weights, add, into=into, masked=masked, activation=activation, dilation=dilation
+            )
         g = self._convolve(readers, of_each, weights, transposed=True, add=add)
         return self._masked(g, None, masked, activation, own=True)
 
@@ -142,13 +146,16 @@ class Verbs(native.Verbs):
         affine: Affine | None = None,
         activation: str = "relu",
         like: Tensor | None = None,
+        dilation: int = 1,
     ) -> Tensor:
         """See `native.Verbs.weight_gradient`."""
         shared = self.chosen.weight.get(self.layer) if kernel_size == 3 else None
         read = sum(source.shape[1] for source in sources)
-        readers = self._readers(shared, read, dz.shape[1], kernel_size)
+        readers = self._readers(shared, read, dz.shape[1], kernel_size, dilation)
         if readers is None:
-            return super().weight_gradient(sources, dz, kernel_size, affine=affine, activation=activation)
+            return super().weight_gradient(
+                sources, dz, kernel_size, affine=affine, activation=activation, dilation=dilation
+            )
         if affine is not None:  # of pre-activation units: nobody else reads it
             sources = [self.passes.gather(sources, affine, activation)]
         transforms = self.transforms.of(sources, readers)
@@ -158,33 +165,36 @@ class Verbs(native.Verbs):
         self.transforms.done(sources)
         return made
 
-    def _data_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+    def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         """See `native.Verbs._data_gradient`."""
-        readers = self._readers(None, weight.shape[0], weight.shape[1], weight.shape[2])
+        readers = self._readers(None, weight.shape[0], weight.shape[1], weight.shape[2], dilation)
         if readers is None:
-            return super()._data_gradient(dz, weight)
+            return super()._data_gradient(dz, weight, dilation)
         return self._convolve([dz], readers, [weight], transposed=True)
 
-    def _readers(self, shared: Sequence[int] | None, read: int, written: int, kernel_size: int) -> Sequence[int] | None:
+    def _readers(
+        self, shared: Sequence[int] | None, read: int, written: int, kernel_size: int, dilation: int
+    ) -> Sequence[int] | None:
         """How many Winograd convolutions read each operand of this one; None: it is the library's.
 
         Of layers that read nodes as they are it is `shared`; of pre-activation layers alone with what it reads.
         """
+        if dilation > 1:
+            return None
         if self.least is None or kernel_size == 1 or min(read, written) < self.least:
             return shared
         return [1] if pays(read, written, *self.images) else shared
 
-    def way(self, layer: int, weight: Tensor) -> str:
+    def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """See `native.Verbs.way`."""
-        shape = weight.shape[1], weight.shape[0], weight.shape[2]
-        return (
-            super().way(layer, weight) if self._readers(self.chosen.forward.get(layer), *shape) is None else "winograd"
-        )
+        shape = weight.shape[1], weight.shape[0], weight.shape[2], dilation
+        its = self._readers(self.chosen.forward.get(layer), *shape) is not None
+        return "winograd" if its else super().way(layer, weight, dilation)
 
-    def packed(self, way: str, weight: Tensor) -> Tensor | Packed:
+    def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
         """See `native.Verbs.packed`."""
         if way != "winograd":
-            return super().packed(way, weight)
+            return super().packed(way, weight, dilation)
         return Packed(_operators().winograd_weights([weight], False), weight.shape)
 
     def _convolve(
@@ -226,7 +236,7 @@ _NOTHING = _Chosen({}, {}, {})
 
 @lru_cache(maxsize=256)
 def _choose(plan: BlockPlan, batch: int, height: int, width: int) -> _Chosen:
-    if plan.pre_activation:
+    if plan.pre_activation or plan.dilations:  # layers that read one node share its transforms, dilated ones do not
         return _NOTHING
     live: set[int] = set()  # layers that a gradient reaches
     for layer in range(plan.num_layers, 0, -1):

@@ -34,7 +34,7 @@ class BNReLUConv(Features):
         feature: Tensor
         feature, found = self.verbs.conv(
             read, weight, into=("node", i), affine=affine, activation=self.act, statistics=wanted,
-            moments=statistics.room(i),
+            moments=statistics.room(i), dilation=self.plan.dilation(i),
         )  # fmt: skip
         return feature, found
 
@@ -49,6 +49,6 @@ class BNReLUConv(Features):
         outer, own, place = norms[self.place(i, 0)], self.weight(i, 2), 1 + (i - 1) * self.per_layer + 2
         if needs[place]:
             grads[place] = self.verbs.weight_gradient(
-                read, dfeature, 3, affine=outer.affine, activation=self.act, like=own
+                read, dfeature, 3, affine=outer.affine, activation=self.act, like=own, dilation=self.plan.dilation(i)
             )
-        return Reader(i, dfeature, own, outer, [])
+        return Reader(i, dfeature, own, outer, [], self.plan.dilation(i))

@@ -48,8 +48,9 @@ class Bottleneck(Features):
         weight = second if save else self.constant(second, i)[0]
         feature: Tensor
         feature, found = verbs.conv(
-            [activated], weight, into=("node", i), statistics=wanted, moments=statistics.room(i)
-        )
+            [activated], weight, into=("node", i), statistics=wanted, moments=statistics.room(i),
+            dilation=self.plan.dilation(i),
+        )  # fmt: skip
         return feature, found
 
     def _inner(self, layer: int, read: list[Tensor], weight: Any, affine: Any, statistics: bool = False) -> Any:
@@ -76,13 +77,15 @@ class Bottleneck(Features):
         first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
             grads[first + 5] = verbs.weight_gradient(
-                [inner], dfeature, 3, affine=norm.affine, activation=self.act, like=self.weight(i, 5)
-            )
+                [inner], dfeature, 3, affine=norm.affine, activation=self.act, like=self.weight(i, 5),
+                dilation=self.plan.dilation(i),
+            )  # fmt: skip
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self.readers_at_once())
         g, sum_g, sum_gx = verbs.gradient(
-            [dfeature], self._second[i], None, into=into, masked=masked, activation=self.act
-        )
+            [dfeature], self._second[i], None, into=into, masked=masked, activation=self.act,
+            dilation=self.plan.dilation(i),
+        )  # fmt: skip
         terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
         dinner = verbs.linear(g, inner, *terms)
         grads[first + 3], grads[first + 4] = sum_gx, sum_g

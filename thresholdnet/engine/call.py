@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import packing, sync
 from ..backends import load
+from ..backends.elementwise import Affine
+from ..backends.native import Place
 from ..batchnorm import Norm, affines, backward_norms, folded, paired
 from ..pixels import Volume, count
 from ..plan import BlockPlan
@@ -159,17 +161,18 @@ class Block:
         forms = packing.forms_of(weight)
         if forms is None:
             return (weight, None) if behind is None else folded(weight, self.given_affine(layer, behind, running))
-        way = self.verbs.way(layer, weight)
+        dilation = self.plan.dilation(layer) if layer and weight.shape[2] > 1 else 1
+        way = self.verbs.way(layer, weight, dilation)
         sources, eps = self.norm_sources(layer, behind, running)
 
         def packed() -> tuple[Any, Tensor | None]:
             made, bias = weight, None
             if behind is not None:
                 made, bias = folded(weight, self._affines([(layer, behind)], running)[0])
-            made = self.verbs.packed(way, made)
+            made = self.verbs.packed(way, made, dilation)
             return (made.detach() if made is weight else made), bias  # what is kept must not keep the weight alive
 
-        return forms.once((way, eps), (weight, *sources), packed)
+        return forms.once((way, eps, dilation), (weight, *sources), packed)
 
     def affine(
         self, weight: Tensor, layer: int, which: int, mean: Tensor, variance: Tensor, running: Sequence[Tensor]
@@ -227,6 +230,32 @@ class Block:
         readers = [[i for i in self.plan.readers[node] if i in reached] for node in reached]
         weights = [[self._slice(i, node) for i in those] for node, those in zip(reached, readers, strict=True)]
         return readers, weights
+
+    def gradient(
+        self,
+        layers: Sequence[int],
+        dz: Sequence[Tensor],
+        weights: Sequence[Any],
+        add: Tensor | None,
+        *,
+        into: Place,
+        masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`verbs.gradient` of a node that these layers read: of those with one dilation after the other."""
+        dilations = [self.plan.dilation(layer) for layer in layers]
+        *others, last = sorted({*dilations} or {1})
+        for dilation in others:
+            own = [at for at, found in enumerate(dilations) if found == dilation]
+            add, _, _ = self.verbs.gradient(
+                [dz[at] for at in own], [weights[at] for at in own], add, into=into, dilation=dilation
+            )
+        if others:
+            own = [at for at, found in enumerate(dilations) if found == last]
+            dz, weights = [dz[at] for at in own], [weights[at] for at in own]
+        made: tuple[Tensor, Tensor, Tensor] = self.verbs.gradient(
+            dz, weights, add, into=into, masked=masked, activation=self.act, dilation=last
+        )
+        return made
 
     def _slice(self, layer: int, node: int) -> Tensor:
         """The part of a layer's weight that reads `node`."""

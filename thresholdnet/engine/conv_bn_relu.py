@@ -26,12 +26,13 @@ class ConvBNReLU(Block):
         whole = self._whole_weights()
         for i, sources in enumerate(plan.links, start=1):
             read, weight, fixed = live(nodes, sources), self.weight(i, 0), self.fixed(i, 0)
+            dilation = plan.dilation(i)
             if i not in whole:  # inference: BatchNorm folded into the weight
                 mean, variance = self.given(running, i, 0)
                 weight, bias = self.constant(weight, i, 0, running)
-                y, _ = verbs.conv(read, weight, into=("node", i), bias=bias, activation=self.act)
+                y, _ = verbs.conv(read, weight, into=("node", i), bias=bias, activation=self.act, dilation=dilation)
             else:
-                z, moments = verbs.conv(read, whole[i], into=("raw", i), statistics=not fixed)
+                z, moments = verbs.conv(read, whole[i], into=("raw", i), statistics=not fixed, dilation=dilation)
                 mean, variance = self.given(running, i, 0) if fixed else self.shared(moments)
                 y = verbs.normalise(z, self.affine(weight, i, 0, mean, variance, running), self.act, into=("node", i))
                 if self.spec.save:
@@ -100,18 +101,20 @@ class ConvBNReLU(Block):
         for node, those, own in zip(reached, readers, weights, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                dx, _, _ = verbs.gradient(live(dz, those), own, add, into=into)
+                dx, _, _ = self.gradient(those, live(dz, those), own, add, into=into)
                 grads[0] = verbs.leave([dx])
                 break
             z, norm = raw[node - 1], norms[node - 1]
             masked = (z, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = verbs.gradient(live(dz, those), own, add, into=into, masked=masked, activation=self.act)
+            g, sum_g, sum_gx = self.gradient(those, live(dz, those), own, add, into=into, masked=masked)
             terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
             dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
                 own_weight = self.weight(node, 0)
-                grads[first] = verbs.weight_gradient(read(plan.links[node - 1]), dz[node], 3, like=own_weight)
+                grads[first] = verbs.weight_gradient(
+                    read(plan.links[node - 1]), dz[node], 3, like=own_weight, dilation=plan.dilation(node)
+                )
             grads[first + 1], grads[first + 2] = sum_gx, sum_g
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back

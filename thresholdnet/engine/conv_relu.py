@@ -28,7 +28,10 @@ class ConvReLU(Block):
         for i, sources in enumerate(plan.links, start=1):
             weight = whole[i - 1] if save else self.constant(self.weight(i, 0), i)[0]
             bias = self.weight(i, 1).to(self.wide)
-            y, _ = verbs.conv(live(nodes, sources), weight, into=("node", i), bias=bias, activation=self.act)
+            y, _ = verbs.conv(
+                live(nodes, sources), weight, into=("node", i), bias=bias, activation=self.act,
+                dilation=plan.dilation(i),
+            )  # fmt: skip
             if save:
                 made.append(y)
             nodes.append(y)
@@ -60,16 +63,18 @@ class ConvReLU(Block):
         for node, those, own in zip(reached, readers, weights, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                dx, _, _ = verbs.gradient(live(dz, those), own, add, into=into)
+                dx, _, _ = self.gradient(those, live(dz, those), own, add, into=into)
                 grads[0] = verbs.leave([dx])
                 break
             one, zero = ones[: plan.node_widths[node]], zeros[: plan.node_widths[node]]
             masked = (nodes[node], (one, zero), zero, one)  # the mask of y itself: no BatchNorm in front of it
-            dz[node], sums, _ = verbs.gradient(live(dz, those), own, add, into=into, masked=masked, activation=self.act)
+            dz[node], sums, _ = self.gradient(those, live(dz, those), own, add, into=into, masked=masked)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
                 read = live(nodes, plan.links[node - 1])
-                grads[first] = verbs.weight_gradient(read, dz[node], 3, like=self.weight(node, 0))
+                grads[first] = verbs.weight_gradient(
+                    read, dz[node], 3, like=self.weight(node, 0), dilation=plan.dilation(node)
+                )
             grads[first + 1] = sums
             for reader in those:
                 if min(plan.links[reader - 1]) == node:

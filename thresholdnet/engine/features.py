@@ -166,7 +166,8 @@ class Features(Block):
         """Readers whose gradients one launch gathers: they must agree on the statistics of what they read."""
         fixed = any(self.fixed(i, 0) for i in range(1, self.plan.num_layers + 1))
         sent = self.plan.bottleneck_widths or self.plan.widths
-        alike = len(set(self.spec.eps[:: len(self.norms)])) == 1 and len(set(sent)) == 1
+        dilations = {1} if self.plan.unit == "bottleneck" else {*self.plan.dilations}  # of what reads
+        alike = len(set(self.spec.eps[:: len(self.norms)])) == 1 and len(set(sent)) == 1 and len(dilations) <= 1
         return self.verbs.readers_at_once if alike and not fixed else 1
 
     def _send(
@@ -193,7 +194,7 @@ class Features(Block):
         sent, sum_g, sum_gx = self.verbs.send(
             [r.dz for r in readers], [c.weight(r.weight) for r, c in zip(readers, over, strict=True)],
             to, live(nodes, to), norms, shared_statistics(over, norms), [arriving.get(node) for node in to], self.act,
-            terms,
+            terms, readers[0].dilation,
         )  # fmt: skip
         arriving.update(zip(to, sent, strict=True))
         for r, columns, norm, *found in zip(readers, over, norms, sum_g, sum_gx, strict=True):
@@ -206,7 +207,7 @@ class Features(Block):
 class Reader(NamedTuple):
     """A convolution that reads features, on its way back: the gradient of its output, its weight, the BatchNorm before.
 
-    sums: of g and g xhat over the channels that it has sent to so far.
+    sums: of g and g xhat over the channels that it has sent to so far. dilation: that of all readers sent together.
     """
 
     layer: int
@@ -214,3 +215,4 @@ class Reader(NamedTuple):
     weight: Tensor
     norm: Norm
     sums: list[tuple[Columns, Tensor]]
+    dilation: int = 1
