@@ -74,7 +74,7 @@ class Network(nn.Module):
         last = self.stages[-1]
         assert isinstance(last, Stage)
         self.num_features = last.out_channels
-        self.min_size = _min_size([stem, *self.stages])
+        self.min_size = min_size([stem, *self.stages])
         self.drop = nn.Dropout(number("drop_rate", drop_rate, 0, 1))
         self.head = _head(self.num_features, self.num_classes, **factory)
 
@@ -180,7 +180,7 @@ def pyramid_levels(network: Network) -> list[tuple[int, Stage]]:
     ]
 
 
-def _min_size(stages: Iterable[nn.Module]) -> int:
+def min_size(stages: Iterable[nn.Module]) -> int:
     """Smallest image side that leaves at least one pixel after every strided convolution and pool."""
     strided = [
         (_first(module.kernel_size), _first(module.stride), _first(module.padding))

@@ -15,6 +15,7 @@ from ..backends import CHOICES
 from ..chain import Chain
 from ..checks import boolean, integer, one_of
 from ..linked import LinkedBlock
+from ._dilated import limit_stride
 from ._network import FeaturePyramid, Network
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -56,6 +57,7 @@ def create_model(
     in_chans: int = 3,
     *,
     spatial_dims: int = 2,
+    output_stride: int | None = None,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -73,6 +75,9 @@ def create_model(
         in_chans: channels of the images.
         spatial_dims: 2 for images; 3 for volumes: the same network of Conv3d, BatchNorm3d and pools with a third side.
             Not of the baselines, which are torchvision's.
+        output_stride: the largest reduction, one that the network has: stages beyond do not downsample, and their 3x3
+            convolutions are dilated instead, for segmentation and detection; the weights are the same. Not of the
+            baselines.
         features_only: return a backbone whose output is a list of maps, one per reduction (see `feature_info`).
         out_indices: which of those maps, ascending; None for all.
         device, dtype: of all parameters.
@@ -109,6 +114,11 @@ def create_model(
         **where,
         **arguments,
     )
+    if output_stride is not None:
+        if not isinstance(model, Network):
+            raise ValueError(f"output_stride must be None for {name}, which is torchvision's, got {output_stride}")
+        limit_stride(name, model, output_stride)
+        arguments = {**arguments, "output_stride": output_stride}
     check_recompute(name, model, fused, recompute)
     fuse_blocks(model, fused, backend, recompute)
     config = {"model": name, "num_classes": num_classes, "in_chans": in_chans, "arguments": arguments}
