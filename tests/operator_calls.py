@@ -150,10 +150,11 @@ class Call:
         affine = self.vectors(2) if self.case.optional else None
         act, kernel = self.case.activation if affine else 0, self.case.window[0] | 1
         read = elementwise.gather(double(sources), tuple(double(affine)) if affine else None, ACTIVATIONS[act])
-        shape = (dz.shape[1], self.total, kernel, kernel)
-        wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
-        bound = conv2d_weight(read.abs(), shape, dz.double().abs(), padding=kernel // 2)
-        return [sources, *(affine or [None, None]), act, dz, kernel], [], [], (wanted, bound)
+        shape, dilation = (dz.shape[1], self.total, kernel, kernel), self.case.into + 1
+        form = {"padding": dilation * (kernel // 2), "dilation": dilation}
+        wanted = conv2d_weight(read, shape, dz.double(), **form)
+        bound = conv2d_weight(read.abs(), shape, dz.double().abs(), **form)
+        return [sources, *(affine or [None, None]), act, dz, kernel, dilation], [], [], (wanted, bound)
 
     def linked_conv2d(self) -> Any:
         special = FEW if self.case.into else ALL  # the end makes a finite value of an infinite one

@@ -180,6 +180,15 @@ def test_convert(name):
     assert tn.to_reference(model).state_dict().keys() == plain.state_dict().keys()
 
 
+def test_padding_to_the_same_size():
+    plain = dilated(foreign.dense_row(foreign.NewFirst, 12, 6, 3), 2, 1, 4).eval()
+    for conv in (m for m in plain.modules() if isinstance(m, nn.Conv2d)):
+        conv.padding = "same"
+    model, x = quiet(copy.deepcopy(plain)), torch.randn(2, 12, 9, 8)
+    torch.testing.assert_close(model(x), plain(x))
+    assert model.backend == "native" and model.plan.dilations == (2, 1, 4)
+
+
 def test_two_dilations_in_one_convolution_are_left():
     block, lines = dilated(foreign.dense_row(foreign.InOneRow, 12, 6, 3), 2), []
     block[1].bottle_neck[5].dilation = block[1].bottle_neck[5].padding = (2, 3)

@@ -42,6 +42,22 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
             assert largest_error(found, wanted) <= bound
 
 
+@pytest.mark.parametrize("dilation", [2, 3, 40])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_dilation(dtype, size, dilation):
+    """Taps that reach into other images and beyond all of them."""
+    torch.manual_seed(0)
+    n, h, w = size
+    sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in (3, 14, 40)]
+    dz = among_others(pixels(n, 13, h, w, dtype=dtype))
+    affine = [torch.randn(57, dtype=dtype) for _ in range(2)]
+    read = elementwise.gather([s.double() for s in sources], tuple(v.double() for v in affine), "relu")
+    wanted = conv2d_weight(read, (13, 57, 3, 3), dz.double(), padding=dilation, dilation=dilation)
+    found = csrc.weight_gradient(sources, dz, 3, affine, "relu", dilation)
+    assert largest_error(found, wanted) <= (PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10)
+
+
 def test_no_worse_than_the_library_over_many_pixels():
     torch.manual_seed(0)
     x, dz = pixels(8, 24, 56, 56, dtype=torch.float32), pixels(8, 20, 56, 56, dtype=torch.float32)
@@ -103,6 +119,7 @@ def test_what_goes_to_the_library():
     "change, said",
     [
         ({"kernel_size": 2}, "kernel_size must be odd and at most 31, got 2"),
+        ({"dilation": 0}, "dilation must be from 1 to 1048576, got 0"),
         ({"kernel_size": -1}, "kernel_size must be odd and at most 31, got -1"),
         ({"kernel_size": 2**63 - 1}, f"kernel_size must be odd and at most 31, got {2**63 - 1}"),
         ({"scale": None}, "scale and shift must come together"),

@@ -48,7 +48,8 @@ def convolution(
         raise Unlike(f"{name} must convolve as torch's class does, got {type(conv).__name__} with a forward of its own")
     padding = dilation * (kernel // 2)
     sides = [(side,) * spatial_dims(conv) for side in (kernel, 1, padding, dilation)]
-    form = [conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode]
+    own = sides[2] if conv.padding == "same" else conv.padding
+    form = [conv.kernel_size, conv.stride, own, conv.dilation, conv.groups, conv.padding_mode]
     if form != [*sides, 1, "zeros"] or (conv.bias is not None and not bias):
         size, ending = "x".join([str(kernel)] * spatial_dims(conv)), "one group" if bias else "one group, no bias"
         spread = f"dilation {dilation}, " if dilation > 1 else ""

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,18 +36,31 @@ from .pixels import CONVOLUTIONS, count
 from .reference import Statistics, block_forward
 from .replay import FIRST
 
+
+class Kind(NamedTuple):
+    """Links and widths of a network's block, with layers of a unit, of images (2) or volumes (3), dilated in turn."""
+
+    model: str
+    path: str
+    unit: str
+    dims: int = 2
+    dilations: tuple[int, ...] = (1,)
+
+
 BLOCKS = {
-    "thresholdnet_v1 dense": ("thresholdnet_v1", "stages.0.block", "bottleneck", 2),
-    "thresholdnet_v1 harmonic": ("thresholdnet_v1", "stages.3.block", "conv_bn_relu", 2),
-    "thresholdnet_bc threshold": ("thresholdnet_bc", "stages.2.block", "conv_bn_relu", 2),
-    "hardnet68 harmonic": ("hardnet68", "stages.1.block", "conv_bn_relu", 2),
-    "densenet121 dense": ("densenet121", "stages.1.block", "bottleneck", 2),
-    "densenet121 dense, without bottlenecks": ("densenet121", "stages.1.block", "bn_relu_conv", 2),
-    "densenet121 dense, without BatchNorm": ("densenet121", "stages.1.block", "conv_relu", 2),
-    "densenet121 dense, volumes": ("densenet121", "stages.0.block", "bottleneck", 3),
-    "hardnet68 harmonic, volumes": ("hardnet68", "stages.0.block", "conv_bn_relu", 3),
+    "thresholdnet_v1 dense": Kind("thresholdnet_v1", "stages.0.block", "bottleneck"),
+    "thresholdnet_v1 harmonic": Kind("thresholdnet_v1", "stages.3.block", "conv_bn_relu"),
+    "thresholdnet_bc threshold": Kind("thresholdnet_bc", "stages.2.block", "conv_bn_relu"),
+    "hardnet68 harmonic": Kind("hardnet68", "stages.1.block", "conv_bn_relu"),
+    "densenet121 dense": Kind("densenet121", "stages.1.block", "bottleneck"),
+    "densenet121 dense, without bottlenecks": Kind("densenet121", "stages.1.block", "bn_relu_conv"),
+    "densenet121 dense, without BatchNorm": Kind("densenet121", "stages.1.block", "conv_relu"),
+    "densenet121 dense, dilated": Kind("densenet121", "stages.0.block", "bottleneck", 2, (2,)),
+    "densenet121 dense, dilated, without bottlenecks": Kind("densenet121", "stages.0.block", "bn_relu_conv", 2, (1, 2)),
+    "hardnet68 harmonic, dilated": Kind("hardnet68", "stages.0.block", "conv_bn_relu", 2, (1, 2, 3)),
+    "densenet121 dense, volumes": Kind("densenet121", "stages.0.block", "bottleneck", 3),
+    "hardnet68 harmonic, volumes": Kind("hardnet68", "stages.0.block", "conv_bn_relu", 3),
 }
-"""Links and widths of a network's block, with layers of a unit, of images (2) or volumes (3)."""
 SMALL = (
     "thresholdnet_v1 dense", "hardnet68 harmonic", "densenet121 dense, without bottlenecks",
     "densenet121 dense, without BatchNorm",
@@ -133,8 +146,7 @@ def cases(backend: str = "all", dtypes: Sequence[str] = (), quick: bool = False)
             interpreted = name == "triton" and device == "cpu"
             layers, (images, *sides) = INTERPRETED if interpreted else QUICK if quick else FULL
             for block in SMALL if interpreted else BLOCKS:
-                *_, dims = BLOCKS[block]
-                shape = (images, *[DEPTH] * (dims - 2), *sides)
+                shape = (images, *[DEPTH] * (BLOCKS[block].dims - 2), *sides)
                 for dtype in chosen:
                     pixels = torch.empty(0, 1, *shape[1:], dtype=DTYPES[dtype], device=device)
                     if refusal(name, pixels) is None and not (interpreted and dtype == "bf16"):
@@ -170,8 +182,7 @@ def check(case: Case) -> Result:
 @lru_cache(maxsize=len(BLOCKS))
 def _template(name: str) -> ThresholdBlock:
     """A block of the zoo, without memory."""
-    model, path, *_ = BLOCKS[name]
-    block = create_model(model, device="meta").get_submodule(path)
+    block = create_model(BLOCKS[name].model, device="meta").get_submodule(BLOCKS[name].path)
     assert isinstance(block, ThresholdBlock)  # the table names blocks
     return block
 
@@ -183,14 +194,14 @@ def _operands_and_truth(
     """A block with parameters that the dtype holds exactly, an input, a gradient of the output, and what the reference
     makes of them; in fp64 on the CPU.
     """
-    template, narrow = _template(name), DTYPES[dtype]
-    *_, unit, dims = BLOCKS[name]
+    template, kind, narrow = _template(name), BLOCKS[name], DTYPES[dtype]
     plan = template.plan
     depth = layers or plan.num_layers
+    dilations = [kind.dilations[i % len(kind.dilations)] for i in range(depth)]
     generator = torch.Generator().manual_seed(0)
     block = ThresholdBlock(
-        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=unit, activation=template.activation,
-        norm_momentum=1.0, spatial_dims=dims, device="meta", dtype=torch.float64,
+        plan.in_channels, plan.links[:depth], plan.widths[:depth], unit=kind.unit, dilation=dilations,
+        activation=template.activation, norm_momentum=1.0, spatial_dims=kind.dims, device="meta", dtype=torch.float64,
     ).to_empty(device="cpu")  # fmt: skip
     with torch.no_grad():
         for module in block.modules():

@@ -1,8 +1,8 @@
 // A convolution's weight gradient over tensors side by side, which are read where they lie:
 //
-//   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - r, j - r), c],   a = act(x * scale + shift),  r = k / 2
+//   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - r, j - r) d, c],   a = act(x * scale + shift),  r = k / 2
 //
-// p: a pixel; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix product per tap, O x C
+// p: a pixel; d: the dilation; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix product per tap, O x C
 // over all pixels, and the k * k of them share what they read. C is cut into panels. Of some rows of pixels at once, a
 // panel's channels are packed side by side, activated, where they stay in the first-level cache for all taps and
 // outputs, and sums are kept in registers.
@@ -21,11 +21,15 @@ struct Correlation {  // one call, of float or double; rows are rows of pixels, 
   int64_t count, channels;
   Range<A> act;
   Rows<const A> dz;
-  int64_t outputs, kernel, rows, height, width;
+  int64_t outputs, kernel, dilation, rows, height, width;
 
   int64_t taps() const { return kernel * kernel; }
+  int64_t reach() const { return kernel / 2 * dilation; }  // of the taps, in pixels
   int64_t rows_together() const { return width < TOGETHER ? TOGETHER / width : 1; }
-  int64_t pixels_packed() const { return (rows_together() + kernel - 1) * width; }  // with the rows above and below
+  int64_t pixels_packed() const {  // with the rows above and below
+    const int64_t together = rows_together() + 2 * reach();
+    return (together < rows ? together : rows) * width;
+  }
 };
 
 template <class A>

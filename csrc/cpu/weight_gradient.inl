@@ -39,7 +39,8 @@ void add_tap(
     const Correlation<A>& call, const A* packed, const A* dz, int64_t from, int64_t first, int64_t last, int64_t i,
     int64_t j, A* found, int64_t panel) {
   constexpr int64_t pitch = V * LANES_OF<A>;
-  const int64_t width = call.width, stride = call.dz.stride, down = i - call.kernel / 2, across = j - call.kernel / 2;
+  const int64_t width = call.width, stride = call.dz.stride;
+  const int64_t down = i * call.dilation - call.reach(), across = j * call.dilation - call.reach();
   Sums<R, V, A> sums;
   load_sums(sums, found, panel);
   if (call.kernel == 1) {
@@ -74,7 +75,7 @@ void add_panel(
     A* sums) {
   constexpr int64_t L = LANES_OF<A>, panel = 2 * L;
   const int64_t left = call.channels - channel, held = left < panel ? left : panel, pitch = held > L ? panel : L;
-  const int64_t reach = call.kernel / 2, from = first > reach ? first - reach : 0;
+  const int64_t reach = call.reach(), from = first > reach ? first - reach : 0;
   const int64_t to = last + reach < call.rows ? last + reach : call.rows;
   pack_panel(call, channel, held, pitch, from * call.width, to * call.width, packed);
   for (int64_t blocks = (end - o + ROWS - 1) / ROWS; blocks > 0; --blocks) {  // as even as can be

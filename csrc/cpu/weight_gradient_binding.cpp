@@ -17,6 +17,7 @@ constexpr int64_t SPLITS = 8;      // of the pixels: each has sums of its own
 constexpr int64_t LEAST = 1024;    // pixels a task, or zeroing and merging its sums would count
 constexpr int64_t GRAIN = 131072;  // multiply-adds that are worth a thread
 constexpr int64_t LARGEST = 31;    // pixels of a kernel's side
+constexpr int64_t FARTHEST = 1 << 20;  // pixels between two taps
 
 template <class A>
 const WeightGradient<A>& loops() {
@@ -76,7 +77,7 @@ void correlate(const Correlation<A>& call, A* dw) {
 
 Tensor weight_gradient(
     Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, Tensor dz,
-    int64_t kernel) {
+    int64_t kernel, int64_t dilation) {
   const char* op = "weight_gradient";
   const Pixels p = pixels_of(op, "dz", dz);
   const int64_t channels = channels_of(op, sources, dz, p), outputs = dz.size(1);
@@ -85,6 +86,8 @@ Tensor weight_gradient(
         op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
   if (kernel < 1 || kernel > LARGEST || kernel % 2 == 0)
     refuse(op, ": kernel_size must be odd and at most ", LARGEST, ", got ", kernel);
+  if (dilation < 1 || dilation > FARTHEST)
+    refuse(op, ": dilation must be from 1 to ", FARTHEST, ", got ", dilation);
   const std::vector<int64_t> shape{outputs, channels, kernel, kernel};
   const Tensor dw = torch::stable::empty(
       shape, dz.scalar_type(), std::nullopt, dz.device(), std::nullopt, MemoryFormat::Contiguous);
@@ -94,7 +97,7 @@ Tensor weight_gradient(
     const auto arriving = reading<E>(op, "dz", dz, dz, p);
     correlate<E>(
         {parts.data(), static_cast<int64_t>(parts.size()), channels, range_of<E>(op, activation), arriving, outputs,
-         kernel, p.n * p.h, p.h, p.w},
+         kernel, dilation, p.n * p.h, p.h, p.w},
         static_cast<E*>(dw.data_ptr()));
   });
   return dw;
@@ -104,11 +107,11 @@ Tensor weight_gradient(
 }  // namespace thresholdnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
-  // [O, K, k, k]: the weight's gradient of a convolution, padding k / 2, of act(the sources side by side * scale +
-  // shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32 and float64.
+  // [O, K, k, k]: the weight's gradient of a convolution, padding k / 2 * dilation, of act(the sources side by side *
+  // scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32 and float64.
   m.def(
-      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, int kernel_size) "
-      "-> Tensor");
+      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, int kernel_size, "
+      "int dilation=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(thresholdnet_csrc, CPU, m) {

@@ -193,12 +193,12 @@ def correlates(dz: Tensor, kernel_size: int) -> bool:
 
 
 def weight_gradient(
-    sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str
+    sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str, dilation: int = 1
 ) -> Tensor:
     """See `native.Verbs.weight_gradient`: the sources are read where they lie, nothing is gathered."""
     scale, shift = (None, None) if affine is None else affine
     made: Tensor = _operators().weight_gradient(
-        [_rows(source) for source in sources], scale, shift, number(activation), _rows(dz), kernel_size
+        [_rows(source) for source in sources], scale, shift, number(activation), _rows(dz), kernel_size, dilation
     )
     return made
 

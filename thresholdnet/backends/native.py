@@ -339,8 +339,8 @@ class Verbs:
         self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
-        if dilation == 1 and self.passes is csrc and csrc.correlates(dz, kernel_size):
-            return csrc.weight_gradient(sources, dz, kernel_size, affine, activation)
+        if self.passes is csrc and csrc.correlates(dz, kernel_size):
+            return csrc.weight_gradient(sources, dz, kernel_size, affine, activation, dilation)
         read = self._gathered(sources, affine, activation)
         if dilation == 1 and taps.takes(read, kernel_size):
             return taps.weight_gradient(read, dz)
