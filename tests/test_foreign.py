@@ -130,7 +130,8 @@ def test_the_readme_says_what_the_files_say():
         return [ours / own for ours, own in sizes]
 
     residual, volumes = ("torchsr-rdn", "spandrel-esrgan"), ("monai-densenet121-volumes",)
-    dense = [name for name in found if name not in (*residual, *volumes)]
+    dilated = ("densenet121-stride-8", "ahdrnet-drdb")
+    dense = [name for name in found if name not in (*residual, *volumes, *dilated)]
     again = "converted_recompute"
     said = {
         "train {:.2f} to {:.2f} times": sorted(speeds(dense, "train"))[:: len(dense) - 1],
@@ -139,6 +140,9 @@ def test_the_readme_says_what_the_files_say():
         "keep {:.2f} and {:.2f} of theirs": shares(residual),
         "train at {:.2f} of their speed": [min(speeds(residual, "train"))],
         "at {:.2f} and {:.2f} times it": speeds(residual, "train", "converted_winograd"),
+        "train {:.2f} and {:.2f} times as fast and keep {:.2f} and {:.2f}": [
+            *speeds(dilated, "train"), *shares(dilated)
+        ],
         'keeps {:.2f} of its bytes ({:.2f} with `recompute="bottleneck"`)': shares(volumes) + shares(volumes, again),
         "needs {:.2f} ({:.2f}) of its peak": [
             *shares(volumes, of="peak_bytes"), *shares(volumes, again, of="peak_bytes")
