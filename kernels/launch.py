@@ -100,7 +100,7 @@ def conv(
         bias: [O]: out = act(result + bias), for folded inference.
         statistics: return (mean, biased variance) of the written values, each [O], fp32 (fp64 for fp64).
         moments: [2, O], with dense rows of that dtype: where those are written; elsewhere without.
-        dilation: pixels between two taps. Packed weights have none.
+        dilation: pixels between two taps; that of a packed weight.
         config: tile sizes instead of the chosen ones; those of a packed weight are its own.
 
     Raises:
@@ -209,6 +209,7 @@ def pack(
     *,
     widths: Sequence[Sequence[int]] | None = None,
     affine: Sequence[bool] | None = None,
+    dilations: Sequence[int] = (),
 ) -> list[PackedWeight]:
     """Pack the weights of several calls of `conv`, or of several of `gradient`, at once, as those would one by one.
 
@@ -217,6 +218,7 @@ def pack(
         like: any tensor [N, C, H, W] with the pixels, dtype and device of the calls' slots.
         widths: channels of each convolution's sources, in order.
         affine: for each convolution whether it takes one, which `pack_affine` packs; None where none does.
+        dilations: of each call; none where all are 1.
 
     Returns:
         A packed weight for each call: it must not be used once a weight has changed.
@@ -232,15 +234,15 @@ def pack(
     if widths is not None and [len(own) for own in weights] != [1] * len(widths):
         raise ValueError(f"weights must hold one weight for each of the {len(widths)} convolutions, alone")
     images = (like.shape[0], like.shape[2], like.shape[3])
-    matrices, normalised = [], affine or [False] * len(weights)
-    for i, (own, normal) in enumerate(zip(weights, normalised, strict=True)):
+    matrices, normalised, spread = [], affine or [False] * len(weights), dilations or [1] * len(weights)
+    for i, (own, normal, dilation) in enumerate(zip(weights, normalised, spread, strict=True)):
         if widths is None:
             read, channels = tuple(weight.shape[0] for weight in own), own[0].shape[1] if own else 1
             kernel_size = check_weights(f"weights[{i}]", own, channels, read)
         else:
             read, channels = tuple(widths[i]), own[0].shape[0]
             kernel_size = check_weight(f"weights[{i}][0]", own[0], channels, sum(read))
-        config = _chosen_config(like, images, sum(read), channels, kernel_size, normal, widths is None)
+        config = _chosen_config(like, images, sum(read), channels, kernel_size, normal, widths is None, dilation)
         matrices.append(Matrix(read, channels, kernel_size, widths is None, config))
     return pack_matrices(matrices, weights, like)
 
@@ -472,7 +474,7 @@ def _chosen_config(
     """The tile of this GPU's table, or the rule's, for `images` in the dtype and on the device of `like`."""
     dtype, kind = dtype_name(like), "gradient" if transposed else "forward"
     tuned = choice(like.device, Shape(kind, dtype, kernel_size, affine, read, channels, *images)).tile
-    if isinstance(tuned, ConvolutionConfig) and dilation == 1:
+    if isinstance(tuned, ConvolutionConfig) and (dilation == 1 or kernel_size == 1):
         return tuned
     capability = capability_of(like.device)
     form = affine, transposed, read, dilation

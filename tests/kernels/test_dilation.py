@@ -45,6 +45,24 @@ def test_readers(size, dilation, dtype):
     run(dtype, 24, 2, (10, 14), True, size=size, kernel=3, dilation=dilation)
 
 
+@pytest.mark.parametrize("size", ((2, 4, 6), (1, 5, 3)))
+def test_packed_weights(size):
+    """Packed for their dilation they do as those that are packed at the call: no tile of 2 x 2 pixels is theirs."""
+    _, (a, b, out, again) = rows(*size, (10, 14, 20, 20), torch.float32)
+    fill(a), fill(b)
+    weight = torch.randn(20, 24, 3, 3)
+    (packed,) = launch.pack([[weight]], a, widths=[(10, 14)], dilations=[2])
+    launch.conv([a, b], weight, out, dilation=2)
+    launch.conv([a, b], packed, again, dilation=2)
+    assert torch.equal(again, out)
+    _, (dz, dx, more) = rows(*size, (20, 10, 10), torch.float32)
+    fill(dz)
+    (turned,) = launch.pack([[weight[:, :10]]], dz, dilations=[3])
+    launch.gradient([dz], [weight[:, :10]], dx, dilation=3)
+    launch.gradient([dz], [turned], more, dilation=3)
+    assert torch.equal(more, dx)
+
+
 def test_two_runs_are_equal_to_the_bit():
     first, again = (_run_once() for _ in range(2))
     assert all(map(torch.equal, first, again))

@@ -40,15 +40,15 @@ def table(tmp_path, monkeypatch):
     tuned.table_of.cache_clear()
 
 
-def run():
+def run(dilation=1):
     """A forward convolution, its data gradient and its weight gradient."""
     torch.manual_seed(0)
     _, (a, b, out, dx) = rows(1, 2, 4, (10, 14, 20, 14), torch.float32)
     fill(a), fill(b)
     weight = torch.randn(20, 24, 3, 3) / 15
-    mean, variance = launch.conv([a, b], weight, out, statistics=True)
-    launch.gradient([out], [weight[:, 10:]], dx)
-    return [out.clone(), mean, variance, dx.clone(), launch.weight_gradient([a, b], out, 3)]
+    mean, variance = launch.conv([a, b], weight, out, statistics=True, dilation=dilation)
+    launch.gradient([out], [weight[:, 10:]], dx, dilation=dilation)
+    return [out.clone(), mean, variance, dx.clone(), launch.weight_gradient([a, b], out, 3, dilation=dilation)]
 
 
 def test_a_row_is_used_and_computes_the_same(table, monkeypatch):
@@ -72,6 +72,19 @@ def test_a_row_is_used_and_computes_the_same(table, monkeypatch):
     table(*(tuned.as_row(shape._replace(batch=3), tuned.Choice(OTHER[kind])) for kind, shape in shapes.items()))
     used.clear()
     assert all(map(torch.equal, run(), wanted)) and 16 not in used, "rows of another shape are not used"
+
+
+def test_rows_are_not_for_dilated_kernels(table, monkeypatch):
+    """What a GPU measured, and tiles of several pixels, are for taps side by side."""
+    gradient = FORWARD._replace(kind="gradient", in_channels=20, out_channels=14)
+    shapes = {"forward": FORWARD, "gradient": gradient, "weight": FORWARD._replace(kind="weight")}
+    table(*(tuned.as_row(shape, tuned.Choice(OTHER[kind])) for kind, shape in shapes.items()))
+    used = []
+    packed = launch.device_table
+    for module in (launch, weight_gradients):
+        monkeypatch.setattr(module, "device_table", lambda *call: used.append(call[3]) or packed(*call))
+    run(dilation=2)
+    assert len(used) == 3 and 16 not in used
 
 
 def test_readers_take_their_row(table, monkeypatch):

@@ -133,12 +133,14 @@ class Verbs:
         return Packed(made, weight.shape)
 
     def prepared(
-        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
-    ) -> Sequence[Any]:
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None,
+        dilations: Sequence[int] = (),
+    ) -> Sequence[Any]:  # fmt: skip
         """Weights as `conv` takes them, of layers that `read` these widths, or lists of them as `gradient` does.
 
-        `affine` says whether each `conv` takes one, made by `affine_of_nodes`; None where none does. A pass asks for
-        all of its own at once, for backends that pack them; here they stay as they are.
+        `affine` says whether each `conv` takes one, made by `affine_of_nodes`; None where none does. `dilations`: of
+        each of their 3x3 kernels; empty where all are 1. A pass asks for all of its own at once, for backends that pack
+        them; here they stay as they are.
         """
         return weights
 

@@ -74,8 +74,9 @@ class Verbs:
         return weight
 
     def prepared(
-        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
-    ) -> Sequence[Any]:
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None,
+        dilations: Sequence[int] = (),
+    ) -> Sequence[Any]:  # fmt: skip
         return weights
 
     def affine(self, gamma: Tensor, beta: Tensor, moments: Moments, eps: float) -> Affine:

@@ -77,15 +77,12 @@ class Verbs(slotted.Verbs):
         return out
 
     def prepared(
-        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None
-    ) -> Sequence[Any]:
-        """Packed in few launches: a packed weight each, or in each list, if it has any, one for all of them.
-
-        Not those of dilated blocks: a convolution's dilation decides over its tile, and so over the order of weights.
-        """
-        if 0 in self.like.shape or (self.plan is not None and self.plan.dilations):
+        self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None,
+        dilations: Sequence[int] = (),
+    ) -> Sequence[Any]:  # fmt: skip
+        """Packed in few launches: a packed weight each, or in each list one for all of them."""
+        if 0 in self.like.shape:
             return weights
-        if read is not None:
-            return launch.pack([[self._met(weight)] for weight in weights], self.like, widths=read, affine=affine)
-        made = iter(launch.pack([[self._met(weight) for weight in own] for own in weights if own], self.like))
-        return [[next(made)] if own else [] for own in weights]
+        own = [[self._met(weight) for weight in each] for each in (weights if read is None else zip(weights))]
+        made = launch.pack(own, self.like, widths=read, affine=affine, dilations=dilations)
+        return made if read is not None else [[packed] for packed in made]

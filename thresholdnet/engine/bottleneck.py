@@ -63,7 +63,9 @@ class Bottleneck(Features):
         """See `Features.begin_backward`."""
         verbs = self.verbs
         self._inners, _ = ([], saved) if self.spec.recompute else verbs.kept("inner", saved)
-        second = verbs.prepared([[self.weight(i, 5)] for i in reached])
+        second = verbs.prepared(
+            [[self.weight(i, 5)] for i in reached], dilations=[self.plan.dilation(i) for i in reached]
+        )
         self._second = dict(zip(reached, second, strict=True))  # the 3x3 weights, as `verbs.gradient` takes them
 
     def layer_backward(

@@ -82,6 +82,14 @@ class Extras(NamedTuple):
 NO_EXTRAS = Extras()
 
 
+class Readers(NamedTuple):
+    """Layers of one dilation that read a node, and the part of each one's weight that does."""
+
+    dilation: int
+    layers: Sequence[int]
+    weights: Sequence[Any]
+
+
 class Block:
     """What all units share: the tensors of one call, and statistics.
 
@@ -222,39 +230,41 @@ class Block:
                 found.add(node)
         return sorted((node for node in found if node >= lowest), reverse=True)
 
-    def readers_of(self, reached: Sequence[int]) -> tuple[list[list[int]], list[list[Tensor]]]:
-        """Per node the layers that read it and send a gradient, and of each of them the part of its weight that does.
+    def readers_of(self, reached: Sequence[int], others: Sequence[Tensor] = ()) -> tuple[list[list[Readers]], Any]:
+        """Per node the layers that read it and send a gradient; and `others`, weights behind the block.
 
-        Of layers that begin with their convolution.
+        Of layers that begin with their convolution. All weights are as `verbs.gradient` takes them.
         """
-        readers = [[i for i in self.plan.readers[node] if i in reached] for node in reached]
-        weights = [[self._slice(i, node) for i in those] for node, those in zip(reached, readers, strict=True)]
-        return readers, weights
+        groups: dict[tuple[int, int], list[int]] = {}  # by node and dilation
+        for node in reached:
+            for layer in self.plan.readers[node]:
+                if layer in reached:
+                    groups.setdefault((node, self.plan.dilation(layer)), []).append(layer)
+        parts = [[self._slice(layer, node) for layer in layers] for (node, _), layers in groups.items()]
+        dilations = [*(dilation for _, dilation in groups), *[1] * len(others)]
+        made = self.verbs.prepared([*parts, *([other] for other in others)], dilations=dilations)
+        found: dict[int, list[Readers]] = {node: [] for node in reached}
+        for ((node, dilation), layers), weights in zip(groups.items(), made, strict=False):
+            found[node].append(Readers(dilation, layers, weights))
+        return [*found.values()], made[len(groups) :]
 
     def gradient(
         self,
-        layers: Sequence[int],
-        dz: Sequence[Tensor],
-        weights: Sequence[Any],
+        readers: Sequence[Readers],
+        dz: Sequence[Tensor | None],
         add: Tensor | None,
         *,
         into: Place,
         masked: tuple[Tensor, Affine, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`verbs.gradient` of a node that these layers read: of those with one dilation after the other."""
-        dilations = [self.plan.dilation(layer) for layer in layers]
-        *others, last = sorted({*dilations} or {1})
-        for dilation in others:
-            own = [at for at, found in enumerate(dilations) if found == dilation]
-            add, _, _ = self.verbs.gradient(
-                [dz[at] for at in own], [weights[at] for at in own], add, into=into, dilation=dilation
-            )
-        if others:
-            own = [at for at, found in enumerate(dilations) if found == last]
-            dz, weights = [dz[at] for at in own], [weights[at] for at in own]
+        """`verbs.gradient` of a node, those of one dilation after the other; dz: of layers 1..L, by number."""
+        *others, last = readers or [Readers(1, [], [])]
+        for some in others:
+            add, _, _ = self.verbs.gradient(live(dz, some.layers), some.weights, add, into=into, dilation=some.dilation)
         made: tuple[Tensor, Tensor, Tensor] = self.verbs.gradient(
-            dz, weights, add, into=into, masked=masked, activation=self.act, dilation=last
-        )
+            live(dz, last.layers), last.weights, add, into=into, masked=masked, activation=self.act,
+            dilation=last.dilation,
+        )  # fmt: skip
         return made
 
     def _slice(self, layer: int, node: int) -> Tensor:

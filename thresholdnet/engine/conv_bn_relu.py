@@ -58,7 +58,8 @@ class ConvBNReLU(Block):
         read = [[plan.node_widths[node] for node in plan.links[i - 1]] for i in layers]
         if self.tail is not None and save:
             layers, weights, read = [*layers, 0], [*weights, self.tail], [*read, [*plan.output_widths]]
-        return dict(zip(layers, self.verbs.prepared(weights, read), strict=True))
+        dilations = [plan.dilation(i) if i else 1 for i in layers]
+        return dict(zip(layers, self.verbs.prepared(weights, read, dilations=dilations), strict=True))
 
     @property
     def tail(self) -> Tensor | None:
@@ -83,10 +84,9 @@ class ConvBNReLU(Block):
 
         grads: list[Tensor | None] = [None] * len(needs)
         reached = self.reached(self.lowest_needed(needs))
-        readers, weights = self.readers_of(reached)
-        parts = [] if self.tail is None else self.tail.split(plan.output_widths, dim=1)
-        made = verbs.prepared([*weights, *([part] for part in parts)])
-        weights, parts = made[: len(reached)], made[len(reached) :]
+        readers, parts = self.readers_of(
+            reached, [] if self.tail is None else self.tail.split(plan.output_widths, dim=1)
+        )
         if self.tail is None:
             incoming = self.output_gradients(grad)
         else:
@@ -98,15 +98,15 @@ class ConvBNReLU(Block):
             if needs[-1]:
                 grads[-1] = verbs.weight_gradient(read(plan.outputs), grad, 1, like=self.tail)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
-        for node, those, own in zip(reached, readers, weights, strict=True):
+        for node, those in zip(reached, readers, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                dx, _, _ = self.gradient(those, live(dz, those), own, add, into=into)
+                dx, _, _ = self.gradient(those, dz, add, into=into)
                 grads[0] = verbs.leave([dx])
                 break
             z, norm = raw[node - 1], norms[node - 1]
             masked = (z, norm.affine, norm.mean, norm.rstd)
-            g, sum_g, sum_gx = self.gradient(those, live(dz, those), own, add, into=into, masked=masked)
+            g, sum_g, sum_gx = self.gradient(those, dz, add, into=into, masked=masked)
             terms = norm.backward_terms(self.summed(norm, paired(sum_g, sum_gx)))
             dz[node] = verbs.linear(g, z, *terms)
             first = 1 + (node - 1) * self.per_layer
@@ -119,7 +119,7 @@ class ConvBNReLU(Block):
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back
                     nodes[source] = None
-            for reader in those:
+            for reader in plan.readers[node]:
                 if min(plan.links[reader - 1]) == node:
                     dz[reader] = None
         return grads

@@ -44,7 +44,7 @@ class ConvReLU(Block):
         plan = self.plan
         weights = [self.weight(i, 0) for i in range(1, plan.num_layers + 1)]
         made: Sequence[Tensor] = self.verbs.prepared(
-            weights, [[plan.node_widths[node] for node in read] for read in plan.links]
+            weights, [[plan.node_widths[node] for node in read] for read in plan.links], dilations=plan.dilations
         )
         return made
 
@@ -55,20 +55,19 @@ class ConvReLU(Block):
         nodes, _ = (verbs.nodes_of(saved[0]), ()) if self.spec.keeps_output else verbs.kept_nodes(self.x, saved)
         grads: list[Tensor | None] = [None] * len(needs)
         reached = self.reached(self.lowest_needed(needs))
-        readers, parts = self.readers_of(reached)
-        weights = verbs.prepared(parts)
+        readers, _ = self.readers_of(reached)
         incoming = verbs.arrive_output(grad, self.output_gradients(grad))
         ones, zeros = _ones_and_zeros(max(plan.widths), self.wide, self.x.device)
         dz: list[Tensor | None] = [None] * (plan.num_layers + 1)
-        for node, those, own in zip(reached, readers, weights, strict=True):
+        for node, those in zip(reached, readers, strict=True):
             add, into = incoming.pop(node, None), ("gradient", node)
             if node == 0:
-                dx, _, _ = self.gradient(those, live(dz, those), own, add, into=into)
+                dx, _, _ = self.gradient(those, dz, add, into=into)
                 grads[0] = verbs.leave([dx])
                 break
             one, zero = ones[: plan.node_widths[node]], zeros[: plan.node_widths[node]]
             masked = (nodes[node], (one, zero), zero, one)  # the mask of y itself: no BatchNorm in front of it
-            dz[node], sums, _ = self.gradient(those, live(dz, those), own, add, into=into, masked=masked)
+            dz[node], sums, _ = self.gradient(those, dz, add, into=into, masked=masked)
             first = 1 + (node - 1) * self.per_layer
             if needs[first]:
                 read = live(nodes, plan.links[node - 1])
@@ -76,7 +75,7 @@ class ConvReLU(Block):
                     read, dz[node], 3, like=self.weight(node, 0), dilation=plan.dilation(node)
                 )
             grads[first + 1] = sums
-            for reader in those:
+            for reader in plan.readers[node]:
                 if min(plan.links[reader - 1]) == node:
                     dz[reader] = None
         return grads

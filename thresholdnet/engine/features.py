@@ -86,6 +86,7 @@ class Features(Block):
         made = self.verbs.prepared(
             [*(first[i] for i in batch), *others], [*read, *([width] for width in plan.bottleneck_widths)],
             [True] * len(batch) + [False] * len(others),
+            [plan.dilation(i + 1) for i in (*batch, *range(len(others)))],
         )  # fmt: skip
         whole = [*first, *made[len(batch) :]]
         for i, weight in zip(batch, made, strict=False):
