@@ -38,6 +38,13 @@ def test_maps_without_a_pooling(name, x):
     assert model(x).shape == features.shape
 
 
+def test_output_stride(x):
+    """timm's argument of that name reaches our networks."""
+    pyramid = create("hardnet68", features_only=True, output_stride=8)
+    assert pyramid.feature_info.reduction() == [2, 4, 8]
+    assert tuple(pyramid(x)[-1].shape[2:]) == tuple(side // 8 for side in x.shape[2:])
+
+
 def test_a_classifier_needs_a_pooling(x):
     message = "global_pool must name a pooling for a model with a classifier, got '' with num_classes=3"
     with pytest.raises(ValueError, match=message):

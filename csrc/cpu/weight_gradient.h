@@ -2,10 +2,10 @@
 //
 //   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - r, j - r) d, c],   a = act(x * scale + shift),  r = k / 2
 //
-// p: a pixel; d: the dilation; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix product per tap, O x C
-// over all pixels, and the k * k of them share what they read. C is cut into panels. Of some rows of pixels at once, a
-// panel's channels are packed side by side, activated, where they stay in the first-level cache for all taps and
-// outputs, and sums are kept in registers.
+// p: a pixel; d: the dilation; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix
+// product per tap, O x C over all pixels, and the k * k of them share what they read. C is cut into panels. Of some rows
+// of pixels at once, a panel's channels are packed side by side, activated, where they stay in the first-level cache for
+// all taps and outputs, and sums are kept in registers.
 //
 // No torch here. No sum depends on the number of threads: tasks and their order come from the shapes alone.
 #pragma once

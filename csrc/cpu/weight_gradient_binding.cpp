@@ -12,11 +12,11 @@
 namespace thresholdnet {
 namespace {
 
-constexpr int64_t TASKS = 32;      // enough for the cores of a large machine; fewer where pixels are few
-constexpr int64_t SPLITS = 8;      // of the pixels: each has sums of its own
-constexpr int64_t LEAST = 1024;    // pixels a task, or zeroing and merging its sums would count
-constexpr int64_t GRAIN = 131072;  // multiply-adds that are worth a thread
-constexpr int64_t LARGEST = 31;    // pixels of a kernel's side
+constexpr int64_t TASKS = 32;          // enough for the cores of a large machine; fewer where pixels are few
+constexpr int64_t SPLITS = 8;          // of the pixels: each has sums of its own
+constexpr int64_t LEAST = 1024;        // pixels a task, or zeroing and merging its sums would count
+constexpr int64_t GRAIN = 131072;      // multiply-adds that are worth a thread
+constexpr int64_t LARGEST = 31;        // pixels of a kernel's side
 constexpr int64_t FARTHEST = 1 << 20;  // pixels between two taps
 
 template <class A>

@@ -24,7 +24,7 @@ TRANSITIONS = {
 def on_the_emulator(emulated, monkeypatch):
     monkeypatch.setattr(csrc, "_operators", lambda: emulated)
     monkeypatch.setattr(csrc, "takes", lambda x: True)
-    monkeypatch.setattr(csrc, "convolves", lambda x, weight: False)  # of few pixels: a CPU's
+    monkeypatch.setattr(csrc, "convolves", lambda *_: False)  # of few pixels: a CPU's
     monkeypatch.setattr(csrc, "AVERAGING", ("cpu",))
     torch.manual_seed(0)
 

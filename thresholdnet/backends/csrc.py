@@ -203,7 +203,7 @@ def weight_gradient(
     return made
 
 
-def convolves(x: Tensor, weight: Tensor) -> bool:
+def convolves(x: Tensor, weight: Tensor, dilation: int = 1) -> bool:
     """Whether `linked_conv2d` has loops for such a convolution, of sources like x, and is worth it.
 
     Measured against gathering and the library's convolution of a weight as it lies: 1.0 to 10 times as fast, 0.8 to 1
@@ -213,7 +213,7 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     pixels = count(x)
     products = pixels * weight.numel()
     few = (pixels <= 16 and products <= 2**24) or (pixels <= 64 and products <= 2**22)
-    return exact and few and products > 0 and takes(x)
+    return exact and few and products > 0 and dilation == 1 and takes(x)
 
 
 def linked_conv2d(

@@ -95,7 +95,8 @@ class Verbs:
 
         `affine` normalises and activates what is read (pre-activation units); `bias` adds to the result and activates
         it (BatchNorm folded into the weight, inference). `weight` may be `packed`. `moments`, [2, C], is where a
-        backend may write those that it returns.
+        backend may write those that it returns. `dilation`: pixels between two taps of a 3x3 kernel, which pads as
+        much.
         """
         z = self._linked_conv(sources, weight, affine, bias, activation, dilation)
         return z, self.moments(z) if statistics else None
@@ -106,15 +107,14 @@ class Verbs:
     ) -> Tensor:  # fmt: skip
         if not isinstance(weight, Packed):
             weight = weight.contiguous(memory_format=torch.channels_last)
-            if dilation == 1 and csrc.convolves(sources[0], weight):
+            if csrc.convolves(sources[0], weight, dilation):
                 return csrc.linked_conv2d(sources, weight, affine, bias, activation)
         return _convolved(self._gathered(sources, affine, activation), weight, bias, activation, dilation)
 
     def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
-        as_it_lies = csrc.convolves(self.like, weight) or taps.takes(self.like, weight.shape[2])
-        own = as_it_lies and dilation == 1
-        return "library" if _activates_in_library(weight) and self.pixels and not own else ""
+        few = csrc.convolves(self.like, weight, dilation) or taps.takes(self.like, weight.shape[2], dilation)
+        return "library" if _activates_in_library(weight) and self.pixels and not few else ""
 
     def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
         """The weight for `conv` where it goes this way."""
@@ -123,13 +123,9 @@ class Verbs:
             return weight
         batch, height, width = self.images
         made = torch.ops.mkldnn._reorder_convolution_weight(
-            weight,
-            [dilation * (weight.shape[2] // 2)] * 2,
-            [1, 1],
-            [dilation] * 2,
-            1,
+            weight, [dilation * (weight.shape[2] // 2)] * 2, [1, 1], [dilation] * 2, 1,
             [batch, weight.shape[1], height, width],
-        )
+        )  # fmt: skip
         return Packed(made, weight.shape)
 
     def prepared(
@@ -222,7 +218,7 @@ class Verbs:
         """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
         weight = weight.contiguous(memory_format=torch.channels_last)
         padding = dilation * (weight.shape[2] // 2)
-        if dilation == 1 and taps.takes(dz, weight.shape[2]):
+        if taps.takes(dz, weight.shape[2], dilation):
             return taps.data_gradient(dz, weight)
         if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
             turned = weight.flip(2, 3) if padding else weight
@@ -334,6 +330,7 @@ class Verbs:
         """[O, C, k, k]: the weight's gradient over the concatenated (and, with `affine`, activated) sources.
 
         like: the weight, whose dtype and layout a caller would like best; it copies where a backend made another.
+        dilation: as in `conv`.
         """
         return self._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like, dilation)
 
@@ -344,7 +341,7 @@ class Verbs:
         if self.passes is csrc and csrc.correlates(dz, kernel_size):
             return csrc.weight_gradient(sources, dz, kernel_size, affine, activation, dilation)
         read = self._gathered(sources, affine, activation)
-        if dilation == 1 and taps.takes(read, kernel_size):
+        if taps.takes(read, kernel_size, dilation):
             return taps.weight_gradient(read, dz)
         shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
         return conv2d_weight(read, shape, dz, padding=dilation * (kernel_size // 2), dilation=dilation)
@@ -387,7 +384,7 @@ def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activ
     padding = dilation * (weight.shape[2] // 2)
     if isinstance(weight, Packed):
         return _in_library(read, weight.tensor, bias, activation, padding, dilation)
-    if dilation == 1 and taps.takes(read, weight.shape[2]):
+    if taps.takes(read, weight.shape[2], dilation):
         z = taps.conv(read, weight)
         return z if bias is None else activate_(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
     if bias is None:

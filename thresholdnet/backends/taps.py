@@ -20,10 +20,15 @@ LARGEST = 2
 """Pixels in height and width up to which every output sees every input."""
 
 
-def takes(x: Tensor, kernel_size: int) -> bool:
+def takes(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
     """Whether a convolution of x, or a gradient of it, has this form; half formats would round at every product."""
     small = max(x.shape[2:]) <= LARGEST and x.numel() > 0
-    return small and kernel_size == 3 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return (
+        small
+        and (kernel_size, dilation) == (3, 1)
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+    )
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:
