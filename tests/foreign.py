@@ -335,7 +335,17 @@ class ResidualFused(nn.Module):
         made = x
         for conv in self.convs:
             made = torch.cat([made, F.relu(conv(made))], 1)
-        return x + self.fusion(made)
+        return x + self.end(self.fusion(made))
+
+    def end(self, made):
+        return made
+
+
+class ResidualActivated(ResidualFused):
+    """DCMPNet's: a function behind the 1x1 convolution, which no module computes."""
+
+    def end(self, made):
+        return F.leaky_relu(made, 0.1)
 
 
 class Stage(nn.Sequential):

@@ -16,6 +16,7 @@ from foreign import (
     NewFirst,
     PlainLayer,
     PowersOfTwoBack,
+    ResidualActivated,
     ResidualDense,
     ResidualFused,
     Stage,
@@ -45,6 +46,7 @@ FOREIGN = {
     "a layer and a pooling behind": lambda: HarDUnit(12, 6, 1.7, 8),
     "residual": lambda: ResidualDense(12, 5),
     "residual, one layer behind": lambda: ResidualFused(12, 5, 3),
+    "residual, a layer and a function behind": lambda: ResidualActivated(12, 5, 3),
 }
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import activations
 from .backends import CHOICES
 from .chain import Chain, run
 from .checks import one_of
+from .dataflow import Function
 from .layers import RATES, Unlike, channels_read, forms_inside
 from .linked import NOTHING, Checked, LinkedBlock, sharded
 from .models import fuse_blocks
@@ -130,9 +132,9 @@ class ConvertedBlock(LinkedBlock):
             y = x + (y if found.residual == 1 else y * found.residual)
         return y
 
-    def _modules_at(self, paths: Sequence[str]) -> list[nn.Module]:
-        """The modules that run in front of the linked layers, or behind them."""
-        return [self.get_submodule(path) for path in paths]
+    def _modules_at(self, paths: Sequence[str | Function]) -> list[nn.Module]:
+        """The modules that run in front of the linked layers, or behind them; some for functions."""
+        return [_of_function(path) if isinstance(path, Function) else self.get_submodule(path) for path in paths]
 
     def _units(self) -> Sequence[Sequence[nn.Module]]:
         return [[self.get_submodule(path) for path in unit] for unit in self._found.units]
@@ -157,6 +159,14 @@ class ConvertedBlock(LinkedBlock):
         block = self.original()
         y: Tensor = type(block).forward(block, x, *others, **named)  # its hooks were called around this one
         return y
+
+
+@lru_cache(maxsize=16)
+def _of_function(function: Function) -> nn.Module:
+    """A module that computes the same, and leaves what it reads as it is."""
+    made: Any = activations.module(function.activation)
+    made.inplace = False
+    return made
 
 
 class ConvertedContainer(ConvertedBlock):

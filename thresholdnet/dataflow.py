@@ -71,20 +71,26 @@ class Layer(NamedTuple):
     drop: Drop
 
 
+class Function(NamedTuple):
+    """An activation in front of the layers or behind them that no module computes, by its name."""
+
+    activation: str
+
+
 class Flow(NamedTuple):
     """A block.
 
     Attributes:
         layers: in the order in which they ran.
         outputs: nodes that it joins in the end, in that order.
-        before, behind: paths of modules that run in front of node 0 and behind the join.
+        before, behind: paths of modules, and functions, that run in front of node 0 and behind the join.
         residual: the factor of that, where the block's input is added in the end; 0 where it is not.
     """
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...]
-    before: tuple[str, ...] = ()
-    behind: tuple[str, ...] = ()
+    before: tuple[str | Function, ...] = ()
+    behind: tuple[str | Function, ...] = ()
     residual: float = 0.0
 
 
@@ -140,6 +146,11 @@ class _Watch(TorchFunctionMode):
         made = self.number(result)
         if id(module) in self._leaves and self._read and made != self._read:
             self.calls[made] = self._leaves[id(module)], self._read
+
+    def call(self, number: int) -> tuple[str | Function, int] | None:
+        """The module or function that made the result of this step alone, and what it read."""
+        step = self.steps[number]
+        return self.calls.get(number) or ((Function(step.what), step.reads[0]) if step.kind == ACT else None)
 
     def number(self, value: Any) -> int:
         """Of the step that made a value."""
@@ -237,13 +248,13 @@ def _flow(watch: _Watch, last: int) -> Flow | None:
         residual, (last,) = 1.0, sums
         if steps[last].kind == SCALE:
             residual, (last,) = steps[last].what, steps[last].reads
-    before: list[str] = []
-    behind: list[str] = []
+    before: list[str | Function] = []
+    behind: list[str | Function] = []
     while steps[last].kind != JOIN:
-        if last not in watch.calls:
+        if (call := watch.call(last)) is None:
             return None
-        path, last = watch.calls[last]
-        behind.insert(0, path)
+        behind.insert(0, call[0])
+        last = call[1]
     joined = [*_joined(steps, last)]
     found: dict[int, tuple[list[Step], list[int], Drop]] = {}
     waiting, bases = list(joined), set[int]()
@@ -263,10 +274,10 @@ def _flow(watch: _Watch, last: int) -> Flow | None:
     order = sorted(found)  # as they ran
     nodes = {base: 0, **{number: node for node, number in enumerate(order, start=1)}}
     while steps[base].kind != INPUT:
-        if base not in watch.calls:
+        if (call := watch.call(base)) is None:
             return None
-        path, base = watch.calls[base]
-        before.insert(0, path)
+        before.insert(0, call[0])
+        base = call[1]
     layers = [
         Layer(
             unit=_unit(chain),

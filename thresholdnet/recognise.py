@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import links
 from .activations import CLASSES
-from .dataflow import Flow, flow_of
+from .dataflow import Flow, Function, flow_of
 from .layers import (
     Unlike,
     activation_behind,
@@ -54,9 +54,9 @@ class Found:
         units: paths of the convolutions and BatchNorms of every layer below the block, in forward order.
         activation: as in `activations`.
         drop_rate: of every layer's output in training; drop_channels: whole channels of an image at once.
-        before: paths of the modules that run in front of it, in order.
+        before: paths of the modules, and functions, that run in front of it, in order.
         tail: path of a 1x1 convolution over the block's output, "" for none.
-        behind: paths of the modules that run after it, in order.
+        behind: the same of those that run after it.
         residual: where the block's input is added at the end, the factor of what it is added to; 0 where it is not.
         forms: see `layers.forms_inside`, of a block that was recognised by what it did; empty for others.
     """
@@ -67,9 +67,9 @@ class Found:
     activation: str
     drop_rate: float = 0.0
     drop_channels: bool = False
-    before: tuple[str, ...] = ()
+    before: tuple[str | Function, ...] = ()
     tail: str = ""
-    behind: tuple[str, ...] = ()
+    behind: tuple[str | Function, ...] = ()
     residual: float = 0.0
     forms: tuple[Any, ...] = ()
 
@@ -281,7 +281,8 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
     dims = _dims_of(block, [layer.modules for layer in flow.layers])
     spread, behind = dilations_of(dilations), flow.behind
     plan = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), dims, spread)
-    tail = behind[0] if behind and unit == "conv_bn_relu" and _reads_all(plan, block.get_submodule(behind[0])) else ""
+    first = behind[0] if behind and unit == "conv_bn_relu" else None
+    tail = first if isinstance(first, str) and _reads_all(plan, block.get_submodule(first)) else ""
     return Found(
         "dense block" if pattern == links.dense(len(pattern)) else "linked block",
         plan,
