@@ -224,3 +224,13 @@ def test_linked_conv2d():
             torch.testing.assert_close(got, true)
     with pytest.raises(ValueError, match="dilation must be at least 1, got 0"):
         tn.functional.linked_conv2d(sources, weight, dilation=0)
+
+
+def test_replayed_calls_know_their_dilation():
+    sources = [torch.randn(2, c, 9, 9) for c in (3, 5)]
+    weight = torch.randn(4, 8, 3, 3)
+    for call in range(36):  # each more often than it takes to replay
+        dilation = 1 + call % 3
+        made = tn.functional.linked_conv2d(sources, weight, None, "native", dilation=dilation)
+        expected = F.conv2d(torch.cat(sources, 1), weight, padding=dilation, dilation=dilation)
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
