@@ -29,7 +29,8 @@ NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
 AUTOMATIC = ("triton", "native")
 """What "auto" chooses among, best first: Triton's kernels on a GPU in half formats, as an H100 measured them
-(bench/results/h100; with units "bn_relu_conv" and "conv_relu", and dilated, that is a prediction), the rest natively."""
+(bench/results/h100; of units "bn_relu_conv" and "conv_relu", and of dilated layers, that is a prediction), the rest
+natively."""
 
 HALF = (torch.bfloat16, torch.float16)
 
