@@ -290,7 +290,7 @@ def gradient_of_readers(
     return both[:, 0], both[:, 1]
 
 
-def _form(kind: str, kernel_size: int, read: int, out: Tensor, affine: bool, dilation: int) -> str:
+def _form(kind: str, kernel_size: int, read: int, out: Tensor, affine: bool, dilation: int = 1) -> str:
     """THRESHOLDNET_CONV's, else that of this GPU's table, else the rule's; dilated tiles have wider borders."""
     batch, channels, height, width = out.shape
     forced = os.environ.get("THRESHOLDNET_CONV")
