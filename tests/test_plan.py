@@ -146,7 +146,7 @@ def test_fused_kept_bytes_of_v1_blocks():
         (
             {"growth_rate": (8, 8)},
             ValueError,
-            "growth_rate must hold one number for each of the 3 layers, got 2",
+            "growth_rate must hold one width for each of the 3 layers, got 2",
         ),
         ({"growth_rate": (8, 8, 0)}, ValueError, "growth_rate of layer 3 must be at least 1, got 0"),
         ({"growth_rate": "8"}, TypeError, "growth_rate must be an integer, got '8'"),

@@ -256,8 +256,7 @@ class LinkedBlock(nn.Module):
         return (
             f"{plan.in_channels} -> {plan.out_channels}, {self.links!r}, unit={plan.unit}, "
             f"widths={plan.widths}, outputs={plan.outputs}"
-            f"{f', dilations={plan.dilations}' if plan.dilations else ''}"
-        )
+        ) + (f", dilations={plan.dilations}" if plan.dilations else "")
 
 
 def traced() -> bool:

@@ -188,10 +188,10 @@ class BlockPlan:
     def from_text(text: str) -> BlockPlan:
         """The plan that `to_text` wrote, before there were volumes and dilations too."""
         fields = json.loads(text)
-        tuples = ("node_widths", "outputs", "bottleneck_widths", "dilations")
+        sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
         return BlockPlan(
             links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields.get("spatial_dims", 2),
-            **{key: tuple(fields.get(key, ())) for key in tuples},
+            dilations=tuple(fields.get("dilations", ())), **sequences,
         )  # fmt: skip
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
@@ -268,7 +268,7 @@ def plan_block(
         unit=unit,
         bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
         spatial_dims=integer("spatial_dims", spatial_dims, 2, 3),
-        dilations=dilations_of(_one_a_layer("dilation", dilation, len(pattern))),
+        dilations=dilations_of(_one_a_layer("dilation", "number", dilation, len(pattern))),
     )
 
 
@@ -288,7 +288,7 @@ def layer_widths(
         raise ValueError(f"compression must lie above 0 and below 100, got {compression}")
     layers = range(1, len(links) + 1)
     if isinstance(growth_rate, Sequence):
-        return _one_a_layer("growth_rate", growth_rate, len(links))
+        return _one_a_layer("growth_rate", "width", growth_rate, len(links))
     k = integer("growth_rate", growth_rate, 1)
     if rule == "constant":
         return (k,) * len(links)
@@ -297,12 +297,12 @@ def layer_widths(
     return tuple(k if i <= links.threshold else _harmonic_width(k, m, _twos(i)) for i in layers)
 
 
-def _one_a_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """A number for each layer: one for all, or one each."""
+def _one_a_layer(name: str, kind: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """A number for each layer: one for all, or one each; `kind`: what it is, for people."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return (integer(name, value, 1),) * layers
     if len(value) != layers:
-        raise ValueError(f"{name} must hold one number for each of the {layers} layers, got {len(value)}")
+        raise ValueError(f"{name} must hold one {kind} for each of the {layers} layers, got {len(value)}")
     return tuple(integer(f"{name} of layer {i}", each, 1) for i, each in enumerate(value, start=1))
 
 

@@ -128,7 +128,6 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     units: list[tuple[str, ...]] = []
     widths: list[int] = []
     inner: list[int] = []
-    dilations: list[int] = []
     activations, drops = set(), set()
     read = getattr(layers[0][1].conv1, "in_channels", 0)  # what is no convolution is refused below
     for prefix, layer in layers:
@@ -136,8 +135,7 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
         inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths), bias=True))
-        dilations.append(dilation_of(layer.conv2))
-        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], dilations[-1], bias=True))
+        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], dilation_of(layer.conv2), bias=True))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
@@ -145,7 +143,7 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     dims = spatial_dims(layers[0][1].conv1)
     plan = BlockPlan(
         links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims,
-        dilations_of(dilations),
+        dilations_of(dilation_of(layer.conv2) for _, layer in layers),
     )  # fmt: skip
     return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
@@ -161,11 +159,10 @@ def harmonic_block(block: nn.Module) -> Found | None:
         pattern = Links([list(row) for row in sources])
     except (TypeError, ValueError):  # something else of this name
         return None
-    units, nodes, activation, form = _layers(block, "layers", pattern)
     last = len(layers)
     kept = [0] if getattr(block, "keepBase", False) else []
     outputs = (*kept, *(i for i in range(1, last + 1) if i % 2 or i == last))
-    return Found("HarDNet block", BlockPlan(pattern, nodes, outputs, "conv_bn_relu", **form), units, activation)
+    return Found("HarDNet block", *_layers(block, "layers", pattern, outputs))
 
 
 def one_shot_aggregation(block: nn.Module) -> Found | None:
@@ -175,15 +172,14 @@ def one_shot_aggregation(block: nn.Module) -> Found | None:
     if names is None or not isinstance(layers, nn.ModuleList | nn.Sequential) or not len(layers):
         return None
     pattern = Links([[i] for i in range(len(layers))])
-    units, nodes, activation, form = _layers(block, names[0], pattern)
+    plan, units, activation = _layers(block, names[0], pattern, tuple(range(len(layers) + 1)))
     joint: list[tuple[str, Any]] = list(block.get_submodule(names[1]).named_children())
     (tail, conv), *rest = joint or [("", None)]
-    convolution(f"{names[1]}.{tail}", conv, 1, sum(nodes))
+    convolution(f"{names[1]}.{tail}", conv, 1, plan.out_channels)
     others = [name for name, module in block.named_children() if name not in names and not idle(module)]
     if unknown := [name for name in others if name not in ("attn", "ese", "drop_path")]:
         raise Unlike(f"it has a module {unknown[0]!r} of its own")
     behind = (*(f"{names[1]}.{name}" for name, _ in rest), *others)
-    plan = BlockPlan(pattern, nodes, tuple(range(len(nodes))), "conv_bn_relu", **form)
     residual = float(bool(getattr(block, "residual", False) or getattr(block, "identity", False)))
     return Found(
         "one-shot aggregation", plan, units, activation,
@@ -255,7 +251,6 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         raise Unlike("a module runs in it more than once")
     nodes: list[int] = []
     inner = []
-    dilations = []
     for layer in flow.layers:
         modules = {path: block.get_submodule(path) for path in layer.modules}
         nodes = nodes or [channels_read(modules[layer.modules[0]])]  # the first layer to run reads the input alone
@@ -270,17 +265,15 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
             channels = convolution(path, conv, 1, channels, bias=True)
             inner.append(channels)
         path, conv = convolutions[-1]
-        dilations.append(dilation_of(conv))
-        nodes.append(convolution(path, conv, 3, channels, dilations[-1], bias=True))
+        nodes.append(convolution(path, conv, 3, channels, dilation_of(conv), bias=True))
     try:
         pattern = Links([layer.sources for layer in flow.layers])
     except ValueError as error:
         raise Unlike(str(error)) from error
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
-    dims = _dims_of(block, [layer.modules for layer in flow.layers])
-    spread, behind = dilations_of(dilations), flow.behind
-    plan = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), dims, spread)
+    form, behind = _form_of(block, [layer.modules for layer in flow.layers]), flow.behind
+    plan = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), **form)
     first = behind[0] if behind and unit == "conv_bn_relu" else None
     tail = first if isinstance(first, str) and _reads_all(plan, block.get_submodule(first)) else ""
     return Found(
@@ -321,10 +314,12 @@ def few_pixels(channels: int, dims: int) -> tuple[int, ...]:
     return (2, channels, 6, 5) if dims == 2 else (2, channels, 4, 3, 5)
 
 
-def _dims_of(block: nn.Module, units: Sequence[Sequence[str]]) -> int:
-    """The spatial dimensions of the convolutions among these modules."""
-    modules = (block.get_submodule(path) for unit in units for path in unit)
-    return _the("number of spatial dimensions", {spatial_dims(m) for m in modules if isinstance(m, CONVOLUTIONS)})
+def _form_of(block: nn.Module, units: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What a plan says of the convolutions of layers with these modules: `spatial_dims` and `dilations`."""
+    layers = [[m for path in unit if isinstance(m := block.get_submodule(path), CONVOLUTIONS)] for unit in units]
+    dims = {spatial_dims(conv) for convolutions in layers for conv in convolutions}
+    spread = dilations_of(dilation_of(convolutions[-1]) for convolutions in layers)  # the last one is 3x3
+    return {"spatial_dims": _the("number of spatial dimensions", dims), "dilations": spread}
 
 
 def _has(block: nn.Module, *names: str) -> bool:
@@ -332,26 +327,21 @@ def _has(block: nn.Module, *names: str) -> bool:
 
 
 def _layers(
-    block: nn.Module, path: str, pattern: Links
-) -> tuple[tuple[tuple[str, ...], ...], tuple[int, ...], str, dict[str, Any]]:
-    """Of the layers at this path, 3x3 convolution, BatchNorm and activation with these sources each.
-
-    Their units, node widths and activation, and what else a plan takes of them.
-    """
+    block: nn.Module, path: str, pattern: Links, outputs: tuple[int, ...]
+) -> tuple[BlockPlan, tuple[tuple[str, ...], ...], str]:
+    """Of layers at this path, 3x3 convolution, BatchNorm and activation with these sources: plan, units, activation."""
     layers: Any = block.get_submodule(path)
     units: list[tuple[str, ...]] = []
     nodes: list[int] = []
-    dilations: list[int] = []
     activations = set()
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
         unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        dilations.append(dilation_of(conv))
-        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), dilations[-1], bias=True))
+        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), dilation_of(conv), bias=True))
         activations.add(act)
         units.append(unit)
-    form = {"spatial_dims": _dims_of(block, units), "dilations": dilations_of(dilations)}
-    return tuple(units), tuple(nodes), _the("activation", activations), form
+    plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu", **_form_of(block, units))
+    return plan, tuple(units), _the("activation", activations)
 
 
 def _conv_norm_act(path: str, layer: Any) -> tuple[tuple[str, str], Any, str]:

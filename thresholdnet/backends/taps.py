@@ -22,13 +22,8 @@ LARGEST = 2
 
 def takes(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
     """Whether a convolution of x, or a gradient of it, has this form; half formats would round at every product."""
-    small = max(x.shape[2:]) <= LARGEST and x.numel() > 0
-    return (
-        small
-        and (kernel_size, dilation) == (3, 1)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-    )
+    small = max(x.shape[2:]) <= LARGEST and x.numel() > 0 and (kernel_size, dilation) == (3, 1)
+    return small and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import nn
 from ..blocks import ThresholdBlock
 from ..checks import integer
 from ..pixels import CONVOLUTIONS, KINDS
-from ..plan import dilations_of
 from ._frame import DepthwiseConvBN
 from ._network import Network, Stage, min_size
 
@@ -52,7 +51,7 @@ def _dilate(stage: Stage, dilation: int, before: int) -> None:
             _widen(module, before)
         elif isinstance(module, ThresholdBlock):
             _widen(module, dilation)
-            module.plan = replace(module.plan, dilations=dilations_of([dilation] * module.plan.num_layers))
+            module.plan = replace(module.plan, dilations=(dilation,) * module.plan.num_layers)
 
 
 def _widen(module: nn.Module, dilation: int) -> None:

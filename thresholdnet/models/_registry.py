@@ -20,21 +20,21 @@ from ._network import FeaturePyramid, Network
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
-_OF_VOLUMES: set[str] = set()
+_BASELINES: set[str] = set()
 _COMMON = ("num_classes", "in_chans", "device", "dtype")
 
 
-def register(builder: Builder, volumes: bool = True) -> Builder:
+def register(builder: Builder, baseline: bool = False) -> Builder:
     """Register a builder under its function name; a second model of that name is an error.
 
-    volumes: whether it takes `spatial_dims`.
+    baseline: it is torchvision's; others make a `Network` and take `spatial_dims`.
     """
     name = builder.__name__
     if name in _BUILDERS:
         raise ValueError(f"model name {name!r} must be unique, got a second builder for it")
     _BUILDERS[name] = builder
-    if volumes:
-        _OF_VOLUMES.add(name)
+    if baseline:
+        _BASELINES.add(name)
     return builder
 
 
@@ -97,9 +97,11 @@ def create_model(
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
     where = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
-    if integer("spatial_dims", spatial_dims, 2, 3) == 3:
-        if name not in _OF_VOLUMES:
-            raise ValueError(f"spatial_dims must be 2 for {name}, which is torchvision's, got {spatial_dims}")
+    integer("spatial_dims", spatial_dims, 2, 3)
+    for argument, given, plain in (("spatial_dims", spatial_dims, 2), ("output_stride", output_stride, None)):
+        if given != plain and name in _BASELINES:
+            raise ValueError(f"{argument} must be {plain} for {name}, which is torchvision's, got {given}")
+    if spatial_dims == 3:
         arguments = {**arguments, "spatial_dims": spatial_dims}
     boolean("features_only", features_only)
     boolean("fused", fused)
@@ -115,8 +117,7 @@ def create_model(
         **arguments,
     )
     if output_stride is not None:
-        if not isinstance(model, Network):
-            raise ValueError(f"output_stride must be None for {name}, which is torchvision's, got {output_stride}")
+        assert isinstance(model, Network)  # all but the baselines are
         limit_stride(name, model, output_stride)
         arguments = {**arguments, "output_stride": output_stride}
     check_recompute(name, model, fused, recompute)

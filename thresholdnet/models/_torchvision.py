@@ -13,7 +13,7 @@ from ..checks import boolean, integer
 from ._network import FeatureInfo
 from ._registry import register
 
-baseline = partial(register, volumes=False)
+baseline = partial(register, baseline=True)
 
 LEVELS = (
     "relu",
