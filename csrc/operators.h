@@ -157,7 +157,21 @@ inline Tensor pixels_like(const Tensor& like, int64_t height, int64_t width) {
       shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }
 
-// Calls f with a value of the element type, for operators of a CPU that has no loops for half formats.
+// Calls f with a value of the element type.
+template <bool HALF, class F>
+void by_type(const char* op, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(bfloat16());
+    case ScalarType::Half:
+      if constexpr (HALF) return f(float16());
+      [[fallthrough]];
+    default: refuse(op, ": tensors must be float32, float64", HALF ? ", bfloat16 or float16" : " or bfloat16");
+  }
+}
+
+// The same for operators of a CPU that has no loops for half formats.
 template <class F>
 void by_exact_type(const char* op, const Tensor& t, const F& f) {
   switch (t.scalar_type()) {
@@ -172,16 +186,7 @@ struct Operators {
   // Calls f with a value of the element type.
   template <class F>
   static void by_type(const char* op, const Tensor& t, const F& f) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float: return f(float());
-      case ScalarType::Double: return f(double());
-      case ScalarType::BFloat16: return f(bfloat16());
-      case ScalarType::Half:
-        if constexpr (Device::HALF) return f(float16());
-        [[fallthrough]];
-      default:
-        refuse(op, ": tensors must be float32, float64", Device::HALF ? ", bfloat16 or float16" : " or bfloat16");
-    }
+    thresholdnet::by_type<Device::HALF>(op, t, f);
   }
 
   static void gather(

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("csrc", "kernels", "tests", "thresholdnet", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FLAGS = "-fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # the last, or asan finds no __cxa_throw to watch
-INSTRUCTIONS = ("baseline", "avx2", "avx512")
+INSTRUCTIONS = ("baseline", "avx2", "avx512", "avx512_bf16")
 REPORT = re.compile(r"^.*(?:ERROR: AddressSanitizer|runtime error:).*$", re.MULTILINE)
 CPU_TESTS = tuple(
     f"tests/test_{name}.py"
@@ -82,8 +82,8 @@ def runtimes(compiler: list[str]) -> str:
 def instructions() -> list[str]:
     """The sets that this machine has."""
     flags = Path("/proc/cpuinfo").read_text().split()
-    has = {"baseline": True, "avx2": {"avx2", "fma"} <= set(flags), "avx512": "avx512bw" in flags}
-    return [name for name in INSTRUCTIONS if has[name]]
+    needed = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512bw"}, "avx512_bf16": {"avx512_bf16"}}
+    return [name for name in INSTRUCTIONS if needed[name] <= set(flags)]
 
 
 def copy_package(folder: Path) -> None:

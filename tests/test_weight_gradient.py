@@ -1,6 +1,10 @@
 """The C++ library's weight gradient, which reads the links where they lie, against torch's in fp64."""
 
 import copy
+import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,13 +21,30 @@ pytestmark = pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C+
 # one row and one column, fewer pixels than the kernel reaches, rows longer than are packed at once, several images at
 # once, several tasks over pixels
 SIZES = [(1, 1, 1), (3, 1, 9), (2, 9, 1), (2, 2, 2), (1, 3, 300), (5, 7, 7), (4, 33, 31)]
+DTYPES = [F64, torch.float32, torch.bfloat16]
+BOUNDS = {
+    F64: PASS_RELATIVE[F64],
+    torch.float32: RELATIVE[torch.float32] / 10,
+    torch.bfloat16: PASS_RELATIVE[torch.bfloat16],
+}
 CHANNELS = [([1], 1), ([16], 6), ([3, 14, 1, 20], 13), ([40, 7], 131), ([5] * 9, 260)]
+
+
+def affine_of(channels, dtype):
+    """Scale and shift, in the dtype of a CPU's arithmetic."""
+    return tuple(torch.randn(channels, dtype=F64 if dtype == F64 else torch.float32) for _ in range(2))
+
+
+def read(sources, affine, activation):
+    """What the convolution read, in fp64: rounded to the sources' dtype."""
+    wide = None if affine is None else tuple(v.double() for v in affine)
+    return elementwise.gather([s.double() for s in sources], wide, activation).to(sources[0].dtype).double()
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     torch.manual_seed(0)
     widths, outputs = channels
@@ -31,31 +52,28 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in widths]
     dz = among_others(pixels(n, outputs, h, w, dtype=dtype))
     shape = (outputs, sum(widths), kernel, kernel)
-    bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
-    for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
-        wide_affine = None if affine is None else tuple(v.double() for v in affine)
+    for affine in (None, affine_of(sum(widths), dtype)):
         for activation in NAMES if affine else ("relu",):
-            read = elementwise.gather([s.double() for s in sources], wide_affine, activation)
-            wanted = conv2d_weight(read, shape, dz.double(), padding=kernel // 2)
+            wanted = conv2d_weight(read(sources, affine, activation), shape, dz.double(), padding=kernel // 2)
             found = csrc.weight_gradient(sources, dz, kernel, affine, activation)
             assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
-            assert largest_error(found, wanted) <= bound
+            assert largest_error(found, wanted) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dilation", [2, 3, 40])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dilation(dtype, size, dilation):
     """Taps that reach into other images and beyond all of them."""
     torch.manual_seed(0)
     n, h, w = size
     sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in (3, 14, 40)]
     dz = among_others(pixels(n, 13, h, w, dtype=dtype))
-    affine = [torch.randn(57, dtype=dtype) for _ in range(2)]
-    read = elementwise.gather([s.double() for s in sources], tuple(v.double() for v in affine), "relu")
-    wanted = conv2d_weight(read, (13, 57, 3, 3), dz.double(), padding=dilation, dilation=dilation)
+    affine = affine_of(57, dtype)
+    form = {"padding": dilation, "dilation": dilation}
+    wanted = conv2d_weight(read(sources, affine, "relu"), (13, 57, 3, 3), dz.double(), **form)
     found = csrc.weight_gradient(sources, dz, 3, affine, "relu", dilation)
-    assert largest_error(found, wanted) <= (PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10)
+    assert largest_error(found, wanted) <= BOUNDS[dtype]
 
 
 def test_no_worse_than_the_library_over_many_pixels():
@@ -67,18 +85,56 @@ def test_no_worse_than_the_library_over_many_pixels():
     assert largest_error(csrc.weight_gradient([x], dz, 3, None, "relu"), wanted) <= 2 * library
 
 
-def test_taps_outside_the_image_are_no_products_with_zero():
-    x, dz = torch.ones(2, 1, 1, 3, 3, dtype=F64)
-    x[0, 0, 0, 0] = float("inf")
-    found = csrc.weight_gradient([x], dz, 3, None, "relu")[0, 0]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_taps_outside_the_image_are_no_products_with_zero(dtype):
     inf = float("inf")  # where a tap sees that corner; a zero beside the image, times it, would be NaN
-    assert torch.equal(found, torch.tensor([[inf, inf, 4], [inf, inf, 6], [4, 6, 4]], dtype=F64))
+    wanted = torch.tensor([[inf, inf, 4], [inf, inf, 6], [4, 6, 4]], dtype=dtype)
+    for corner in (0, -1):
+        for infinite in (0, 1):
+            given = torch.ones(2, 1, 1, 3, 3, dtype=dtype)
+            given[infinite, 0, 0, corner, corner] = inf
+            found = csrc.weight_gradient([given[0]], given[1], 3, None, "relu")[0, 0]
+            assert torch.equal(found, wanted if (corner == 0) != infinite else wanted.flip(0, 1))
 
 
+def written_out(x, dz, dilation):
+    """The 3x3 gradient of one channel and one output, [H, W] each, over the products that there are."""
+    height, width = x.shape
+    found = torch.zeros(3, 3, dtype=F64)
+    for i, j, y, p in itertools.product(range(3), range(3), range(height), range(width)):
+        row, column = y + (i - 1) * dilation, p + (j - 1) * dilation
+        if 0 <= row < height and 0 <= column < width:
+            found[i, j] += x[row, column].double() * dz[y, p].double()
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 6])
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4])
+def test_pairs_end_where_rows_end(width, dilation):
+    """bfloat16 is multiplied in pairs of pixels, and an infinite one is in no product but its own."""
+    for place in range(2 * width):
+        x, dz = torch.randint(1, 5, (2, 2, width)).bfloat16()
+        for holder in (x, dz):
+            held = holder.view(-1)[place].clone()
+            holder.view(-1)[place] = float("inf")
+            found = csrc.weight_gradient([x[None, None]], dz[None, None], 3, None, "relu", dilation)[0, 0]
+            assert torch.equal(found.double(), written_out(x, dz, dilation))
+            holder.view(-1)[place] = held
+
+
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "baseline"])
+def test_older_instructions(instructions):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "bfloat16 or pairs"]
+    environment = {**os.environ, "THRESHOLDNET_CPU": instructions}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(2, 28, 28), (9, 7, 7)])
-def test_sums_do_not_depend_on_the_number_of_threads(size):
+def test_sums_do_not_depend_on_the_number_of_threads(size, dtype):
     n, h, w = size
-    x, dz = pixels(n, 70, h, w, dtype=torch.float32), pixels(n, 33, h, w, dtype=torch.float32)
+    x, dz = pixels(n, 70, h, w, dtype=dtype), pixels(n, 33, h, w, dtype=dtype)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -111,7 +167,7 @@ def test_what_goes_to_the_library():
     assert csrc.correlates(pixels(1, 500, 2, 1), 3) and csrc.correlates(pixels(1, 128, 2, 2), 1)
     assert not csrc.correlates(pixels(1, 129, 2, 2), 1), "measured: the library's is faster"
     assert not csrc.correlates(pixels(2, 3, 1, 1), 3), "one tap counts: taps.py"
-    assert not csrc.correlates(pixels(2, 3, 4, 4, dtype=torch.bfloat16), 3)
+    assert not csrc.correlates(pixels(2, 3, 4, 4, dtype=torch.float16), 3)
     assert not csrc.correlates(torch.zeros(2, 3, 4, 4, device="meta"), 3)
 
 
@@ -138,7 +194,7 @@ def test_wrong_arguments_are_one_sentence(change, said):
     assert said in str(error.value) and str(error.value).startswith("weight_gradient: ")
 
 
-def test_half_formats_are_refused():
-    x = pixels(2, 6, 4, 4, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="weight_gradient: tensors must be float32 or float64"):
+def test_float16_is_refused():
+    x = pixels(2, 6, 4, 4, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="weight_gradient: tensors must be float32, float64 or bfloat16"):
         torch.ops.thresholdnet_csrc.weight_gradient([x], None, None, 0, x, 3)

@@ -22,7 +22,7 @@ from .backends import backends, csrc, details, libraries
 
 ENVIRONMENT = {
     "THRESHOLDNET_CSRC": "0: the C++ library stays unused, the native backend runs in torch's operations",
-    "THRESHOLDNET_CPU": "avx2 or baseline: the C++ library uses no newer instructions than these",
+    "THRESHOLDNET_CPU": "avx512, avx2 or baseline: the C++ library uses no newer instructions than these",
     "THRESHOLDNET_WINOGRAD": "1: wide 3x3 layers on a CPU in Winograd's form: faster, less exact",
     "THRESHOLDNET_TRACEBACK": "1: the command shows the traceback behind an error",
     "THRESHOLDNET_CONV": "own or library: every convolution of the CUDA engine by our kernels, or by torch's library",

@@ -23,7 +23,7 @@ constexpr int64_t BAND = 8;       // rows of an image that a thread pools at onc
 
 const Table& table() {
 #if defined(__x86_64__)
-  static const Table& found = chosen(baseline_table, avx2_table, avx512_table);
+  static const Table& found = chosen(baseline_table, avx2_table, avx512_table, avx512_bf16_table);
   return found;
 #else
   return baseline_table;

@@ -39,7 +39,7 @@ struct Table {
 
 extern const Table baseline_table;
 #if defined(__x86_64__)
-extern const Table avx2_table, avx512_table;
+extern const Table avx2_table, avx512_table, avx512_bf16_table;
 #endif
 
 }  // namespace thresholdnet

@@ -53,11 +53,23 @@ INLINE Vec<double, W> load(const double* p) {
 }
 
 template <int W>
-INLINE Vec<float, W> load(const bfloat16* p) {
+INLINE Vec<uint16_t, W> load_bits(const bfloat16* p) {
   Vec<uint16_t, W> half;
   std::memcpy(&half, p, sizeof(half));
-  const auto bits = __builtin_convertvector(half, Vec<uint32_t, W>) << 16;
-  return (Vec<float, W>)bits;
+  return half;
+}
+
+template <int W>
+INLINE Vec<uint32_t, W> widened(Vec<uint16_t, W> half) {
+#if VECTOR == 64  // GCC takes the conversion apart
+  if constexpr (W == 16) return (Vec<uint32_t, W>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
+#endif
+  return __builtin_convertvector(half, Vec<uint32_t, W>);
+}
+
+template <int W>
+INLINE Vec<float, W> load(const bfloat16* p) {
+  return (Vec<float, W>)(widened<W>(load_bits<W>(p)) << 16);
 }
 
 template <int W>
@@ -70,12 +82,35 @@ INLINE void store(double* p, Vec<double, W> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// The bits of bfloat16 values: rounded to nearest, ties to even; NaN stays NaN.
+template <int W>
+INLINE Vec<uint16_t, W> rounded(Vec<float, W> v) {
+#if defined(HAS_BF16)  // which has zeros for values below 2^-126
+  Vec<float, (W < 4 ? 4 : W)> wide = {};
+  std::memcpy(&wide, &v, sizeof(v));
+  Vec<uint16_t, W> half;
+  if constexpr (W == 16) {
+    const auto found = _mm512_cvtneps_pbh((__m512)wide);
+    std::memcpy(&half, &found, sizeof(half));
+  } else if constexpr (W == 8) {
+    const auto found = _mm256_cvtneps_pbh((__m256)wide);
+    std::memcpy(&half, &found, sizeof(half));
+  } else {
+    const auto found = _mm_cvtneps_pbh((__m128)wide);
+    std::memcpy(&half, &found, sizeof(half));
+  }
+  return half;
+#else
+  const auto bits = (Vec<uint32_t, W>)v;
+  const auto near = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const auto kept = (Vec<uint32_t, W>)(v == v ? (Vec<int32_t, W>)near : (Vec<int32_t, W>)(bits | 0x400000u));
+  return __builtin_convertvector(kept >> 16, Vec<uint16_t, W>);
+#endif
+}
+
 template <int W>
 INLINE void store(bfloat16* p, Vec<float, W> v) {
-  const auto bits = (Vec<uint32_t, W>)v;
-  const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  const auto kept = (Vec<uint32_t, W>)(v == v ? (Vec<int32_t, W>)rounded : (Vec<int32_t, W>)(bits | 0x400000u));
-  const auto half = __builtin_convertvector(kept >> 16, Vec<uint16_t, W>);
+  const auto half = rounded<W>(v);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -106,9 +141,8 @@ void gather(
           store<W>(to + c, clamp(load<W>(from + c) * load<W>(part.scale + c) + load<W>(part.shift + c), act));
         });
       } else {
-        lanes<A>(part.channels, [&](int64_t c, auto width) {
-          constexpr int W = decltype(width)::value;
-          store<W>(to + c, load<W>(from + c));
+        lanes<E>(part.channels, [&](int64_t c, auto width) {
+          std::memcpy(to + c, from + c, decltype(width)::value * sizeof(E));
         });
       }
       to += part.channels;

@@ -5,6 +5,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
+#include <immintrin.h>
 #define TABLE avx512_table
 #define NAME "avx512"
 #define VECTOR 64

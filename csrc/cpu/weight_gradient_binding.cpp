@@ -1,8 +1,10 @@
 // The operator `weight_gradient` on the CPU (weight_gradient.h): checks, tasks, and their sums merged in a fixed order.
 #define TORCH_TARGET_VERSION 0x020a000000000000  // as in ../ops.cpp
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "../operators.h"
@@ -12,44 +14,69 @@
 namespace thresholdnet {
 namespace {
 
-constexpr int64_t TASKS = 32;          // enough for the cores of a large machine; fewer where pixels are few
 constexpr int64_t SPLITS = 8;          // of the pixels: each has sums of its own
 constexpr int64_t LEAST = 1024;        // pixels a task, or zeroing and merging its sums would count
 constexpr int64_t GRAIN = 131072;      // multiply-adds that are worth a thread
 constexpr int64_t LARGEST = 31;        // pixels of a kernel's side
 constexpr int64_t FARTHEST = 1 << 20;  // pixels between two taps
 
-template <class A>
-const WeightGradient<A>& loops() {
+template <class E>
+const WeightGradient<E>& loops() {
 #if defined(__x86_64__)
   static const WeightGradients& found =
-      chosen(baseline_weight_gradients, avx2_weight_gradients, avx512_weight_gradients);
+      chosen(baseline_weight_gradients, avx2_weight_gradients, avx512_weight_gradients, avx512_bf16_weight_gradients);
 #else
   static const WeightGradients& found = baseline_weight_gradients;
 #endif
-  if constexpr (sizeof(A) == sizeof(double)) return found.f64;
+  if constexpr (std::is_same_v<E, double>) return found.f64;
+  else if constexpr (std::is_same_v<E, bfloat16>) return found.bf16;
   else return found.f32;
 }
 
 int64_t ratio_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-template <class A>
-void correlate(const Correlation<A>& call, A* dw) {
-  const int64_t panel = loops<A>().panel, panels = ratio_up(call.channels, panel);
+class Room {  // memory that begins with a cache line
+ public:
+  explicit Room(int64_t bytes) : held(new char[bytes + LINE]) {}
+  void* start() const {
+    const auto at = reinterpret_cast<uintptr_t>(held.get());
+    return held.get() + (LINE - at % LINE);
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  std::unique_ptr<char[]> held;
+};
+
+template <class E>
+E narrowed(typename Wide<E>::type value) { return value; }
+template <>
+bfloat16 narrowed<bfloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};  // to nearest, ties to even
+}
+
+template <class E>
+void correlate(const Correlation<E>& call, E* dw) {
+  using A = typename Wide<E>::type;
+  const int64_t panel = loops<E>().panel, panels = ratio_up(call.channels, panel);
   const int64_t most = std::clamp<int64_t>(call.rows * call.width / LEAST, 1, SPLITS);
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t share = ratio_up(call.rows, most), splits = ratio_up(call.rows, share);
-  const int64_t group = ratio_up(panels, std::min(panels, ratio_up(TASKS, splits))), groups = ratio_up(panels, group);
+  const int64_t group = ratio_up(panels, std::min(panels, ratio_up(2 * threads, splits))), groups = ratio_up(panels, group);
   const int64_t size = call.taps() * call.outputs * panel;
   const std::unique_ptr<A[]> sums(new A[splits * panels * size]);
   const auto grain = [](int64_t work) { return std::max<int64_t>(1, GRAIN / work); };
   torch::stable::parallel_for(
       0, splits * groups, grain(share * call.width * group * size), [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<A[]> packed(new A[call.pixels_packed() * panel]);
+        const Room packed(loops<E>().room(call));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t split = task / groups, first = split * share, last = std::min(call.rows, first + share);
           const int64_t from = task % groups * group, to = std::min(panels, from + group);
           A* part = sums.get() + (split * panels + from) * size;
-          loops<A>().accumulate(call, from, to, first, last, packed.get(), part);
+          loops<E>().accumulate(call, from, to, first, last, packed.start(), part);
         }
       });
   const int64_t taps = call.taps(), row = call.channels * taps;
@@ -63,13 +90,13 @@ void correlate(const Correlation<A>& call, A* dw) {
       const int64_t channels = std::min(panel, call.channels - k * panel);
       for (int64_t o = 0; o < call.outputs; ++o) {
         const A* from = total + o * panel;
-        A* to = dw + o * row + k * panel * taps;
+        E* to = dw + o * row + k * panel * taps;
         if (taps == 1) {
-          std::copy(from, from + channels, to);
+          for (int64_t c = 0; c < channels; ++c) *to++ = narrowed<E>(from[c]);
           continue;
         }
         for (int64_t c = 0; c < channels; ++c)
-          for (int64_t tap = 0; tap < taps; ++tap) *to++ = from[tap * call.outputs * panel + c];
+          for (int64_t tap = 0; tap < taps; ++tap) *to++ = narrowed<E>(from[tap * call.outputs * panel + c]);
       }
     }
   });
@@ -91,12 +118,12 @@ Tensor weight_gradient(
   const std::vector<int64_t> shape{outputs, channels, kernel, kernel};
   const Tensor dw = torch::stable::empty(
       shape, dz.scalar_type(), std::nullopt, dz.device(), std::nullopt, MemoryFormat::Contiguous);
-  by_exact_type(op, dz, [&](auto element) {
+  by_type<false>(op, dz, [&](auto element) {
     using E = decltype(element);
     const auto parts = affine_parts<E>(op, sources, scale, shift, dz, p);
     const auto arriving = reading<E>(op, "dz", dz, dz, p);
     correlate<E>(
-        {parts.data(), static_cast<int64_t>(parts.size()), channels, range_of<E>(op, activation), arriving, outputs,
+        {parts.data(), static_cast<int64_t>(parts.size()), channels, range_of<typename Wide<E>::type>(op, activation), arriving, outputs,
          kernel, dilation, p.n * p.h, p.h, p.w},
         static_cast<E*>(dw.data_ptr()));
   });
@@ -108,7 +135,7 @@ Tensor weight_gradient(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
   // [O, K, k, k]: the weight's gradient of a convolution, padding k / 2 * dilation, of act(the sources side by side *
-  // scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32 and float64.
+  // scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32, float64, bfloat16.
   m.def(
       "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, int kernel_size, "
       "int dilation=1) -> Tensor");
