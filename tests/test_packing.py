@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from strategies import fill
-from tolerances import RELATIVE, largest_error
+from tolerances import RELATIVE, largest_error, rms_error
 from torch import nn
 
 import thresholdnet as tn
@@ -77,6 +77,26 @@ def test_results_are_those_without(unit, activation, size, packs):
     assert sorted(packs) == sorted([""] * as_they_lie + ["library"] * (convolutions - as_they_lie))  # in the first call
     assert _same(block, torch.randn(5, 24, 12, 7))  # another size reads the same layouts, or makes others
     assert len(packs) == convolutions + as_they_lie
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu(0.2)"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_bfloat16(unit, activation, packs):
+    """Packed where oneDNN takes bfloat16 here; no further from fp64 than without, which activates in passes."""
+    block = _block(unit, activation=activation).bfloat16()
+    exact, packed, x = (
+        copy.deepcopy(block).double(),
+        tn.prepack(copy.deepcopy(block)),
+        torch.randn(2, 24, 9, 11).bfloat16(),
+    )
+    with torch.no_grad():
+        wanted = exact(x.double())
+        for _ in range(2):
+            found = packed(x)
+            assert found.dtype == torch.bfloat16
+            assert rms_error(found, wanted) <= 1.05 * rms_error(block.fuse(False)(x), wanted)
+    convolutions = 5 * (1 + (unit == "bottleneck"))
+    assert packs == ["library" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ""] * convolutions
 
 
 @pytest.mark.skipif(csrc.reason() is not None, reason=f"needs the C++ library: {csrc.reason()}")

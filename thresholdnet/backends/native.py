@@ -12,6 +12,7 @@ of y, dz gradient of z. Tensors of pixels are [N, C, H, W] in channels_last orde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -396,7 +397,7 @@ def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activ
 
 def _activates_in_library(x: Tensor) -> bool:
     """Whether oneDNN's convolution can apply an activation as it stores: one pass over the pixels less."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _POINTWISE
+    return x.device.type == "cpu" and x.numel() > 0 and x.dtype in _activating_dtypes()
 
 
 def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int, dilation: int) -> Tensor:
@@ -415,7 +416,13 @@ def _attribute(activation: str) -> tuple[str, list[float]]:
     return ("hardtanh", [0, 6]) if activation == "relu6" else ("leaky_relu", [number(activation)])
 
 
-_POINTWISE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+@lru_cache(maxsize=1)
+def _activating_dtypes() -> tuple[torch.dtype, ...]:
+    """Those of the pixels that oneDNN convolves, with biases in float32, and activates on this machine."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return ()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
 def output_holds_features(plan: BlockPlan) -> bool:
