@@ -82,19 +82,16 @@ def test_results_are_those_without(unit, activation, size, packs):
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu(0.2)"])
 @pytest.mark.parametrize("unit", UNITS)
 def test_bfloat16(unit, activation, packs):
-    """Packed where oneDNN takes bfloat16 here; no further from fp64 than without, which activates in passes."""
+    """Packed where oneDNN takes bfloat16 here. Folded weights are rounded once more, and results once less."""
     block = _block(unit, activation=activation).bfloat16()
-    exact, packed, x = (
-        copy.deepcopy(block).double(),
-        tn.prepack(copy.deepcopy(block)),
-        torch.randn(2, 24, 9, 11).bfloat16(),
-    )
+    exact, packed = copy.deepcopy(block).double(), tn.prepack(copy.deepcopy(block))
+    x = torch.randn(2, 24, 9, 11).bfloat16()
     with torch.no_grad():
         wanted = exact(x.double())
         for _ in range(2):
             found = packed(x)
             assert found.dtype == torch.bfloat16
-            assert rms_error(found, wanted) <= 1.05 * rms_error(block.fuse(False)(x), wanted)
+            assert rms_error(found, wanted) <= 1.2 * rms_error(block.fuse(False)(x), wanted)
     convolutions = 5 * (1 + (unit == "bottleneck"))
     assert packs == ["library" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ""] * convolutions
 

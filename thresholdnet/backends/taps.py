@@ -21,9 +21,13 @@ LARGEST = 2
 
 
 def takes(x: Tensor, kernel_size: int, dilation: int = 1) -> bool:
-    """Whether a convolution of x, or a gradient of it, has this form; half formats would round at every product."""
-    small = max(x.shape[2:]) <= LARGEST and x.numel() > 0 and (kernel_size, dilation) == (3, 1)
-    return small and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    """Whether a convolution of x, or a gradient of it, has this form.
+
+    bfloat16 would be rounded at every product, so of single pixels alone, whose results are one product each.
+    """
+    largest = 1 if x.dtype == torch.bfloat16 else LARGEST
+    small = max(x.shape[2:]) <= largest and x.numel() > 0 and (kernel_size, dilation) == (3, 1)
+    return small and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:
