@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from . import ops, pixels, sync, transforms
+from . import ops, packing, pixels, sync, transforms
 from .activations import name_of
 from .layers import hooked, spatial_dims, torchs_convolution, torchs_norm
 from .linked import LinkedBlock, or_empty, shared_group, symbolic, traced, update_running
@@ -85,7 +85,7 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
     weight = None if conv is None else conv.weight
     dtype = ops.autocast_dtype(x.device)
     if weight is not None and dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = x.to(dtype), packing.cast(weight, dtype)
     like = norm.weight if norm.weight is not None else x.new_ones(x.shape[1])
     y, statistics = transforms.call(
         ops.transition, x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, pixels, sync, transforms
+from . import ops, packing, pixels, sync, transforms
 from .backends import CHOICES, candidates, pick
 from .biases import Biases, has_biases
 from .checks import boolean, one_of
@@ -195,7 +195,7 @@ class LinkedBlock(nn.Module):
         if biases is not None:
             parameters += biases.of_features
         if tail is not None:
-            parameters = [*parameters, tail if rounded else tail.to(x.dtype)]
+            parameters = [*parameters, tail if rounded else packing.cast(tail, x.dtype)]
         running = [or_empty(t, x) for t in operands.running]
         # a transform hides from the tensors of its inner levels that somebody differentiates further out
         save = torch.is_grad_enabled() and (transforms.active() or any(t.requires_grad for t in (x, *parameters)))

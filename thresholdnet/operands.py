@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import packing
 from .pixels import CONVOLUTIONS
 
 _STATISTICS = ("running_mean", "running_var")
@@ -46,10 +47,11 @@ class Operands:
             dtype: of the weights; None for what they have.
             betas: in the place of the BatchNorms' biases.
         """
-        cast = dtype is not None and any(weight.dtype != dtype for weight in self.weights)
-        if betas is None and not cast:
+        weights = self._weights
+        if dtype is not None and any(weight.dtype != dtype for weight in self.weights):
+            weights = {number: packing.cast(weight, dtype) for number, weight in self._weights.items()}
+        elif betas is None:
             return self._as_they_are
-        weights = {number: weight.to(dtype) if cast else weight for number, weight in self._weights.items()}
         return self._in_order(weights, betas)
 
     def _in_order(self, weights: dict[int, Tensor], betas: Sequence[Tensor] | None) -> list[Tensor]:

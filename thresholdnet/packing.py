@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
@@ -90,7 +91,8 @@ def prepack(model: Model, packed: bool = True) -> Model:
     with numpy, is not noticed: call this again behind it. Copies and pickles of the model are not prepacked, and
     training is as before.
 
-    It takes about the bytes of the blocks' weights once more, with Winograd's form four times those of wide 3x3 layers.
+    Under autocast the weights are cast once as well. It takes about the bytes of the blocks' weights once more, with
+    Winograd's form four times those of wide 3x3 layers.
 
     Args:
         model: with fused blocks, its weights on a CPU; changed in place.
@@ -150,6 +152,28 @@ def forms_of(weight: Tensor) -> Forms | None:
     forms = _declared.get(id(weight))
     ours = forms is not None and forms.weight() is weight and weight.device.type == "cpu"  # it may have moved since
     return forms if ours else None
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in another dtype, as autocast wants it: a declared one is cast once, and is declared itself.
+
+    Not where somebody may differentiate it, or compiles.
+    """
+    constant = weight.dtype != dtype and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    forms = forms_of(weight) if constant else None
+    if forms is None:
+        return weight.to(dtype)
+
+    def make() -> Tensor:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # a tensor of inference mode tells nobody that it was written
+            made = weight.to(dtype)
+        _declare(made)
+        return made
+
+    return forms.once(("cast", dtype), (weight,), make)
 
 
 def declared(tensors: Sequence[Tensor]) -> tuple[int, ...]:
