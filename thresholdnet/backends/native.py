@@ -115,7 +115,7 @@ class Verbs:
     def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """How `conv` runs for this weight of a layer (0: behind the block), as far as it matters to `packed`."""
         few = csrc.convolves(self.like, weight, dilation) or taps.takes(self.like, weight.shape[2], dilation)
-        return "library" if _activates_in_library(weight) and self.pixels and not few else ""
+        return "library" if activates_in_library(weight) and self.pixels and not few else ""
 
     def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
         """The weight for `conv` where it goes this way."""
@@ -123,11 +123,7 @@ class Verbs:
         if way != "library":
             return weight
         batch, height, width = self.images
-        made = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, [dilation * (weight.shape[2] // 2)] * 2, [1, 1], [dilation] * 2, 1,
-            [batch, weight.shape[1], height, width],
-        )  # fmt: skip
-        return Packed(made, weight.shape)
+        return laid_out(weight, (batch, weight.shape[1], height, width), dilation)
 
     def prepared(
         self, weights: Sequence[Any], read: Sequence[Sequence[int]] | None = None, affine: Sequence[bool] | None = None,
@@ -384,29 +380,40 @@ def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activ
     """The convolution of one tensor with a weight, packed or in channels_last order; with a bias it activates."""
     padding = dilation * (weight.shape[2] // 2)
     if isinstance(weight, Packed):
-        return _in_library(read, weight.tensor, bias, activation, padding, dilation)
+        return in_library(read, weight.tensor, bias, activation, padding, dilation)
     if taps.takes(read, weight.shape[2], dilation):
         z = taps.conv(read, weight)
         return z if bias is None else activate_(z.add_(bias.to(weight.dtype)[:, None, None]), activation)
     if bias is None:
         return F.conv2d(read, weight, padding=padding, dilation=dilation)
-    if _activates_in_library(read):
-        return _in_library(read, weight, bias, activation, padding, dilation)
+    if activates_in_library(read):
+        return in_library(read, weight, bias, activation, padding, dilation)
     return activate_(F.conv2d(read, weight, bias.to(weight.dtype), padding=padding, dilation=dilation), activation)
 
 
-def _activates_in_library(x: Tensor) -> bool:
+def activates_in_library(x: Tensor) -> bool:
     """Whether oneDNN's convolution can apply an activation as it stores: one pass over the pixels less."""
     return x.device.type == "cpu" and x.numel() > 0 and x.dtype in _activating_dtypes()
 
 
-def _in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int, dilation: int) -> Tensor:
+def in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int, dilation: int) -> Tensor:
     """oneDNN's convolution of x with a weight, packed or not; with a bias it activates."""
     attribute, scalars = ("none", []) if bias is None else _attribute(activation)
+    sides = x.dim() - 2
     z: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, [padding] * 2, [1, 1], [dilation] * 2, 1, attribute, scalars, ""
+        x, weight, bias, [padding] * sides, [1] * sides, [dilation] * sides, 1, attribute, scalars, ""
     )
     return z
+
+
+def laid_out(weight: Tensor, read: Sequence[int], dilation: int) -> Packed:
+    """A weight in oneDNN's order for convolutions of pixels of the shape `read`."""
+    sides = weight.dim() - 2
+    padding = dilation * (weight.shape[2] // 2)
+    made = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, [padding] * sides, [1] * sides, [dilation] * sides, 1, list(read)
+    )
+    return Packed(made, weight.shape)
 
 
 def _attribute(activation: str) -> tuple[str, list[float]]:

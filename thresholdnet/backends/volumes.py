@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activate_
-from ..pixels import Volume, as_images, as_volumes
+from ..pixels import Volume, as_images, as_slices, as_volumes
 from ..plan import BlockPlan
-from . import native
+from . import csrc, native
 from .elementwise import Affine
-from .native import Packed, kept_like, needs_input, output_holds_features
+from .native import Packed, activates_in_library, in_library, kept_like, laid_out, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
 LAST = torch.channels_last_3d
+SMALL = 20480
+"""Channels x depth x height up to which torch leaves single volumes to loops of its own (ATen/native/Convolution.cpp)."""
 
 
 class Verbs(native.Verbs):
@@ -34,11 +36,15 @@ class Verbs(native.Verbs):
         self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
         activation: str, dilation: int,
     ) -> Tensor:  # fmt: skip
-        if isinstance(weight, Packed):
-            return super()._linked_conv(sources, weight, affine, bias, activation, dilation)
         if weight.shape[2] == 1:
-            return super()._linked_conv(sources, as_images(weight), affine, bias, activation, dilation)
-        read, kernel = _taken(as_volumes(self._gathered(sources, affine, activation), self.volume), weight)
+            one = weight if isinstance(weight, Packed) else as_images(weight)
+            return super()._linked_conv(sources, one, affine, bias, activation, dilation)
+        read = as_volumes(self._gathered(sources, affine, activation), self.volume)
+        if isinstance(weight, Packed):
+            return _rows(in_library(read, weight.tensor, bias, activation, dilation, dilation))
+        read, kernel = _taken(read, weight)
+        if activates_in_library(read):  # torch leaves a single small volume to slower loops of its own
+            return _rows(in_library(read, kernel, bias, activation, dilation, dilation)).to(weight.dtype)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
         z = _rows(F.conv3d(read, kernel, own, padding=dilation, dilation=dilation)).to(weight.dtype)
@@ -46,18 +52,25 @@ class Verbs(native.Verbs):
 
     def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
         """See `native.Verbs.way`."""
-        return super().way(layer, as_images(weight)) if weight.shape[2] == 1 else ""
+        if weight.shape[2] == 1:
+            return super().way(layer, as_images(weight))
+        return "library" if activates_in_library(weight) and self.pixels and not _thin(weight, self.volume[0]) else ""
 
     def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
-        """See `native.Verbs.packed`; a 3x3x3 weight stays as it is."""
+        """See `native.Verbs.packed`."""
         if weight.shape[2] == 1:
             return super().packed(way, as_images(weight))
-        return weight.contiguous(memory_format=LAST)
+        weight = weight.contiguous(memory_format=LAST)
+        read = (self.images[0], weight.shape[1], *self.volume, self.images[2])
+        return laid_out(weight, read, dilation) if way == "library" else weight
 
     def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         if weight.shape[2] == 1:
             return super()._data_gradient(dz, as_images(weight), dilation)
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
+        if _loops_of_torch(arriving, weight.shape[1]):
+            turned = kernel.flip(2, 3, 4).transpose(0, 1).contiguous(memory_format=LAST)
+            return _rows(in_library(arriving, turned, None, "", dilation, dilation)).to(dz.dtype)
         shape = (dz.shape[0], weight.shape[1], *arriving.shape[2:])
         like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
         return _rows(self._library_gradients(arriving, like, kernel, dilation, 0)).to(dz.dtype)
@@ -69,11 +82,33 @@ class Verbs(native.Verbs):
         """[O, C, k, k, k]."""
         if kernel_size == 1:
             return super()._linked_weight_gradient(sources, dz, 1, affine, activation, like, dilation).unsqueeze(-1)
+        if self.passes is csrc and dz.shape[0] == 1 and csrc.correlates(as_slices(dz, self.volume), 3):
+            return self._weight_gradient_of_slices(sources, dz, affine, activation, dilation)
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
         shape = (dz.shape[1], read.shape[1], 3, 3, 3)
         weight = read.new_empty(shape) if like is None else like  # for its shape and order
         arriving, read, weight = _taken(as_volumes(dz, self.volume), read, weight)
         return self._library_gradients(arriving, read, weight, dilation, 1).to(dz.dtype)
+
+    def _weight_gradient_of_slices(
+        self, sources: Sequence[Tensor], dz: Tensor, affine: Affine | None, activation: str, dilation: int
+    ) -> Tensor:  # fmt: skip
+        """[O, C, 3, 3, 3] of a single volume: of three, of its slices and those that lie so many deeper."""
+        depth, height = self.volume
+        found = []
+        for deeper in (-dilation, 0, dilation):
+            first, last = max(0, -deeper), min(depth, depth - deeper)
+            if first >= last:
+                shape = (dz.shape[1], sum(source.shape[1] for source in sources), 3, 3)
+                found.append(dz.new_zeros(shape))
+                continue
+
+            def slices(x: Tensor, at: int, count: int = last - first) -> Tensor:
+                return as_slices(x.narrow(2, at * height, count * height), (count, height))
+
+            read = [slices(source, first + deeper) for source in sources]
+            found.append(csrc.weight_gradient(read, slices(dz, first), 3, affine, activation, dilation))
+        return torch.stack(found, 2)
 
     def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, dilation: int, which: int) -> Tensor:
         """The gradient of a 3x3x3 convolution's input (0) or weight (1)."""
@@ -90,8 +125,17 @@ def _taken(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     Of those oneDNN leaves elements as the memory was: of a weight's gradient where there are two, in any order of
     memory, and of the result where one is read of one channel (seen with torch 2.11 to 2.15; tests/test_volumes.py).
     """
-    thin = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2] <= 2
-    return tuple(tensor.float() for tensor in (x, *others)) if thin else (x, *others)
+    return tuple(tensor.float() for tensor in (x, *others)) if _thin(x, x.shape[2]) else (x, *others)
+
+
+def _loops_of_torch(x: Tensor, channels: int) -> bool:
+    """Whether torch sends data through loops of its own, up to five times slower than oneDNN's, of a volume like x."""
+    alone = x.shape[0] == 1 and x.dtype == torch.float32 and activates_in_library(x)
+    return alone and channels * x.shape[2] * x.shape[3] <= SMALL
+
+
+def _thin(x: Tensor, slices: int) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and slices <= 2
 
 
 def _rows(x: Tensor) -> Tensor:
