@@ -11,12 +11,13 @@ from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
 from test_chain import Chained, _calls, _same
 from test_engine import _block as _any_block
-from tolerances import HALF_VOLUMES, assert_close, rms_error
+from tolerances import HALF_VOLUMES, PASS_RELATIVE, RELATIVE, assert_close, largest_error, rms_error
 from torch import nn
+from torch.nn.grad import conv3d_input, conv3d_weight
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, chain, downsampling, links, ops
-from thresholdnet.backends import csrc
+from thresholdnet import ThresholdBlock, chain, downsampling, links, ops, pixels
+from thresholdnet.backends import csrc, volumes
 from thresholdnet.convert import ConvertedBlock
 from thresholdnet.models import fuse_blocks
 from thresholdnet.reference import Statistics, block_forward
@@ -113,6 +114,44 @@ def test_given_statistics(unit, size, mode, passes):
         tn.prepack(fused)
         for _ in range(2):
             assert_close(fused(x), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize("size", [(1, 4, 5, 6), (1, 3, 1, 2), (1, 2, 3, 3), (2, 4, 5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_of_volumes_and_their_gradients(dtype, size, dilation, packed):
+    """Of single volumes, which torch would send through loops of its own; of two sources among other channels."""
+    torch.manual_seed(0)
+    n, d, h, w = size
+    whole = torch.full((n, 40, d, h, w), float("nan"), dtype=dtype).contiguous(memory_format=LAST)
+    whole[:, 3:26], whole[:, 30:37] = torch.randn(n, 23, d, h, w), torch.randn(n, 7, d, h, w)
+    read = torch.cat([whole[:, 3:26], whole[:, 30:37]], 1).double()
+    weight = torch.randn(12, 30, 3, 3, 3).to(dtype).contiguous(memory_format=LAST)
+    dz, bias = torch.randn(n, 12, d, h, w).to(dtype).contiguous(memory_format=LAST), torch.randn(12)
+    verbs, images = volumes.Verbs(None, pixels.as_images(whole), (d, h)), pixels.as_images(whole)
+    sources, arriving = [images[:, 3:26], images[:, 30:37]], pixels.as_images(dz)
+    way = verbs.way(1, weight, dilation)
+    if packed and not way:
+        pytest.skip("oneDNN does not take such volumes here, or takes them in float32")
+    kernel = verbs.packed(way, weight, dilation) if packed else weight
+    form = {"padding": dilation, "dilation": dilation}
+    found = {
+        F.conv3d(read, weight.double(), **form): verbs.conv(sources, kernel, into=("node", 1), dilation=dilation)[0],
+        F.leaky_relu(F.conv3d(read, weight.double(), bias.double(), **form), 0.1): verbs.conv(
+            sources, kernel, into=("node", 1), bias=bias, activation="leaky_relu(0.1)", dilation=dilation
+        )[0],
+        conv3d_input(read.shape, weight.double(), dz.double(), **form): verbs._data_gradient(
+            arriving, weight, dilation
+        ),
+        conv3d_weight(read, weight.shape, dz.double(), **form): verbs.weight_gradient(
+            sources, arriving, 3, like=weight, dilation=dilation
+        ),
+    }
+    bound = RELATIVE[dtype] if dtype == torch.float32 else PASS_RELATIVE[dtype]
+    for wanted, made in found.items():
+        assert made.dtype == dtype
+        assert largest_error(made.view(wanted.shape), wanted) <= bound
 
 
 @pytest.mark.parametrize("order", ["NCDHW", "channels_last_3d", "strided", "repeated"])

@@ -22,7 +22,7 @@ __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
 LAST = torch.channels_last_3d
 SMALL = 20480
-"""Channels x depth x height up to which torch leaves single volumes to loops of its own (ATen/native/Convolution.cpp)."""
+"""Channels x depth x height up to which torch keeps single volumes to itself (aten/src/ATen/native/Convolution.cpp)."""
 
 
 class Verbs(native.Verbs):
