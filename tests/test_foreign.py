@@ -130,8 +130,9 @@ def test_the_readme_says_what_the_files_say():
         return [ours / own for ours, own in sizes]
 
     residual, volumes = ("torchsr-rdn", "spandrel-esrgan"), ("monai-densenet121-volumes",)
+    single = ("monai-densenet121-one-volume",)
     dilated = ("densenet121-stride-8", "ahdrnet-drdb")
-    dense = [name for name in found if name not in (*residual, *volumes, *dilated)]
+    dense = [name for name in found if name not in (*residual, *volumes, *single, *dilated)]
     again = "converted_recompute"
     said = {
         "train {:.2f} to {:.2f} times": sorted(speeds(dense, "train"))[:: len(dense) - 1],
@@ -150,6 +151,9 @@ def test_the_readme_says_what_the_files_say():
         "trains {:.2f} ({:.2f}) times as fast": speeds(volumes, "train") + speeds(volumes, "train", again),
         "is {:.2f} times as fast with {:.2f} of the peak": [
             *speeds(volumes, "infer"), *shares(volumes, mode="infer", of="peak_bytes")
+        ],
+        "trains {:.2f} times as fast and answers {:.2f} times as fast, prepacked {:.2f}": [
+            *speeds(single, "train"), *speeds(single, "infer"), *speeds(single, "infer", "converted_prepacked")
         ],
     }  # fmt: skip
     assert round(min(speeds(residual, "train")), 2) == round(max(speeds(residual, "train")), 2)

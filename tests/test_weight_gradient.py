@@ -163,12 +163,15 @@ def test_blocks_run_on_it_and_gather_nothing_for_it(unit, monkeypatch):
     assert sorted(ran) == sorted([3] * 5 if unit == "conv_bn_relu" else [1, 3] * 5) and not library
 
 
-def test_what_goes_to_the_library():
+def test_what_goes_to_the_library(monkeypatch):
     assert csrc.correlates(pixels(1, 500, 2, 1), 3) and csrc.correlates(pixels(1, 128, 2, 2), 1)
     assert not csrc.correlates(pixels(1, 129, 2, 2), 1), "measured: the library's is faster"
     assert not csrc.correlates(pixels(2, 3, 1, 1), 3), "one tap counts: taps.py"
     assert not csrc.correlates(pixels(2, 3, 4, 4, dtype=torch.float16), 3)
     assert not csrc.correlates(torch.zeros(2, 3, 4, 4, device="meta"), 3)
+    for has in (True, False):
+        monkeypatch.setattr(csrc, "_multiplies_bfloat16", lambda has=has: has)
+        assert csrc.correlates(pixels(2, 3, 4, 4, dtype=torch.bfloat16), 3) == has
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 // The loops for x86-64-v4. The pragma holds to the end of the file, where templates are instantiated.
 #if defined(__x86_64__)
+#include <immintrin.h>  // in front of the pragma: its functions have targets of their own
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
-#include <immintrin.h>
 #define TABLE avx512_table
 #define NAME "avx512"
 #define VECTOR 64
