@@ -125,6 +125,7 @@ struct Factors {
   }
 };
 
+// sum + the products of both pixels; for the instruction, too, values below 2^-126 are zeros.
 template <int W>
 INLINE Vec<float, W> add_pair(Vec<float, W> sum, Vec<uint32_t, W> x, Vec<uint32_t, W> y) {
 #if defined(HAS_BF16)
