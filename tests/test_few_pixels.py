@@ -1,10 +1,8 @@
 """The C++ library's convolution of few pixels, which reads the links where they lie, against torch's in fp64."""
 
 import copy
-import os
-import subprocess
-import sys
 
+import older
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,10 +88,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_older_instructions(instructions):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "convolution or added"]
-    environment = {**os.environ, "THRESHOLDNET_CPU": instructions}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:]
+    older.assert_passes(__file__, instructions, "convolution or added")
 
 
 @pytest.mark.parametrize("unit", ["conv_bn_relu", "bottleneck"])

@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
+import older
 import pytest
 import torch
 from activated import NAMES
@@ -124,10 +122,7 @@ def test_pairs_end_where_rows_end(width, dilation):
 
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "baseline"])
 def test_older_instructions(instructions):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "bfloat16 or pairs"]
-    environment = {**os.environ, "THRESHOLDNET_CPU": instructions}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:]
+    older.assert_passes(__file__, instructions, "bfloat16 or pairs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -165,10 +165,8 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
 
     def make() -> Tensor:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a tensor of inference mode tells nobody that it was written
+        # a tensor of inference mode tells nobody that it was written
+        with torch.inference_mode(False), torch.no_grad():
             made = weight.to(dtype)
         _declare(made)
         return made

@@ -65,7 +65,8 @@ void correlate(const Correlation<E>& call, E* dw) {
   const int64_t most = std::clamp<int64_t>(call.rows * call.width / LEAST, 1, SPLITS);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t share = ratio_up(call.rows, most), splits = ratio_up(call.rows, share);
-  const int64_t group = ratio_up(panels, std::min(panels, ratio_up(2 * threads, splits))), groups = ratio_up(panels, group);
+  const int64_t group = ratio_up(panels, std::min(panels, ratio_up(2 * threads, splits)));
+  const int64_t groups = ratio_up(panels, group);
   const int64_t size = call.taps() * call.outputs * panel;
   const std::unique_ptr<A[]> sums(new A[splits * panels * size]);
   const auto grain = [](int64_t work) { return std::max<int64_t>(1, GRAIN / work); };
@@ -122,9 +123,10 @@ Tensor weight_gradient(
     using E = decltype(element);
     const auto parts = affine_parts<E>(op, sources, scale, shift, dz, p);
     const auto arriving = reading<E>(op, "dz", dz, dz, p);
+    const auto act = range_of<typename Wide<E>::type>(op, activation);
     correlate<E>(
-        {parts.data(), static_cast<int64_t>(parts.size()), channels, range_of<typename Wide<E>::type>(op, activation), arriving, outputs,
-         kernel, dilation, p.n * p.h, p.h, p.w},
+        {parts.data(), static_cast<int64_t>(parts.size()), channels, act, arriving, outputs, kernel, dilation, p.n * p.h,
+         p.h, p.w},
         static_cast<E*>(dw.data_ptr()));
   });
   return dw;

@@ -40,14 +40,13 @@ class Verbs(native.Verbs):
             one = weight if isinstance(weight, Packed) else as_images(weight)
             return super()._linked_conv(sources, one, affine, bias, activation, dilation)
         read = as_volumes(self._gathered(sources, affine, activation), self.volume)
-        if isinstance(weight, Packed):
-            return _rows(in_library(read, weight.tensor, bias, activation, dilation, dilation))
-        read, kernel = _taken(read, weight)
+        read, kernel = _taken(read, weight.tensor if isinstance(weight, Packed) else weight)
+        dtype = sources[0].dtype
         if activates_in_library(read):  # torch leaves a single small volume to slower loops of its own
-            return _rows(in_library(read, kernel, bias, activation, dilation, dilation)).to(weight.dtype)
+            return _rows(in_library(read, kernel, bias, activation, dilation, dilation)).to(dtype)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
-        z = _rows(F.conv3d(read, kernel, own, padding=dilation, dilation=dilation)).to(weight.dtype)
+        z = _rows(F.conv3d(read, kernel, own, padding=dilation, dilation=dilation)).to(dtype)
         return z if bias is None else activate_(z, activation)
 
     def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
@@ -97,17 +96,13 @@ class Verbs(native.Verbs):
         depth, height = self.volume
         found = []
         for deeper in (-dilation, 0, dilation):
-            first, last = max(0, -deeper), min(depth, depth - deeper)
-            if first >= last:
-                shape = (dz.shape[1], sum(source.shape[1] for source in sources), 3, 3)
-                found.append(dz.new_zeros(shape))
+            first, count = max(0, -deeper), depth - abs(deeper)
+            if count <= 0:
+                found.append(dz.new_zeros(dz.shape[1], sum(source.shape[1] for source in sources), 3, 3))
                 continue
-
-            def slices(x: Tensor, at: int, count: int = last - first) -> Tensor:
-                return as_slices(x.narrow(2, at * height, count * height), (count, height))
-
-            read = [slices(source, first + deeper) for source in sources]
-            found.append(csrc.weight_gradient(read, slices(dz, first), 3, affine, activation, dilation))
+            read = [_some_slices(source, height, first + deeper, count) for source in sources]
+            arriving = _some_slices(dz, height, first, count)
+            found.append(csrc.weight_gradient(read, arriving, 3, affine, activation, dilation))
         return torch.stack(found, 2)
 
     def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, dilation: int, which: int) -> Tensor:
@@ -117,6 +112,11 @@ class Verbs(native.Verbs):
             dz, x, weight, None, [1, 1, 1], spread, spread, False, [0, 0, 0], 1, [which == 0, which == 1, False]
         )[which]
         return found
+
+
+def _some_slices(x: Tensor, height: int, first: int, count: int) -> Tensor:
+    """Slices of a single volume as images, in the same memory."""
+    return as_slices(x.narrow(2, first * height, count * height), (count, height))
 
 
 def _taken(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
