@@ -405,6 +405,18 @@ def test_inference_returns_no_statistics(unit, backend):
         assert len(statistics) == count
 
 
+@pytest.mark.parametrize("unit", ["conv_bn_relu", "bn_relu_conv", "bottleneck"])
+def test_given_statistics_are_cast_together(unit):
+    """A cast takes an operation's time, for a small image a layer's: the same number however deep."""
+    casts = []
+    for depth in (3, 6):
+        block = _block(links.dense(depth), unit, torch.bfloat16, fused=True).eval()
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            block(torch.randn(1, 7, 1, 1, dtype=torch.bfloat16))  # one pixel: nothing is folded into a weight
+        casts.append(sum(event.name == "aten::_to_copy" for event in profile.events()))
+    assert 0 < casts[0] == casts[1]
+
+
 @pytest.mark.parametrize("width", [6, 8])
 def test_a_pointwise_convolution_behind_the_block(width, backend):
     block = _block(links.harmonic(4), "conv_bn_relu")

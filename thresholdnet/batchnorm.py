@@ -99,10 +99,13 @@ def backward_norms(
 
 def affines(
     parameters: Sequence[tuple[Tensor, Tensor]], statistics: Sequence[tuple[Tensor, Tensor]], eps: Sequence[float],
-    vectors: Callable[..., Tensor],
+    vectors: Callable[..., Tensor], dtype: torch.dtype,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """scale and shift of BatchNorms, all at once. Args: as in `backward_norms`, but statistics are mean, variance."""
-    mean, variance = (_joined(each) for each in zip(*statistics, strict=True))
+    """scale and shift of BatchNorms in `dtype`, all at once.
+
+    Args: as in `backward_norms`, but statistics are mean and variance, of any dtype.
+    """
+    mean, variance = (_joined(each).to(dtype) for each in zip(*statistics, strict=True))
     widths = [len(own) for own, _ in statistics]
     made = vectors(*_joined_parameters(parameters), mean, variance, _eps_of(eps, widths, mean), 1)
     scale, shift = made[2:4].clone()  # without the other five, which are more than a small image's pixels

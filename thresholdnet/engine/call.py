@@ -141,7 +141,7 @@ class Block:
         own = [(self.weight(i, self.norms[j]), self.weight(i, self.norms[j] + 1)) for i, j in norms]
         statistics = [self.given(running, i, j) for i, j in norms]
         eps = [self.spec.eps[self.place(i, j)] for i, j in norms]
-        return affines(own, statistics, eps, self.verbs.batch_norm_vectors)
+        return affines(own, statistics, eps, self.verbs.batch_norm_vectors, self.wide)
 
     def norms_of(self, statistics: Sequence[Tensor]) -> list[Norm]:
         """All BatchNorms in forward order, from the statistics that forward returned."""
@@ -207,12 +207,13 @@ class Block:
         return vectors, self.spec.eps[index]
 
     def given(self, running: Sequence[Tensor], layer: int, which: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance that a BatchNorm has from its module, in its dtype: not cast one by one."""
         index = 2 * self.place(layer, which)
-        return running[index].to(self.wide), running[index + 1].to(self.wide)
+        return running[index], running[index + 1]
 
     def note(self, mean: Tensor, variance: Tensor) -> None:
         if self.spec.reports:
-            self.used.append(paired(mean, variance))
+            self.used.append(paired(mean.to(self.wide), variance.to(self.wide)))
 
     def lowest_needed(self, needs: Sequence[bool]) -> int:
         """First node whose gradient somebody asked for: backward stops there."""
