@@ -318,7 +318,7 @@ if __name__ == "__main__":
     setup(
         packages=[
             "thresholdnet", "thresholdnet.backends", "thresholdnet.bench", "thresholdnet.cli", "thresholdnet.engine",
-            "thresholdnet.kernels", "thresholdnet.models", "thresholdnet.train",
+            "thresholdnet.kernels", "thresholdnet.models", "thresholdnet.replay", "thresholdnet.train",
         ],
         package_dir={"thresholdnet.kernels": "kernels"},
         package_data={"thresholdnet.kernels": ["tuned/*.json"]},

@@ -32,7 +32,8 @@ class Silent:
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime.driver import driver
 
-        from thresholdnet import overlap, replay
+        from thresholdnet import replay
+        from thresholdnet.replay import overlap
 
         class Driver:
             launcher_cls = CudaLauncher

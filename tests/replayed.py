@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thresholdnet import replay
-from thresholdnet.recording import Recording, tensors_in
+from thresholdnet.replay.recording import Recording, tensors_in
 
 
 def checked(function: Callable[..., Any], *arguments: Any, **_: Any) -> Any:

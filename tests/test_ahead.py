@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from without_gpu import BENCH, python, require
 
-from thresholdnet import ahead, replay
+from thresholdnet import replay
+from thresholdnet.replay import ahead
 
 
 class Compiled:

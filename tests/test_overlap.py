@@ -10,8 +10,9 @@ from on_gpu import needs_gpu
 from test_blocks import UNITS
 from test_replay import block_of, recordings, trained
 
-from thresholdnet import overlap, replay
-from thresholdnet.recording import Launch
+from thresholdnet import replay
+from thresholdnet.replay import overlap
+from thresholdnet.replay.recording import Launch
 
 BOTH = {"PDL": True, "launch_pdl": True}
 
@@ -70,7 +71,7 @@ def test_the_same_bits(unit, way, monkeypatch):
     for size in ((4, 7, 12, 10), (32, 7, 56, 56)):
         x = torch.randn(size, dtype=torch.bfloat16, device="cuda")
         monkeypatch.setenv("THRESHOLDNET_REPLAY", "1")
-        for switch in ("0", "1"):  # the kernels, some thirty a time, compiled side by side: `ahead.py`
+        for switch in ("0", "1"):  # the kernels, some thirty a time, compiled side by side: `replay/ahead.py`
             monkeypatch.setenv("THRESHOLDNET_PDL", switch)
             trained(block, x)
         monkeypatch.setenv("THRESHOLDNET_REPLAY", way)

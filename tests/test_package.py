@@ -29,12 +29,11 @@ HEAVY = {
 }
 # Imports go down this list, never up (CONTRIBUTING.md).
 ORDER = [
-    "checks", "activations", "pixels", "places", "constants", "stamps", "packing", "ahead", "recording", "steady",
-    "straight", "pooling", "together", "recorder", "overlap", "replay", "links", "plan", "batchnorm", "reference",
-    "kernels", "backends", "sync", "gradients", "engine", "downsampling", "transition", "transforms", "ops",
-    "functional", "layers", "biases", "operands", "linked", "blocks", "chain", "graphs", "models", "dataflow",
-    "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data", "loaders",
-    "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
+    "checks", "activations", "pixels", "places", "constants", "stamps", "packing", "replay", "links", "plan",
+    "batchnorm", "reference", "kernels", "backends", "sync", "gradients", "engine", "downsampling", "transition",
+    "transforms", "ops", "functional", "layers", "biases", "operands", "linked", "blocks", "chain", "graphs", "models",
+    "dataflow", "recognise", "convert", "export", "timm", "weights", "counting", "tables", "diagrams", "memory", "data",
+    "loaders", "checkpoint", "figures", "inference", "train", "info", "selftest", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -26,9 +26,9 @@ import thresholdnet as tn
 from thresholdnet import ThresholdBlock, constants, engine, functional, packing, replay
 from thresholdnet.backends import csrc
 from thresholdnet.backends.winograd import use as use_winograd
-from thresholdnet.pooling import ALIGNMENT
-from thresholdnet.recording import Launch, Operation, Recording, tensors_in
-from thresholdnet.straight import BOUND
+from thresholdnet.replay.pooling import ALIGNMENT
+from thresholdnet.replay.recording import Launch, Operation, Recording, tensors_in
+from thresholdnet.replay.straight import BOUND
 
 BACKENDS = [name for name, reason in tn.backends().items() if reason is None and name != "reference"]
 
@@ -311,7 +311,7 @@ def test_recording_imports_no_compiler():
     code = """
 import sys, torch, thresholdnet as tn
 from thresholdnet import replay
-from thresholdnet.recording import Recording
+from thresholdnet.replay.recording import Recording
 block = tn.ThresholdBlock(8, tn.links.dense(3), 4, fused=True, backend="native")
 x = torch.randn(2, 8, 6, 6)
 for _ in range(3):

@@ -14,8 +14,9 @@ from tolerances import RELATIVE, largest_error
 from torch import Tensor, nn
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, linked, links, replay, steady
+from thresholdnet import ThresholdBlock, linked, links, replay
 from thresholdnet.operands import Operands
+from thresholdnet.replay import steady
 
 
 @pytest.fixture(autouse=True)

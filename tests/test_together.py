@@ -19,8 +19,9 @@ from test_blocks import UNITS
 from test_replay import Noting, block_of, recordings, trained
 from torch import Tensor
 
-from thresholdnet import replay, together
-from thresholdnet.recorder import ALLOCATIONS
+from thresholdnet import replay
+from thresholdnet.replay import together
+from thresholdnet.replay.recorder import ALLOCATIONS
 
 OWN = 77  # the stream that is captured
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .packing import Use
+from ..packing import Use
 from .pooling import pooled
 from .recording import Allocation, Interpreted, Late, Launch, Operation, Recording, Step, View, tensors_in, views_in
 from .straight import straight

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..stamps import Stamp, stamp_of
 from .recording import Recording
-from .stamps import Stamp, stamp_of
 
 MOST = 256  # calls kept, the last used ones: of each block one for every kind of input
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .constants import hold
-from .packing import forms_of
+from ..constants import hold
+from ..packing import forms_of
 
 
 class View(NamedTuple):

@@ -9,7 +9,7 @@ torch's allocator at every call, and inputs may lie anywhere.
 THRESHOLDNET_REPLAY=0 turns it off, with 1 the third call is a replay on every device, and graph submits the launches
 of a replay together (`together.py`). Triton's interpreter, which is there to see kernels run, replays with 1 alone.
 
-Weights that their owner declared constant (`packing.py`) are asked for at every replay: where one was written since,
+Weights that their owner declared constant (`../packing.py`) are asked for at every replay: where one was written since,
 the call runs, and packs it again.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constants import holding
+from ..packing import declared, noting
 from . import overlap, steady
 from .ahead import Ahead, compiled
-from .constants import holding
-from .packing import declared, noting
 from .recorder import Recorder
 from .recording import Recording
 from .together import wanted
