@@ -31,6 +31,7 @@ layouts = st.sampled_from(LAYOUTS)
 widths = st.one_of(st.integers(1, 12), st.integers(1, 40))
 sides = st.integers(1, 9)
 short_sides = st.integers(1, 5)  # of volumes
+lengths = st.integers(1, 40)  # of signals
 dilations = st.sampled_from([1, 2, 3, 8])  # the last beyond most images
 halves = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 norm_eps = st.one_of(st.sampled_from([1e-5, 1e-3]), st.floats(1e-6, 1.0))
@@ -38,14 +39,20 @@ momenta = st.one_of(st.none(), st.sampled_from([0.0, 0.1, 1.0]))
 PASSES = ("C++", "torch")
 
 
+def _channels_beside(values: Tensor) -> Tensor:
+    if values.dim() == 3:  # signals, of whose order torch has no name
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    return values.contiguous(memory_format=channels_last(values))
+
+
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """`values` [N, C, ...] in memory as a caller may have it, between NaN where it has gaps; some layouts repeat."""
     n, c, *rest = values.shape
     if layout == "channels_last":
-        return values.contiguous(memory_format=channels_last(values))
+        return _channels_beside(values)
     if layout.startswith("channels of"):
         wide = values.new_full((n, c + 5, *rest), float("nan"))
-        wide = wide if "NCHW" in layout else wide.contiguous(memory_format=channels_last(wide))
+        wide = wide if "NCHW" in layout else _channels_beside(wide)
         wide[:, 3 : 3 + c] = values
         return wide[:, 3 : 3 + c]
     if layout == "strided":
@@ -88,7 +95,7 @@ class BlockCase:
     frozen: frozenset[int]  # BatchNorms in eval mode, by number
     bare: frozenset[int]  # without affine
     untracked: frozenset[int]  # without running statistics
-    size: tuple[int, ...]  # N, H, W, or of volumes N, D, H, W
+    size: tuple[int, ...]  # N, H, W, or of volumes N, D, H, W, or of signals N, L
     dtype: torch.dtype
     layout: str
     weights_last: bool  # convolution weights in channels_last
@@ -120,7 +127,7 @@ class BlockCase:
         fill(block, self.seed)
         block.to(self.dtype).to(F64)
         if self.weights_last:
-            block.to(memory_format=torch.channels_last if len(self.size) == 3 else torch.channels_last_3d)
+            block.to(memory_format=channels_last(self.x()))
         block.train(self.training)
         for number, norm in enumerate(norms_of(block)):
             norm.eps *= 1 + number * self.own_eps
@@ -150,8 +157,8 @@ class BlockCase:
 
 
 def sides_of(dims: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Of images or volumes."""
-    return st.tuples(*[sides if dims == 2 else short_sides] * dims)
+    """Of images, volumes or signals."""
+    return st.tuples(*[{1: lengths, 2: sides, 3: short_sides}[dims]] * dims)
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:

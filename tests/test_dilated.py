@@ -31,10 +31,10 @@ def spread(weight, dilation):
     return wide
 
 
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
 def test_reference_against_blocks_written_out(dims):
     """Wide kernels of zeros in the place of dilation: one line a layer."""
-    conv = F.conv2d if dims == 2 else F.conv3d
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     x = torch.randn(2, 5, *(4, 7, 6)[-dims:], dtype=F64)
 
     def normed(y, gamma, beta):

@@ -74,6 +74,17 @@ def test_volumes_have_a_depth():
     assert all(row["shape"] == [2, 1, 20, 16, 12] and "reason" not in row for row in said["rows"])
 
 
+def test_signals_are_of_one_row():
+    model = ["convert", "test_volumes:DenseNet", "--model-arg", "dims=1", "--path", HERE, "--signals", "--shape", 2, 1]
+    said = json.loads(run(*model, 1, 90, "--rounds", 1, "--json")[0])
+    assert said["blocks"] == 2 and {row["provider"] for row in said["rows"]} == {
+        "eager", "converted", "converted_recompute", "converted_prepacked",
+    }  # fmt: skip
+    assert all(row["shape"] == [2, 1, 90] and "reason" not in row for row in said["rows"])
+    _, error = run(*model, 2, 90, code=2)
+    assert "--signals needs --shape N C 1 LENGTH and no --depth, got --shape 2 1 2 90" in error
+
+
 class Several(nn.Module):
     """Two maps in a dict, beside a number, from a block and a dropout."""
 

@@ -56,7 +56,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from thresholdnet import ThresholdBlock, chain, prepack, replay
 from thresholdnet.backends import csrc, winograd
 from thresholdnet.functional import linked_conv2d
-from thresholdnet.pixels import CONVOLUTIONS, channels_last
+from thresholdnet.pixels import CONVOLUTIONS
 
 MINUTES = float(os.environ.get("THRESHOLDNET_FUZZ_MINUTES", 0))
 AMPLIFIED = 100  # times what shaking the last bit moves: the rounding of some hundred operations, one behind the other
@@ -236,7 +236,7 @@ def run_fused(case: BlockCase, block: ThresholdBlock) -> Found:
                 run_block(case, fused, case.dtype)
         found = run_block(case, fused, case.dtype)
     assert fused.backend == "native"
-    assert found["output"].is_contiguous(memory_format=channels_last(found["output"]))
+    assert found["output"].movedim(1, -1).is_contiguous()
     return found
 
 
@@ -410,6 +410,9 @@ PROPERTIES: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any], int]]
     "volumes": (check_block, block_cases(st.just(F64), dims=3), 60),
     "half volumes": (check_half, block_cases(halves, dims=3), 40),
     "chain of volumes": (check_chain, chain_cases(dims=3), 60),
+    "signals": (check_block, block_cases(st.just(F64), dims=1), 60),
+    "half signals": (check_half, block_cases(halves, dims=1), 40),
+    "chain of signals": (check_chain, chain_cases(dims=1), 60),
     "operators": (check_operator, operator_cases(), 150),
     "wrong": (check_wrong, wrong_cases(), 200),
 }

@@ -18,6 +18,7 @@ from thresholdnet.pixels import KINDS
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 F64 = torch.float64
 UNITS = ["conv_bn_relu", "conv_relu", "bn_relu_conv", "bottleneck"]
+DIMS = {"signals": 1, "volumes": 3}
 
 
 class Chained(nn.Sequential):
@@ -42,8 +43,8 @@ def _network(unit, momentum=0.1):
                 norm.momentum = momentum
         return network
     shape = {"unit": unit, "norm_momentum": momentum, "fused": True, "backend": "native", "dtype": F64}
-    if unit == "volumes":
-        shape |= {"unit": "bottleneck", "spatial_dims": 3}
+    if unit in DIMS:
+        shape |= {"unit": "bottleneck", "spatial_dims": DIMS[unit]}
     first = ThresholdBlock(5, links.harmonic(4), 6, **shape)
     second = ThresholdBlock(first.out_channels, links.threshold_ab(5, 3), 4, **shape)
     return Chained(first, second)
@@ -88,7 +89,7 @@ def _equals_the_joined_batch(rank, shares, unit, momentum, freeze):
     for model in (network, joined):
         if freeze:  # one BatchNorm keeps the statistics it has, on every rank
             next(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)).eval()
-    x, weights = _data(sum(shares), 3 if unit == "volumes" else 2)
+    x, weights = _data(sum(shares), DIMS.get(unit, 2))
     y, dx = _step(joined, x, weights)
     mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     own_y, own_dx = _step(parallel, x[mine], weights[mine])
@@ -108,7 +109,7 @@ def _each(rank, shares, cases):
 TWO = [
     ([2, 2], "conv_bn_relu", 0.1, False), ([2, 2], "bottleneck", 0.1, False), ([2, 0], "conv_bn_relu", 0.1, False),
     ([0, 2], "bottleneck", 0.1, True), ([2, 2], "converted", 0.1, False),
-    ([2, 2], "volumes", 0.1, False),
+    ([2, 2], "volumes", 0.1, False), ([2, 2], "signals", 0.1, False),
 ]  # fmt: skip
 THREE = [
     ([3, 1, 2], "conv_bn_relu", None, False),

@@ -14,6 +14,7 @@ from test_engine import _block as _any_block
 from tolerances import HALF_VOLUMES, PASS_RELATIVE, RELATIVE, assert_close, largest_error, rms_error
 from torch import nn
 from torch.nn.grad import conv3d_input, conv3d_weight
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, chain, downsampling, links, ops, pixels
@@ -256,19 +257,23 @@ def test_nothing_unwritten_is_read(unit, monkeypatch, passes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("unit", UNITS)
 def test_half_formats_round_no_more_than_plain_torch(unit, dtype):
+    assert_rounds_no_more_than_plain_torch(unit, dtype, (2, 16, 4, 5, 6))
+
+
+def assert_rounds_no_more_than_plain_torch(unit, dtype, shape):
     """Both against fp64 of the same rounded operands, with masks that no rounding flips: a flip outweighs all else."""
-    exact = _block(links.threshold_ab(6, 3), unit, width=16, k=8)
+    exact = _any_block(links.threshold_ab(6, 3), unit, width=16, k=8, spatial_dims=len(shape) - 2)
     for module in exact.modules():
-        if isinstance(module, nn.BatchNorm3d):  # 3 channels of 4 pass everywhere, the fourth nowhere
+        if isinstance(module, _BatchNorm):  # 3 channels of 4 pass everywhere, the fourth nowhere
             module.bias.data += torch.where(torch.arange(len(module.bias)) % 4 == 3, -8, 8)
-        elif isinstance(module, nn.Conv3d) and module.bias is not None:
+        elif isinstance(module, pixels.CONVOLUTIONS) and module.bias is not None:
             nn.init.constant_(module.bias, 8.0)
     exact.to(dtype).to(F64)
     plain = copy.deepcopy(exact).to(dtype)
     fused = copy.deepcopy(plain).fuse(True, "native")
     errors = torch.zeros(2, 3)  # (ours, plain torch) x (output, gradient of x, gradients of parameters), squared
     for seed in range(3):
-        x = torch.randn(2, 16, 4, 5, 6, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        x = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         truth = _step(exact, x.to(F64))
         for row, block in enumerate((fused, plain)):
             found = _step(block, x)
@@ -404,7 +409,7 @@ def test_bad_input():
         block.fuse(True, "native")(torch.randn(1, 7, 1, 1, 1))
     with pytest.raises(ValueError, match=r"input of the block must have 4 dimensions \[N, C, H, W\], got 5"):
         ThresholdBlock(7, links.dense(2), 4)(torch.randn(2, 7, 3, 4, 5))
-    for wrong, error in ((1, ValueError), (4, ValueError), ("3", TypeError)):
+    for wrong, error in ((0, ValueError), (4, ValueError), ("3", TypeError)):
         with pytest.raises(error, match="spatial_dims must"):
             ThresholdBlock(7, links.dense(2), 4, spatial_dims=wrong)
 
@@ -430,64 +435,71 @@ def test_triton_is_refused_by_name_and_passed_over_by_auto():
         block(torch.randn(2, 7, 3, 4, 5))
 
 
+def modules_of(dims, *names):
+    """torch's classes of so many spatial dimensions."""
+    return [getattr(nn, f"{name}{dims}d") for name in names]
+
+
 class Layer(nn.Module):
     """A dense layer whose modules stand in a Sequential, as MONAI lays them out; `drop`: behind it, of channels."""
 
-    def __init__(self, read, k, drop=0.0):
+    def __init__(self, read, k, drop=0.0, dims=3):
         super().__init__()
+        conv, norm, dropout = modules_of(dims, "Conv", "BatchNorm", "Dropout")
         self.layers = nn.Sequential()
         for name, module in (
-            ("norm1", nn.BatchNorm3d(read)), ("relu1", nn.ReLU(inplace=True)),
-            ("conv1", nn.Conv3d(read, 4 * k, 1, bias=False)), ("norm2", nn.BatchNorm3d(4 * k)),
-            ("relu2", nn.ReLU(inplace=True)), ("conv2", nn.Conv3d(4 * k, k, 3, padding=1, bias=False)),
+            ("norm1", norm(read)), ("relu1", nn.ReLU(inplace=True)), ("conv1", conv(read, 4 * k, 1, bias=False)),
+            ("norm2", norm(4 * k)), ("relu2", nn.ReLU(inplace=True)),
+            ("conv2", conv(4 * k, k, 3, padding=1, bias=False)),
         ):  # fmt: skip
             self.layers.add_module(name, module)
         if drop:
-            self.layers.add_module("dropout", nn.Dropout3d(drop))
+            self.layers.add_module("dropout", dropout(drop))
 
     def forward(self, x):
         return torch.cat([x, self.layers(x)], 1)
 
 
 class DenseNet(nn.Module):
-    """Of volumes, in MONAI's manner: one Sequential of everything up to the head."""
+    """Of volumes or signals, in MONAI's manner: one Sequential of everything up to the head."""
 
-    def __init__(self, depths=(3, 2), k=6, drop=0.0):
+    def __init__(self, depths=(3, 2), k=6, drop=0.0, dims=3):
         super().__init__()
+        conv, norm, largest, average = modules_of(dims, "Conv", "BatchNorm", "MaxPool", "AvgPool")
         width = 8
         self.features = nn.Sequential()
         for name, module in (
-            ("conv0", nn.Conv3d(1, width, 7, 2, 3, bias=False)), ("norm0", nn.BatchNorm3d(width)),
-            ("relu0", nn.ReLU(inplace=True)), ("pool0", nn.MaxPool3d(3, 2, 1)),
+            ("conv0", conv(1, width, 7, 2, 3, bias=False)), ("norm0", norm(width)),
+            ("relu0", nn.ReLU(inplace=True)), ("pool0", largest(3, 2, 1)),
         ):  # fmt: skip
             self.features.add_module(name, module)
         for i, depth in enumerate(depths, start=1):
-            layers = [Layer(width + j * k, k, drop) for j in range(depth)]
+            layers = [Layer(width + j * k, k, drop, dims) for j in range(depth)]
             self.features.add_module(f"denseblock{i}", nn.Sequential(*layers))
             width += depth * k
             if i < len(depths):
                 transition = nn.Sequential(
-                    nn.BatchNorm3d(width), nn.ReLU(inplace=True), nn.Conv3d(width, width // 2, 1, bias=False),
-                    nn.AvgPool3d(2, 2),
-                )  # fmt: skip
+                    norm(width), nn.ReLU(inplace=True), conv(width, width // 2, 1, bias=False), average(2, 2)
+                )
                 self.features.add_module(f"transition{i}", transition)
                 width //= 2
-        self.features.add_module("norm5", nn.BatchNorm3d(width))
+        self.features.add_module("norm5", norm(width))
         self.head = nn.Linear(width, 3)
 
     def forward(self, x):
-        return self.head(F.adaptive_avg_pool3d(F.relu(self.features(x)), 1).flatten(1))
+        return self.head(F.relu(self.features(x)).flatten(2).mean(2))
 
 
 class Harmonic(nn.Module):
-    """HarDNet's block of volumes: attributes links and layers."""
+    """HarDNet's block of volumes or signals: attributes links and layers."""
 
-    def __init__(self, read, k, depth):
+    def __init__(self, read, k, depth, dims=3):
         super().__init__()
+        conv, norm = modules_of(dims, "Conv", "BatchNorm")
         self.links = [list(row) for row in links.harmonic(depth)]
         widths = [read, *[k] * depth]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(sum(widths[s] for s in row), k, 3, 1, 1, bias=False), nn.BatchNorm3d(k), nn.ReLU6())
+            nn.Sequential(conv(sum(widths[s] for s in row), k, 3, 1, 1, bias=False), norm(k), nn.ReLU6())
             for row in self.links
         )
 
@@ -500,17 +512,18 @@ class Harmonic(nn.Module):
 
 
 class Residual(nn.Module):
-    """A residual dense block of volumes; channels are joined along dim -4."""
+    """A residual dense block of volumes or signals; channels are joined along a dim from the end."""
 
-    def __init__(self, width=6, k=4):
+    def __init__(self, width=6, k=4, dims=3):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv3d(width + i * k, k, 3, padding=1) for i in range(3))
-        self.last = nn.Conv3d(width + 3 * k, width, 1)
+        (conv,) = modules_of(dims, "Conv")
+        self.convs = nn.ModuleList(conv(width + i * k, k, 3, padding=1) for i in range(3))
+        self.last = conv(width + 3 * k, width, 1)
 
     def forward(self, x):
         nodes = x
         for conv in self.convs:
-            nodes = torch.cat([nodes, F.leaky_relu(conv(nodes), 0.2)], dim=-4)
+            nodes = torch.cat([nodes, F.leaky_relu(conv(nodes), 0.2)], dim=1 - nodes.dim())
         return x + 0.2 * self.last(nodes)
 
 
@@ -523,13 +536,17 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_convert(name):
-    make, shape, count = FOREIGN[name]
+    assert_converted(*FOREIGN[name], dims=3)
+
+
+def assert_converted(make, shape, count, dims):
+    """The blocks of a model are found, and compute what it does."""
     torch.manual_seed(0)
     original = make().double()
     lines = []
     converted = tn.convert(copy.deepcopy(original), report=lines.append)
     found = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
-    assert len(found) == count and all(block.plan.spatial_dims == 3 for block in found), lines
+    assert len(found) == count and all(block.plan.spatial_dims == dims for block in found), lines
     assert list(converted.state_dict()) == list(original.state_dict())
     x = torch.randn(shape, dtype=F64)
     for train in (True, False):
@@ -559,8 +576,11 @@ def test_a_converted_model_keeps_less():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in FOREIGN if name != "residual dense block"])
 def test_on_a_gpu(name, dtype):
+    assert_converted_on_a_gpu(*FOREIGN[name][:2], dtype)
+
+
+def assert_converted_on_a_gpu(make, shape, dtype):
     """Converted and plain, in the same format, against fp64 on the CPU; replayed calls among them."""
-    make, shape, _ = FOREIGN[name]
     torch.manual_seed(0)
     exact = make().to(dtype).double()
     x = torch.randn(shape, dtype=F64).to(dtype)

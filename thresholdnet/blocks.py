@@ -26,7 +26,7 @@ class ConvBNAct(nn.Sequential):
         kernel_size, stride: in pixels.
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
-        spatial_dims: 2 for images, 3 for volumes.
+        spatial_dims: 2 for images, 3 for volumes, 1 for signals.
         dilation: of a 3x3 kernel, which pads as much.
         factory: `device` and `dtype` of the parameters.
     """
@@ -145,7 +145,8 @@ class ThresholdBlock(LinkedBlock):
         norm_eps, norm_momentum: as in nn.BatchNorm2d; not used by conv_relu.
         drop_rate: dropout of every layer's output while training, as DenseNet's `drop_rate`; of pre-activation
             units alone.
-        spatial_dims: 2 for images; 3 for volumes, whose layers are Conv3d and BatchNorm3d (fused: by "native").
+        spatial_dims: 2 for images; 3 for volumes, whose layers are Conv3d and BatchNorm3d; 1 for signals, whose are
+            Conv1d and BatchNorm1d. Fused, the latter two run on "native".
         fused: run in the engine: no concatenation is kept for backward. Same parameters, state-dict keys and results;
             gradients of gradients raise. While a module inside has hooks, or has become another, the block runs in
             plain torch.
@@ -156,7 +157,8 @@ class ThresholdBlock(LinkedBlock):
         device, dtype: of the parameters.
 
     Shapes: x [N, in_channels, H, W] -> [N, out_channels, H, W], in node order; channels_last when fused, in plain torch
-    x's own memory format. With spatial_dims=3 [N, C, D, H, W], and channels_last_3d.
+    x's own memory format. With spatial_dims=3 [N, C, D, H, W], and channels_last_3d;
+    with 1 [N, C, L], fused with a sample's channels side by side in memory.
 
     Parameters, per layer in forward order: convolution weight [out, sum of linked widths, 3, 3], BN weight, BN bias
     (conv_relu: convolution weight, its bias; bn_relu_conv: BN, convolution; bottleneck: BN, 1x1 convolution, BN, 3x3

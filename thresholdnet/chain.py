@@ -2,8 +2,8 @@
 
 Recognised by structure, at every call: a fused Conv-BN-ReLU block with a 1x1 convolution behind it; and BatchNorm -
 activation [- convolution without bias [- average pooling behind a 1x1 one]], or BatchNorm - activation - pooling. Each
-becomes one operator that keeps its input alone, of images and of volumes. A module with hooks runs as itself, and so
-does all that is not known.
+becomes one operator that keeps its input alone, of images, volumes and signals. A module with hooks runs as itself, and
+so does all that is not known.
 """
 
 from __future__ import annotations
@@ -86,15 +86,26 @@ def _transition(norm: Any, activation: str, conv: Any, pool: tuple[str, list[int
     dtype = ops.autocast_dtype(x.device)
     if weight is not None and dtype is not None:
         x, weight = x.to(dtype), packing.cast(weight, dtype)
+    how = [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation]
+    kind, window = pool or ("", [0] * 8)
+    signals = x.dim() == 3
+    if signals:  # which are images of one row
+        x, weight = x.unsqueeze(2), None if weight is None else weight.unsqueeze(2)
+        how = how if conv is None else _of_rows(how, (1, 0, 1))
+        window = window if pool is None else [*_of_rows(window[:3], (1, 1, 0)), *window[3:]]
     like = norm.weight if norm.weight is not None else x.new_ones(x.shape[1])
     y, statistics = transforms.call(
         ops.transition, x, like, torch.zeros_like(like) if norm.bias is None else norm.bias, weight,
         [or_empty(norm.running_mean, x), or_empty(norm.running_var, x)], counts, norm.eps, fixed, activation,
-        [1, 1, 0, 0, 1, 1] if conv is None else [*conv.stride, *conv.padding, *conv.dilation], *(pool or ("", [0] * 8)),
-        "" if group is None else group.group_name,
+        how, kind, window, "" if group is None else group.group_name,
     )  # fmt: skip
     update_running([norm], [statistics], sync.total(counts, pixels.count(x)))
-    return y
+    return y.squeeze(2) if signals else y
+
+
+def _of_rows(along: Sequence[int], across: Sequence[int]) -> list[int]:
+    """Stride, padding and dilation, or kernel, stride and padding, of images from those of signals."""
+    return [side for sides in zip(across, along, strict=True) for side in sides]
 
 
 def _fits(norm: Any, x: Tensor) -> bool:
@@ -127,7 +138,7 @@ def _plain_convolution(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _pointwise(module: Any) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+def _pointwise(module: Any) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     """Whether a module is a 1x1 (1x1x1) convolution of all channels and pixels, without bias or hooks."""
     return (
         torchs_convolution(module)
@@ -144,7 +155,7 @@ def _pooling(module: Any, dims: int) -> tuple[str, list[int]] | None:
     *_, largest, average = KINDS[dims]
     if type(module) is largest and not module.return_indices and {*_sides(module.dilation, dims)} == {1}:
         include = True
-    elif type(module) is average and module.divisor_override is None:
+    elif type(module) is average and getattr(module, "divisor_override", None) is None:
         include = module.count_include_pad
     else:
         return None

@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import integer
 from .layers import meta_copy
+from .pixels import CONVOLUTIONS, KINDS
 
 Cost = tuple[int, int, int]  # multiply-accumulates, #FLOPS, #MAdds of one call
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MAX_POOLS: Any = tuple(kinds.max_pool for kinds in KINDS.values())
+AVERAGE_POOLS: Any = tuple(kinds.avg_pool for kinds in KINDS.values())
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A dropout: its rate, and whether it drops whole channels of an image or a volume."""
+    """A dropout: its rate, and whether it drops whole channels of an image, a volume or a signal."""
 
     rate: float
     channels: bool
@@ -230,8 +230,8 @@ def _mul(watch: _Watch, input: Any, other: Any, *_: Any, **__: Any) -> Step | No
 
 _KNOWN: dict[Any, Callable[..., Step | None]] = {
     F.batch_norm: _norm, F.dropout: _dropout, F.relu6: _relu6, F.hardtanh: _hardtanh,
-    **dict.fromkeys((F.conv2d, F.conv3d), _conv),
-    **dict.fromkeys((F.dropout2d, F.dropout3d), _dropout_of_channels),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
+    **dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), _dropout_of_channels),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _add),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _mul),

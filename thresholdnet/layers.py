@@ -36,7 +36,7 @@ def convolution(
     channels: int,
     dilation: int = 1,
     bias: bool = False,
-    dims: Sequence[int] = (2, 3),
+    dims: Sequence[int] = (1, 2, 3),
 ) -> int:
     """The channels that a convolution of the expected form writes; raises `Unlike` for any other.
 
@@ -71,7 +71,7 @@ def dilation_of(conv: Any) -> int:
 
 
 def spatial_dims(conv: Any) -> int:
-    """2 for a convolution of images, 3 for one of volumes."""
+    """1 for a convolution of signals, 2 for one of images, 3 of volumes."""
     return len(conv.kernel_size)
 
 
@@ -111,7 +111,7 @@ def idle(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
 
 
-def torchs_convolution(module: Any) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+def torchs_convolution(module: Any) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     """Whether a module convolves as torch's class does, to which its own may only add: parametrizations do."""
     kind: Any = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), None)
     return (
@@ -124,7 +124,7 @@ def torchs_convolution(module: Any) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
 
 
 def torchs_norm(module: nn.Module) -> bool:
-    """Whether a module normalises as nn.BatchNorm2d, nn.BatchNorm3d or nn.SyncBatchNorm does."""
+    """Whether a module normalises as torch's BatchNorms of 1 to 3 dimensions or nn.SyncBatchNorm do."""
     return (
         type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in module.__dict__
     )

@@ -110,7 +110,7 @@ class LinkedBlock(nn.Module):
         return self._ran
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H, W]; [N, C, D, H, W] where the plan is of volumes.
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]; [N, C, D, H, W] or [N, C, L] as the plan says.
 
         `tail` is the weight [O, out_channels, 1, 1] of a convolution behind a Conv-BN-ReLU block: its result
         [N, O, H, W] is returned in place of the block's output, which nobody keeps then when fused.
@@ -134,8 +134,7 @@ class LinkedBlock(nn.Module):
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
-        conv = torch.conv3d if self.plan.spatial_dims == 3 else torch.conv2d
-        return y if tail is None else conv(y, tail)
+        return y if tail is None else pixels.convolution(self.plan.spatial_dims)(y, tail)
 
     def _modules_fit(self) -> bool:
         """Whether the engine computes what the modules inside would, were they called."""
@@ -176,6 +175,9 @@ class LinkedBlock(nn.Module):
             raise ValueError(
                 f"input of the block must hold more than one value per channel when training, got {tuple(x.shape)}"
             )
+        signals = x.dim() == 3
+        if signals:  # which are images of one row
+            x = x.unsqueeze(2)
         if any(map(sharded, operands.weights)):
             raise RuntimeError(
                 "a fused block reads all its weights at once: apply fully_shard to the block or to a module around it, "
@@ -208,7 +210,7 @@ class LinkedBlock(nn.Module):
         if statistics:
             statistics = statistics if biases is None else biases.noted(statistics)
             update_running(norms, statistics, sync.total(counts, pixels.count(x)))
-        return y
+        return y.squeeze(2) if signals else y
 
     def _biases(
         self, units: Sequence[Sequence[nn.Module]], norms: Sequence[Any], fixed: Sequence[bool], like: Tensor
@@ -276,11 +278,11 @@ def symbolic(x: Any) -> bool:
 
 
 def check_pixels(name: str, x: Tensor, channels: int, spatial_dims: int = 2) -> None:
-    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, H, W] (3: [.., D, H, W])."""
+    """Raise TypeError or ValueError unless `x` is a floating-point tensor [N, channels, ..] of so many dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 2 + spatial_dims:
-        wanted = "4 dimensions [N, C, H, W]" if spatial_dims == 2 else "5 dimensions [N, C, D, H, W]"
+        wanted = f"{2 + spatial_dims} dimensions {pixels.LAYOUTS[spatial_dims][1]}"
         raise ValueError(f"{name} must have {wanted}, got {x.dim()} with shape {tuple(x.shape)}")
     if not traced() and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} with shape {tuple(x.shape)}")

@@ -57,7 +57,7 @@ def account(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = t
     Args:
         model: a network or a `ThresholdBlock`; neither moved nor changed. It may return several tensors in a list or a
             dict, as feature pyramids do: backward starts from all of them.
-        input_shape: [N, C, H, W] of the images, or [N, C, D, H, W] of volumes.
+        input_shape: [N, C, H, W] of the images, [N, C, D, H, W] of volumes or [N, C, L] of signals.
         dtype: of weights and images.
 
     Raises:

@@ -1,10 +1,12 @@
-"""Pixels of images [N, C, H, W] and of volumes [N, C, D, H, W], which every pass but a convolution takes for images.
+"""Pixels of images [N, C, H, W], of volumes [N, C, D, H, W] and of signals [N, C, L].
 
-In channels_last order a volume's memory is that of an image of D * H rows: nothing is copied.
+Every pass but a convolution takes all of them for images. In channels_last order a volume's memory is that of an image
+of D * H rows, a signal's that of one row: nothing is copied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Kinds(NamedTuple):
-    """The modules that images take, or volumes."""
+    """The modules that pixels of so many spatial dimensions take."""
 
     conv: Any
     norm: Any
@@ -22,24 +24,36 @@ class Kinds(NamedTuple):
 
 
 KINDS = {
+    1: Kinds(nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d),
     2: Kinds(nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d),
     3: Kinds(nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d),
 }
 """By spatial dimensions."""
 
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+LAYOUTS = {1: ("signals", "[N, C, L]"), 2: ("images", "[N, C, H, W]"), 3: ("volumes", "[N, C, D, H, W]")}
+"""What they are called and how they are shaped, by spatial dimensions."""
 
 Volume = tuple[int, int]
 """Depth and height of volumes that lie as images of depth * height rows."""
 
 
 def count(x: Tensor) -> int:
-    """Pixels of all images, or voxels of all volumes."""
+    """Pixels of all images, voxels of all volumes, samples of all signals."""
     return x.shape[0] * prod(x.shape[2:])
 
 
+def convolution(spatial_dims: int) -> Callable[..., Tensor]:
+    """torch's function."""
+    functions: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+    return functions[spatial_dims]
+
+
 def channels_last(x: Tensor) -> torch.memory_format:
-    """The memory format of that name for tensors of x's rank."""
+    """The memory format of that name for tensors of x's rank; signals have none of their own."""
+    if x.dim() == 3:
+        return torch.contiguous_format
     return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
 
 

@@ -52,7 +52,7 @@ class BlockPlan:
             "bn_relu_conv" (BN-ReLU-Conv3x3, DenseNet without bottlenecks) or "bottleneck"
             (BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, DenseNet-BC).
         bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
-        spatial_dims: 2 for images; 3 for volumes, whose kernels have a third side.
+        spatial_dims: 2 for images; 3 for volumes, whose kernels have a third side; 1 for signals, whose have one.
         dilations: pixels between two taps of each layer's 3x3 convolution; empty where that is 1 in all of them.
     """
 
@@ -250,7 +250,7 @@ def plan_block(
         outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": for conv_bn_relu the layers up to the
             threshold, the odd layers above it, and the last one; for the other units all nodes.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
-        spatial_dims: 2 for images, 3 for volumes: 3x3x3 and 1x1x1 convolutions.
+        spatial_dims: 2 for images; 3 for volumes: 3x3x3 and 1x1x1 convolutions; 1 for signals: of 3 taps and of 1.
         dilation: of the 3x3 convolutions, in pixels, which pad as much; or one a layer.
 
     Raises:
@@ -267,7 +267,7 @@ def plan_block(
         outputs=_output_nodes(pattern, unit, outputs),
         unit=unit,
         bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
-        spatial_dims=integer("spatial_dims", spatial_dims, 2, 3),
+        spatial_dims=integer("spatial_dims", spatial_dims, 1, 3),
         dilations=dilations_of(_one_a_layer("dilation", "number", dilation, len(pattern))),
     )
 

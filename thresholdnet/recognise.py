@@ -304,14 +304,15 @@ RULES: tuple[Callable[[nn.Module], Found | None], ...] = (
 )  # fmt: skip
 
 _PARTS = (
-    _BatchNorm, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity, *KINDS[2], *KINDS[3], *CLASSES,
+    _BatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity,
+    *(module for kinds in KINDS.values() for module in kinds), *CLASSES,
 )  # fmt: skip
 """Modules without others inside that a block of linked layers may hold."""
 
 
 def few_pixels(channels: int, dims: int) -> tuple[int, ...]:
-    """The shape of a small batch of images, or of volumes, whose sides differ."""
-    return (2, channels, 6, 5) if dims == 2 else (2, channels, 4, 3, 5)
+    """The shape of a small batch of images, volumes or signals, whose sides differ."""
+    return 2, channels, *{1: (11,), 2: (6, 5), 3: (4, 3, 5)}[dims]
 
 
 def _form_of(block: nn.Module, units: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import number
+from .pixels import convolution
 from .plan import BlockPlan
 
 
@@ -39,7 +40,7 @@ def block_forward(
 
     Args:
         plan: the block's structure.
-        x: [N, C, H, W], C = plan.in_channels; [N, C, D, H, W] for a plan of volumes.
+        x: [N, C, H, W], C = plan.in_channels; [N, C, D, H, W] for a plan of volumes, [N, C, L] for one of signals.
         parameters: per layer in forward order: convolution weight, BN weight, BN bias for conv_bn_relu; convolution
             weight, its bias for conv_relu; BN weight, BN bias, convolution weight for bn_relu_conv; BN weight, BN bias,
             1x1 weight, BN weight, BN bias, 3x3 weight for bottleneck.
@@ -49,10 +50,10 @@ def block_forward(
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
 
     Returns:
-        The output [N, plan.out_channels, H, W] (or D, H, W), and the statistics that were used, in forward order.
+        The output [N, plan.out_channels, ..], as large as x, and the statistics that were used, in forward order.
     """
     act = _ACTIVATIONS.get(activation) or partial(F.leaky_relu, negative_slope=number(activation))
-    conv = F.conv3d if plan.spatial_dims == 3 else F.conv2d
+    conv = convolution(plan.spatial_dims)
     weights, given, used = iter(parameters), iter(statistics or ()), []
     pixels = (0, *range(2, x.dim()))
 

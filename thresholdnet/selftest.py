@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from .replay import FIRST
 
 
 class Kind(NamedTuple):
-    """Links and widths of a network's block, with layers of a unit, of images (2) or volumes (3), dilated in turn."""
+    """Links and widths of a network's block, with layers of a unit, of images, signals or volumes, dilated in turn."""
 
     model: str
     path: str
@@ -60,6 +61,8 @@ BLOCKS = {
     "hardnet68 harmonic, dilated": Kind("hardnet68", "stages.0.block", "conv_bn_relu", 2, (1, 2, 3)),
     "densenet121 dense, volumes": Kind("densenet121", "stages.0.block", "bottleneck", 3),
     "hardnet68 harmonic, volumes": Kind("hardnet68", "stages.0.block", "conv_bn_relu", 3),
+    "densenet121 dense, signals": Kind("densenet121", "stages.0.block", "bottleneck", 1),
+    "hardnet68 harmonic, signals": Kind("hardnet68", "stages.0.block", "conv_bn_relu", 1, (1, 2)),
 }
 SMALL = (
     "thresholdnet_v1 dense", "hardnet68 harmonic", "densenet121 dense, without bottlenecks",
@@ -146,7 +149,7 @@ def cases(backend: str = "all", dtypes: Sequence[str] = (), quick: bool = False)
             interpreted = name == "triton" and device == "cpu"
             layers, (images, *sides) = INTERPRETED if interpreted else QUICK if quick else FULL
             for block in SMALL if interpreted else BLOCKS:
-                shape = (images, *[DEPTH] * (BLOCKS[block].dims - 2), *sides)
+                shape = (images, *{1: [prod(sides)], 2: sides, 3: [DEPTH, *sides]}[BLOCKS[block].dims])
                 for dtype in chosen:
                     pixels = torch.empty(0, 1, *shape[1:], dtype=DTYPES[dtype], device=device)
                     if refusal(name, pixels) is None and not (interpreted and dtype == "bf16"):

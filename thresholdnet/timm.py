@@ -174,7 +174,7 @@ def _entry(name: str) -> Callable[..., nn.Module]:
             )
         if arguments.get("spatial_dims", 2) != 2:
             raise ValueError(
-                f"spatial_dims must be 2 in timm, which has no volumes, got {arguments['spatial_dims']}: "
+                f"spatial_dims must be 2 in timm, which has no volumes and signals, got {arguments['spatial_dims']}: "
                 "thresholdnet.create_model makes them"
             )
         own = {"fused": True, **arguments}

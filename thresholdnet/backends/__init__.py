@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..constants import compiler_constant
-from ..pixels import count
+from ..pixels import LAYOUTS, count
 from ..plan import BlockPlan
-from . import csrc, native, volumes, winograd
+from . import csrc, native, signals, volumes, winograd
 
 NAMES = ("triton", "native", "reference")
 CHOICES = ("auto", *NAMES)
@@ -104,8 +104,9 @@ def refusal(name: str, x: Tensor) -> str | None:
         return None
     if x.layout != torch.strided:
         return f"takes strided tensors, got layout {x.layout}"
-    if name == "triton" and x.dim() == 5:
-        return f"takes images [N, C, H, W], got volumes of shape {tuple(x.shape)}"
+    if name == "triton" and x.dim() in (3, 5):
+        what, _ = LAYOUTS[x.dim() - 2]
+        return f"takes images [N, C, H, W], got {what} of shape {tuple(x.shape)}"
     if x.dtype not in DTYPES:
         return f"takes float16, bfloat16, float32 and float64, got {x.dtype}"
     if name == "triton" and x.device.type != ("cpu" if _interpreted() else "cuda"):
@@ -127,16 +128,16 @@ def _automatic_refusal(x: Tensor, row: int) -> str | None:
 
 
 def engine_for(name: str, plan: BlockPlan, x: Tensor) -> str:
-    """The engine behind a backend that `choose` returned: "native" has its own for volumes, for half formats on a GPU,
-    and for Winograd.
+    """The engine behind a backend that `choose` returned: "native" has its own for volumes, for signals, for half
+    formats on a GPU, and for Winograd.
 
     A function of the arguments' shapes, dtype and device: fake tensors and backward find what forward found. Only
     `winograd.use` may change it, between engines that keep the same.
     """
     if name != "native":
         return name
-    if x.dim() == 5:
-        return "volumes"
+    if plan.spatial_dims != 2:
+        return "signals" if plan.spatial_dims == 1 else "volumes"
     if x.device.type == "cuda":
         from . import cuda
 
@@ -154,7 +155,7 @@ def load(name: str) -> ModuleType:
         from . import cuda
 
         return cuda
-    return {"winograd": winograd, "volumes": volumes}.get(name, native)
+    return {"winograd": winograd, "volumes": volumes, "signals": signals}.get(name, native)
 
 
 def _reason(name: str) -> str | None:

@@ -219,7 +219,8 @@ def convolves(x: Tensor, weight: Tensor, dilation: int = 1) -> bool:
     pixels = count(x)
     products = pixels * weight.numel()
     few = (pixels <= 16 and products <= 2**24) or (pixels <= 64 and products <= 2**22)
-    return exact and few and products > 0 and dilation == 1 and takes(x)
+    square = weight.shape[2] == weight.shape[3]
+    return exact and few and products > 0 and square and dilation == 1 and takes(x)
 
 
 def linked_conv2d(

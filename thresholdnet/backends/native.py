@@ -214,11 +214,13 @@ class Verbs:
     def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
         weight = weight.contiguous(memory_format=torch.channels_last)
-        padding = dilation * (weight.shape[2] // 2)
+        padding = _padding(weight, dilation)
         if taps.takes(dz, weight.shape[2], dilation):
             return taps.data_gradient(dz, weight)
-        if padding == 0 or dz.numel() >= LARGE * weight.numel():  # as fast, and no memory for a tensor like the result
-            turned = weight.flip(2, 3) if padding else weight
+        if (
+            not any(padding) or dz.numel() >= LARGE * weight.numel()
+        ):  # as fast, and no memory for a tensor like the result
+            turned = weight.flip(2, 3) if any(padding) else weight
             turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
             g = F.conv2d(dz, turned, padding=padding, dilation=dilation)
             # one channel is in either order, and leads the library
@@ -228,7 +230,7 @@ class Verbs:
             dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
         )  # fmt: skip
         g = torch.ops.aten.convolution_backward(
-            dz, like, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], 1, [True, False, False]
+            dz, like, weight, None, [1, 1], padding, [dilation] * 2, False, [0, 0], 1, [True, False, False]
         )[0]
         return g.contiguous(memory_format=torch.channels_last)
 
@@ -378,7 +380,7 @@ class Verbs:
 
 def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activation: str, dilation: int) -> Tensor:
     """The convolution of one tensor with a weight, packed or in channels_last order; with a bias it activates."""
-    padding = dilation * (weight.shape[2] // 2)
+    padding = _padding(weight, dilation)
     if isinstance(weight, Packed):
         return in_library(read, weight.tensor, bias, activation, padding, dilation)
     if taps.takes(read, weight.shape[2], dilation):
@@ -396,12 +398,14 @@ def activates_in_library(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > 0 and x.dtype in _activating_dtypes()
 
 
-def in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: int, dilation: int) -> Tensor:
+def in_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, padding: Sequence[int], dilation: int
+) -> Tensor:
     """oneDNN's convolution of x with a weight, packed or not; with a bias it activates."""
     attribute, scalars = ("none", []) if bias is None else _attribute(activation)
     sides = x.dim() - 2
     z: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, [padding] * sides, [1] * sides, [dilation] * sides, 1, attribute, scalars, ""
+        x, weight, bias, padding, [1] * sides, [dilation] * sides, 1, attribute, scalars, ""
     )
     return z
 
@@ -409,11 +413,15 @@ def in_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 def laid_out(weight: Tensor, read: Sequence[int], dilation: int) -> Packed:
     """A weight in oneDNN's order for convolutions of pixels of the shape `read`."""
     sides = weight.dim() - 2
-    padding = dilation * (weight.shape[2] // 2)
     made = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, [padding] * sides, [1] * sides, [dilation] * sides, 1, list(read)
+        weight, _padding(weight, dilation), [1] * sides, [dilation] * sides, 1, list(read)
     )
     return Packed(made, weight.shape)
+
+
+def _padding(weight: Tensor | Packed, dilation: int) -> list[int]:
+    """What leaves pixels as large as they are, for each side of the weight's kernel."""
+    return [dilation * (side // 2) for side in weight.shape[2:]]
 
 
 def _attribute(activation: str) -> tuple[str, list[float]]:

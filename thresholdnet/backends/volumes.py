@@ -43,7 +43,7 @@ class Verbs(native.Verbs):
         read, kernel = _taken(read, weight.tensor if isinstance(weight, Packed) else weight)
         dtype = sources[0].dtype
         if activates_in_library(read):  # torch leaves a single small volume to slower loops of its own
-            return _rows(in_library(read, kernel, bias, activation, dilation, dilation)).to(dtype)
+            return _rows(in_library(read, kernel, bias, activation, [dilation] * 3, dilation)).to(dtype)
         own = None if bias is None else bias.to(kernel.dtype)
         # the library lays a weight out sooner than torch would
         z = _rows(F.conv3d(read, kernel, own, padding=dilation, dilation=dilation)).to(dtype)
@@ -69,7 +69,7 @@ class Verbs(native.Verbs):
         arriving, kernel = _taken(as_volumes(dz, self.volume), weight)
         if _loops_of_torch(arriving, weight.shape[1]):
             turned = kernel.flip(2, 3, 4).transpose(0, 1).contiguous(memory_format=LAST)
-            return _rows(in_library(arriving, turned, None, "", dilation, dilation)).to(dz.dtype)
+            return _rows(in_library(arriving, turned, None, "", [dilation] * 3, dilation)).to(dz.dtype)
         shape = (dz.shape[0], weight.shape[1], *arriving.shape[2:])
         like = torch.empty(shape, dtype=kernel.dtype, device=dz.device, memory_format=LAST)  # for its shape and order
         return _rows(self._library_gradients(arriving, like, kernel, dilation, 0)).to(dz.dtype)

@@ -27,6 +27,7 @@ from .providers import Runner, winograd_refusal, with_winograd, without_winograd
 from .rounds import Entry, Row, Settings, Tell
 
 AS_IT_IS = "eager_channels_last"
+SIGNALS_AS_THEY_ARE = "eager"
 """The model in plain torch, and its images, in channels_last order."""
 
 
@@ -65,7 +66,7 @@ def compare(
 
     Args:
         model: takes images and returns tensors; it is not changed.
-        shape: [N, C, H, W] of the images, or [N, C, D, H, W] of volumes.
+        shape: [N, C, H, W] of the images, [N, C, D, H, W] of volumes or [N, C, L] of signals.
         dtype: of weights and images: fp32, bf16, fp16 or fp64.
         tell: called with what happens now and the share that is done.
 
@@ -128,7 +129,7 @@ def _steps(
 
         return make
 
-    yield AS_IT_IS, of(plain)
+    yield AS_IT_IS if images.dim() > 3 else SIGNALS_AS_THEY_ARE, of(plain)
     yield "converted", of(converted)
     if winograd_refusal(images) is None:
         yield "converted_winograd", of(converted, within=with_winograd)
@@ -158,7 +159,7 @@ def _rows(steps: Mapping[str, Callable[[], _Step]], settings: Settings, tell: Te
             entry.said["peak_bytes"], entry.said["peak_by"] = footprint.peak_bytes(runner)
             entry.step = runner.step
         except Exception as error:
-            if entry.provider == AS_IT_IS:
+            if entry is entries[0]:
                 raise ValueError(
                     f"model must take images of shape {tuple(case['shape'])}: {rounds.reason(error)}"
                 ) from error

@@ -19,6 +19,7 @@ from ..blocks import ThresholdBlock
 from ..checks import one_of
 from ..models import fuse_blocks
 from ..packing import prepack
+from ..pixels import LAYOUTS
 from . import baselines
 from .baselines import Unavailable, blocks
 from .cases import Case
@@ -268,8 +269,8 @@ def winograd_refusal(images: Tensor) -> str | None:
     """Why "native" has no Winograd convolutions of these images; None where it has."""
     if images.device.type != "cpu" or images.dtype != torch.float32:
         return f"Winograd takes float32 on a CPU, not {images.dtype} on {images.device.type}"
-    if images.dim() == 5:
-        return f"Winograd takes images [N, C, H, W], not volumes of shape {tuple(images.shape)}"
+    if images.dim() != 4:
+        return f"Winograd takes images [N, C, H, W], not {LAYOUTS[images.dim() - 2][0]} of shape {tuple(images.shape)}"
     return None if csrc.reason() is None else f"Winograd needs the C++ library: {csrc.reason()}"
 
 

@@ -22,6 +22,8 @@ HELP = "\n\n".join(  # typer keeps line breaks, so a paragraph is one line
         "--shape 64 3 32 32",
         "Volumes:  thresholdnet convert monai.networks.nets:DenseNet121 --model-arg spatial_dims=3 "
         "--model-arg in_channels=1 --model-arg out_channels=2 --shape 2 1 64 64 --depth 64",
+        "Signals:  thresholdnet convert monai.networks.nets:DenseNet121 --model-arg spatial_dims=1 "
+        "--model-arg in_channels=12 --model-arg out_channels=2 --shape 16 12 1 4096 --signals",
         "No time spent:  thresholdnet convert torchvision.models:densenet121 --dry-run",
     )
 )
@@ -34,6 +36,7 @@ def convert_command(
     path: Annotated[Path | None, typer.Option(help="A folder in which modules are looked for first.")] = None,
     shape: Annotated[tuple[int, int, int, int], typer.Option(help="Of the images: N C H W.")] = (8, 3, 224, 224),
     depth: Annotated[int | None, typer.Option(help="Of volumes, which are N C DEPTH H W then.", min=1)] = None,
+    signals: Annotated[bool, typer.Option("--signals", help="The model takes signals N C W; H is 1.")] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and images: fp32, bf16, fp16 or fp64.")] = "fp32",
     rounds: Annotated[int, typer.Option(help="Timed steps of each; 0: checks and bytes alone.")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is fused, and stop.")] = False,
@@ -56,7 +59,12 @@ def convert_command(
         convert(made, report=lines.append)
         print(json.dumps({"report": lines}, indent=2) if as_json else "\n".join(lines))
         return
-    images = shape if depth is None else (*shape[:2], depth, *shape[2:])
+    images: tuple[int, ...] = shape if depth is None else (*shape[:2], depth, *shape[2:])
+    if signals:
+        if shape[2] != 1 or depth is not None:
+            given = " ".join(map(str, shape)) + ("" if depth is None else f" --depth {depth}")
+            raise ValueError(f"--signals needs --shape N C 1 LENGTH and no --depth, got --shape {given}")
+        images = (*shape[:2], shape[3])
     place = device or bench.default_device()
     settings = bench.Settings(rounds=rounds, warmup=min(rounds, 2), device=place)
     with progress(as_json) as shown:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import chain
 from ..checks import integer, number
 from ..linked import check_pixels, symbolic, traced
-from ..pixels import KINDS
+from ..pixels import KINDS, LAYOUTS
 
 STRIDED: Any = tuple(kind for kinds in KINDS.values() for kind in kinds if kind is not kinds.norm)
 """Modules that may take steps of more than a pixel."""
@@ -45,7 +45,7 @@ class Network(nn.Module):
         num_classes: outputs of the head; 0 leaves the head out and returns pooled features.
         in_chans: channels of the images.
         drop_rate: dropout before the head, 0 to 1.
-        spatial_dims: 2 for images, 3 for volumes [N, in_chans, D, H, W].
+        spatial_dims: 2 for images, 3 for volumes [N, in_chans, D, H, W], 1 for signals [N, in_chans, L].
         device, dtype: of the head's parameters (the stages bring theirs).
 
     Shapes: images [N, in_chans, H, W] with H, W (and D) >= `min_size` -> logits [N, num_classes].
@@ -85,7 +85,7 @@ class Network(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [N, num_features, h, w] -> logits [N, num_classes], or pooled features where `pre_logits` is set."""
-        pool = F.adaptive_avg_pool2d if self.spatial_dims == 2 else F.adaptive_avg_pool3d
+        pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[self.spatial_dims]
         x = self.drop(torch.flatten(pool(x, 1), 1))
         return x if pre_logits else self.head(x)
 
@@ -155,13 +155,14 @@ def _run(stages: Iterable[nn.Module], x: Tensor, fused: bool) -> Tensor:
 
 
 def check_input(x: Tensor, channels: int, min_size: int, spatial_dims: int = 2) -> None:
-    """Raise TypeError or ValueError unless `x` is a batch of images, or volumes, that the network can take."""
+    """Raise TypeError or ValueError unless `x` is a batch of images, volumes or signals that the network can take."""
     if symbolic(x):
         return
-    check_pixels("images" if spatial_dims == 2 else "volumes", x, channels, spatial_dims)
+    what, _ = LAYOUTS[spatial_dims]
+    check_pixels(what, x, channels, spatial_dims)
     if not traced() and min(x.shape[2:]) < min_size:
         least, given = ("x".join(map(str, sides)) for sides in ([min_size] * spatial_dims, x.shape[2:]))
-        what, unit = ("images", "pixels") if spatial_dims == 2 else ("volumes", "voxels")
+        unit = {1: "samples", 2: "pixels", 3: "voxels"}[spatial_dims]
         raise ValueError(f"{what} must be at least {least} {unit} for this network, got {given}")
 
 

@@ -73,8 +73,8 @@ def create_model(
         name: one of `list_models()`.
         num_classes: outputs of the head; 0 leaves the head out.
         in_chans: channels of the images.
-        spatial_dims: 2 for images; 3 for volumes: the same network of Conv3d, BatchNorm3d and pools with a third side.
-            Not of the baselines, which are torchvision's.
+        spatial_dims: 2 for images; 3 for volumes: the same network of Conv3d, BatchNorm3d and pools with a third side;
+            1 for signals: of Conv1d, BatchNorm1d and pools with one. Not of the baselines, which are torchvision's.
         output_stride: the largest reduction, one that the network has: stages beyond do not downsample, and their 3x3
             convolutions are dilated instead, for segmentation and detection; the weights are the same. Not of the
             baselines.
@@ -86,7 +86,8 @@ def create_model(
         arguments: what `model_arguments(name)` lists, such as threshold=4 for thresholdnet_ab.
 
     Returns:
-        An nn.Module: images [N, in_chans, H, W], or volumes [N, in_chans, D, H, W] -> logits [N, num_classes].
+        An nn.Module: images [N, in_chans, H, W], volumes [N, in_chans, D, H, W] or signals [N, in_chans, L] -> logits
+        [N, num_classes].
 
     Raises:
         ValueError: unknown model (the nearest names are given) or an argument out of range.
@@ -97,11 +98,11 @@ def create_model(
     integer("num_classes", num_classes, 0)
     integer("in_chans", in_chans, 1)
     where = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
-    integer("spatial_dims", spatial_dims, 2, 3)
+    integer("spatial_dims", spatial_dims, 1, 3)
     for argument, given, plain in (("spatial_dims", spatial_dims, 2), ("output_stride", output_stride, None)):
         if given != plain and name in _BASELINES:
             raise ValueError(f"{argument} must be {plain} for {name}, which is torchvision's, got {given}")
-    if spatial_dims == 3:
+    if spatial_dims != 2:
         arguments = {**arguments, "spatial_dims": spatial_dims}
     boolean("features_only", features_only)
     boolean("fused", fused)

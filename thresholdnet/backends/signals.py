@@ -1,0 +1,53 @@
+"""The native backend for signals [N, C, L], which come as images of one row: kernels have a row of taps, not three.
+
+Weights are [O, C, k]; letters and verbs as in `native.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from . import csrc, native
+from .elementwise import Affine
+from .native import Packed, kept_like, needs_input, output_holds_features
+
+__all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
+
+
+class Verbs(native.Verbs):
+    """`native.Verbs` with kernels of one row, [O, C, 1, k] to the library."""
+
+    def _linked_conv(
+        self, sources: Sequence[Tensor], weight: Tensor | Packed, affine: Affine | None, bias: Tensor | None,
+        activation: str, dilation: int,
+    ) -> Tensor:  # fmt: skip
+        row = weight if isinstance(weight, Packed) else weight.unsqueeze(2)
+        return super()._linked_conv(sources, row, affine, bias, activation, dilation)
+
+    def way(self, layer: int, weight: Tensor, dilation: int = 1) -> str:
+        """See `native.Verbs.way`."""
+        return super().way(layer, weight.unsqueeze(2), dilation)
+
+    def packed(self, way: str, weight: Tensor, dilation: int = 1) -> Tensor | Packed:
+        """See `native.Verbs.packed`."""
+        made = super().packed(way, weight.unsqueeze(2), dilation)
+        return made if isinstance(made, Packed) else made.squeeze(2)
+
+    def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
+        return super()._data_gradient(dz, weight.unsqueeze(2), dilation)
+
+    def _linked_weight_gradient(
+        self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
+        like: Tensor | None, dilation: int,
+    ) -> Tensor:  # fmt: skip
+        """[O, C, k]."""
+        if kernel_size == 1 or (self.passes is csrc and csrc.correlates(dz, kernel_size)):
+            square = super()._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like, dilation)
+            return square[:, :, kernel_size // 2]  # the only row of taps that meets the one of pixels
+        read = self._gathered(sources, affine, activation)
+        shape = [dz.shape[1], read.shape[1], 1, kernel_size]
+        spread = (1, dilation)
+        return conv2d_weight(read, shape, dz, padding=(0, dilation * (kernel_size // 2)), dilation=spread).squeeze(2)
