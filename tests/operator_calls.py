@@ -148,26 +148,26 @@ class Call:
     def weight_gradient(self) -> Any:
         sources, dz = [self.pixels(width, ALL) for width in self.case.widths], self.pixels(5 * self.case.window[1] - 4)
         affine = self.vectors(2) if self.case.optional else None
-        act, kernel = self.case.activation if affine else 0, self.case.window[0] | 1
+        act, kernel = self.case.activation if affine else 0, [side | 1 for side in self.case.window[:2]]
         read = elementwise.gather(double(sources), tuple(double(affine)) if affine else None, ACTIVATIONS[act])
         read = read.to(self.case.dtype).double()
-        shape, dilation = (dz.shape[1], self.total, kernel, kernel), self.case.into + 1
-        form = {"padding": dilation * (kernel // 2), "dilation": dilation}
+        shape, dilation = (dz.shape[1], self.total, *kernel), self.case.into + 1
+        form = {"padding": [dilation * (side // 2) for side in kernel], "dilation": dilation}
         wanted = conv2d_weight(read, shape, dz.double(), **form)
         bound = conv2d_weight(read.abs(), shape, dz.double().abs(), **form)
-        return [sources, *(affine or [None, None]), act, dz, kernel, dilation], [], [], (wanted, bound)
+        return [sources, *(affine or [None, None]), act, dz, *kernel, dilation], [], [], (wanted, bound)
 
     def linked_conv2d(self) -> Any:
         special = FEW if self.case.into else ALL  # the end makes a finite value of an infinite one
         sources, outputs = [self.pixels(width, special) for width in self.case.widths], 5 * self.case.window[1] - 4
-        affine, kernel = self.vectors(2) if self.case.optional else None, self.case.window[0] | 1
-        shape = (outputs, self.total, kernel, kernel)
+        affine, kernel = self.vectors(2) if self.case.optional else None, [side | 1 for side in self.case.window[:2]]
+        shape, padding = (outputs, self.total, *kernel), [side // 2 for side in kernel]
         weight = on_grid(shape, self.case.seed + 500, self.case.dtype).contiguous(memory_format=LAST)
         bias = on_grid((outputs,), self.case.seed + 501, self.case.dtype) if self.case.into else None
         act = 0 if affine is None and bias is None else self.case.activation
         read = elementwise.gather(double(sources), tuple(double(affine)) if affine else None, ACTIVATIONS[act])
-        wanted = F.conv2d(read, weight.double(), None if bias is None else bias.double(), padding=kernel // 2)
-        bound = F.conv2d(read.abs(), weight.double().abs(), padding=kernel // 2) + 4
+        wanted = F.conv2d(read, weight.double(), None if bias is None else bias.double(), padding=padding)
+        bound = F.conv2d(read.abs(), weight.double().abs(), padding=padding) + 4
         if bias is not None:
             wanted = activate_(wanted, ACTIVATIONS[act])
         return [sources, *(affine or [None, None]), act, weight, bias], [], [], (wanted, bound)

@@ -21,7 +21,7 @@ SIZES = [(1, 1, 1), (3, 1, 9), (2, 9, 1), (1, 2, 2), (4, 2, 3), (1, 7, 6)]
 CHANNELS = [([1], 1), ([16], 6), ([3, 14, 1, 20], 13), ([40, 7], 131), ([64], 8)]
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (1, 3), (3, 1)], ids=str)
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -30,13 +30,13 @@ def test_it_is_the_convolution(dtype, size, channels, kernel):
     widths, outputs = channels
     n, h, w = size
     sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in widths]
-    weight, bias = pixels(outputs, sum(widths), kernel, kernel, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    weight, bias = pixels(outputs, sum(widths), *kernel, dtype=dtype), torch.randn(outputs, dtype=dtype)
     bound = PASS_RELATIVE[F64] if dtype == F64 else RELATIVE[torch.float32] / 10
     for affine in (None, [torch.randn(sum(widths), dtype=dtype) for _ in range(2)]):
         wide_affine = None if affine is None else tuple(v.double() for v in affine)
         for activation in NAMES:
             read = elementwise.gather([s.double() for s in sources], wide_affine, activation)
-            wanted = F.conv2d(read, weight.double(), padding=kernel // 2)
+            wanted = F.conv2d(read, weight.double(), padding=[side // 2 for side in kernel])
             found = csrc.linked_conv2d(sources, weight, affine, None, activation)
             assert found.shape == wanted.shape and found.dtype == dtype
             assert found.is_contiguous(memory_format=LAST)
@@ -126,10 +126,10 @@ def test_what_goes_to_the_library():
         ({"scale": None}, "scale and shift must come together"),
         ({"activation": 3}, "activation must be 0 (none), 1 (ReLU), 2 (ReLU6) or a slope between 0 and 1, got 3"),
         ({"sources": [pixels(2, 6, 4, 4), pixels(2, 6, 4, 5)]}, "tensor 1 must have shape [2, C, 4, 4]"),
-        ({"sources": [pixels(0, 6, 4, 4)]}, "must have pixels, as many channels and an odd kernel, got 6 channels"),
-        ({"weight": pixels(3, 6, 2, 2)}, "an odd kernel, got 6 channels and weight [3, 6, 2, 2]"),
-        ({"weight": pixels(3, 5, 3, 3)}, "as many channels and an odd kernel, got 6 channels and weight [3, 5, 3, 3]"),
-        ({"weight": pixels(3, 6, 3, 1)}, "weight must have shape [3, C, 3, 3], got [3, 6, 3, 1]"),
+        ({"sources": [pixels(0, 6, 4, 4)]}, "must have pixels, as many channels and odd kernels, got 6 channels"),
+        ({"weight": pixels(3, 6, 2, 2)}, "odd kernels, got 6 channels and weight [3, 6, 2, 2]"),
+        ({"weight": pixels(3, 5, 3, 3)}, "as many channels and odd kernels, got 6 channels and weight [3, 5, 3, 3]"),
+        ({"weight": pixels(3, 6, 3, 2)}, "odd kernels, got 6 channels and weight [3, 6, 3, 2]"),
         ({"weight": torch.zeros(3, 6, 3, 3, dtype=F64)}, "weight must be channels_last"),
         ({"weight": pixels(3, 9, 3, 3)[:, :6]}, "weight must be channels_last, got a slice of channels"),
         ({"weight": pixels(3, 6, 3, 3, dtype=torch.float32)}, "weight must have the dtype of the other tensors"),

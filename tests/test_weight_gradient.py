@@ -39,7 +39,7 @@ def read(sources, affine, activation):
     return elementwise.gather([s.double() for s in sources], wide, activation).to(sources[0].dtype).double()
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (1, 3), (3, 1)], ids=str)
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{sum(c[0])} to {c[1]}")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,10 +49,10 @@ def test_it_is_the_convolutions_gradient(dtype, size, channels, kernel):
     n, h, w = size
     sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in widths]
     dz = among_others(pixels(n, outputs, h, w, dtype=dtype))
-    shape = (outputs, sum(widths), kernel, kernel)
+    shape, padding = (outputs, sum(widths), *kernel), [side // 2 for side in kernel]
     for affine in (None, affine_of(sum(widths), dtype)):
         for activation in NAMES if affine else ("relu",):
-            wanted = conv2d_weight(read(sources, affine, activation), shape, dz.double(), padding=kernel // 2)
+            wanted = conv2d_weight(read(sources, affine, activation), shape, dz.double(), padding=padding)
             found = csrc.weight_gradient(sources, dz, kernel, affine, activation)
             assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
             assert largest_error(found, wanted) <= BOUNDS[dtype]
@@ -68,10 +68,11 @@ def test_dilation(dtype, size, dilation):
     sources = [among_others(pixels(n, width, h, w, dtype=dtype)) for width in (3, 14, 40)]
     dz = among_others(pixels(n, 13, h, w, dtype=dtype))
     affine = affine_of(57, dtype)
-    form = {"padding": dilation, "dilation": dilation}
-    wanted = conv2d_weight(read(sources, affine, "relu"), (13, 57, 3, 3), dz.double(), **form)
-    found = csrc.weight_gradient(sources, dz, 3, affine, "relu", dilation)
-    assert largest_error(found, wanted) <= BOUNDS[dtype]
+    for kernel in ((3, 3), (1, 3), (3, 1)):
+        form = {"padding": [dilation * (side // 2) for side in kernel], "dilation": dilation}
+        wanted = conv2d_weight(read(sources, affine, "relu"), (13, 57, *kernel), dz.double(), **form)
+        found = csrc.weight_gradient(sources, dz, kernel, affine, "relu", dilation)
+        assert largest_error(found, wanted) <= BOUNDS[dtype]
 
 
 def test_no_worse_than_the_library_over_many_pixels():
@@ -80,7 +81,7 @@ def test_no_worse_than_the_library_over_many_pixels():
     shape = (20, 24, 3, 3)
     wanted = conv2d_weight(x.double(), shape, dz.double(), padding=1)
     library = largest_error(conv2d_weight(x, shape, dz, padding=1), wanted)
-    assert largest_error(csrc.weight_gradient([x], dz, 3, None, "relu"), wanted) <= 2 * library
+    assert largest_error(csrc.weight_gradient([x], dz, (3, 3), None, "relu"), wanted) <= 2 * library
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +92,7 @@ def test_taps_outside_the_image_are_no_products_with_zero(dtype):
         for infinite in (0, 1):
             given = torch.ones(2, 1, 1, 3, 3, dtype=dtype)
             given[infinite, 0, 0, corner, corner] = inf
-            found = csrc.weight_gradient([given[0]], given[1], 3, None, "relu")[0, 0]
+            found = csrc.weight_gradient([given[0]], given[1], (3, 3), None, "relu")[0, 0]
             assert torch.equal(found, wanted if (corner == 0) != infinite else wanted.flip(0, 1))
 
 
@@ -115,7 +116,7 @@ def test_pairs_end_where_rows_end(width, dilation):
         for holder in (x, dz):
             held = holder.view(-1)[place].clone()
             holder.view(-1)[place] = float("inf")
-            found = csrc.weight_gradient([x[None, None]], dz[None, None], 3, None, "relu", dilation)[0, 0]
+            found = csrc.weight_gradient([x[None, None]], dz[None, None], (3, 3), None, "relu", dilation)[0, 0]
             assert torch.equal(found.double(), written_out(x, dz, dilation))
             holder.view(-1)[place] = held
 
@@ -134,7 +135,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(size, dtype):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found += [csrc.weight_gradient([x[:, :31], x[:, 31:]], dz, 3, None, "relu") for _ in range(2)]
+            found += [csrc.weight_gradient([x[:, :31], x[:, 31:]], dz, (3, 3), None, "relu") for _ in range(2)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -155,7 +156,7 @@ def test_blocks_run_on_it_and_gather_nothing_for_it(unit, monkeypatch):
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=F64).view(y.shape))
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad)
-    assert sorted(ran) == sorted([3] * 5 if unit == "conv_bn_relu" else [1, 3] * 5) and not library
+    assert sorted(ran) == sorted([(3, 3)] * 5 if unit == "conv_bn_relu" else [(1, 1), (3, 3)] * 5) and not library
 
 
 def test_what_goes_to_the_library(monkeypatch):
@@ -172,10 +173,10 @@ def test_what_goes_to_the_library(monkeypatch):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"kernel_size": 2}, "kernel_size must be odd and at most 31, got 2"),
+        ({"kernel_width": 2}, "a kernel's sides must be odd and at most 31, got 3 x 2"),
         ({"dilation": 0}, "dilation must be from 1 to 1048576, got 0"),
-        ({"kernel_size": -1}, "kernel_size must be odd and at most 31, got -1"),
-        ({"kernel_size": 2**63 - 1}, f"kernel_size must be odd and at most 31, got {2**63 - 1}"),
+        ({"kernel_height": -1}, "a kernel's sides must be odd and at most 31, got -1 x 3"),
+        ({"kernel_width": 2**63 - 1}, f"a kernel's sides must be odd and at most 31, got 3 x {2**63 - 1}"),
         ({"scale": None}, "scale and shift must come together"),
         ({"sources": []}, "must have pixels and channels, got 0 channels"),
         ({"activation": 3}, "activation must be 0 (none), 1 (ReLU), 2 (ReLU6) or a slope between 0 and 1, got 3"),
@@ -186,13 +187,14 @@ def test_what_goes_to_the_library(monkeypatch):
 )
 def test_wrong_arguments_are_one_sentence(change, said):
     vector = torch.ones(6, dtype=F64)
+    kernel = dict(kernel_height=3, kernel_width=3)
     given = dict(sources=[pixels(2, 6, 4, 4)], scale=vector, shift=vector, activation=1, dz=pixels(2, 3, 4, 4))
     with pytest.raises(RuntimeError) as error:
-        torch.ops.thresholdnet_csrc.weight_gradient(**{**given, "kernel_size": 3, **change})
+        torch.ops.thresholdnet_csrc.weight_gradient(**{**given, **kernel, **change})
     assert said in str(error.value) and str(error.value).startswith("weight_gradient: ")
 
 
 def test_float16_is_refused():
     x = pixels(2, 6, 4, 4, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="weight_gradient: tensors must be float32, float64 or bfloat16"):
-        torch.ops.thresholdnet_csrc.weight_gradient([x], None, None, 0, x, 3)
+        torch.ops.thresholdnet_csrc.weight_gradient([x], None, None, 0, x, 3, 3)

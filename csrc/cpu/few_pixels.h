@@ -1,10 +1,10 @@
 // A convolution of few pixels over tensors side by side:
 //
-//   out[p, o] = sum_{i, j} <w[o, i, j], a[p + (i - r, j - r)]>,   a = act(x * scale + shift),   r = k / 2
+//   out[p, o] = sum_{i, j} <w[o, i, j], a[p + (i - h / 2, j - w / 2)]>,   a = act(x * scale + shift)
 //
 // or, with a bias, act(out + bias).
 //
-// p: a pixel; taps (i, j) that fall outside the image are left out. Where pixels are few a weight is read from memory for
+// p: a pixel; h x w: taps; those (i, j) that fall outside the image are left out. Where pixels are few a weight is read from memory for
 // hardly more than one multiply-add, so what counts is to read it once, where it lies, and nothing but the taps that meet
 // pixels: of a single pixel's nine taps one. A pixel's taps in one row of the image lie side by side in the weight as in
 // the row: they are one inner product, and SHARING outputs share what they read of the row.
@@ -20,8 +20,10 @@ struct FewPixels {  // one call, of float or double
   const Part<A>* parts;
   int64_t count, channels;
   Range<A> act;
-  int64_t images, height, width, kernel, outputs;
-  const A* weight;  // [outputs, kernel, kernel, channels]
+  int64_t images, height, width;
+  Kernel kernel;
+  int64_t outputs;
+  const A* weight;  // [outputs, h, w, channels]
   const A* bias;    // null: none, and no activation behind
 
   int64_t rows() const { return images * height * width; }

@@ -58,14 +58,15 @@ struct InnerProducts {
 template <int O, int P, class A>
 INLINE void convolve_at(
     const FewPixels<A>& call, const A* gathered, A* out, int64_t o, int64_t p, int64_t left, int64_t right) {
-  const int64_t reach = call.kernel / 2, output = call.kernel * call.kernel * call.channels;
+  const int64_t above = call.kernel.height / 2, before = call.kernel.width / 2;
+  const int64_t output = call.kernel.taps() * call.channels;
   const int64_t y = p / call.width % call.height;
   InnerProducts<A, O, P> products;
-  for (int64_t i = 0; i < call.kernel; ++i) {
-    const int64_t row = y + i - reach;
+  for (int64_t i = 0; i < call.kernel.height; ++i) {
+    const int64_t row = y + i - above;
     if (row < 0 || row >= call.height) continue;
-    const A* weight = call.weight + o * output + (i * call.kernel + left) * call.channels;
-    const A* x = gathered + (p + (i - reach) * call.width + left - reach) * call.channels;
+    const A* weight = call.weight + o * output + (i * call.kernel.width + left) * call.channels;
+    const A* x = gathered + (p + (i - above) * call.width + left - before) * call.channels;
     products.add(weight, output, x, call.channels, (right - left) * call.channels);
   }
   for (int k = 0; k < O; ++k) {
@@ -89,8 +90,8 @@ INLINE void convolve_beside(
 
 template <int O, class A>
 void convolve_some(const FewPixels<A>& call, const A* gathered, A* out, int64_t o) {
-  const int64_t kernel = call.kernel, reach = kernel / 2, width = call.width;
-  if (kernel == 1) return convolve_beside<O>(call, gathered, out, o, 0, call.rows(), 0, 1);
+  const int64_t kernel = call.kernel.width, reach = kernel / 2, width = call.width;
+  if (call.kernel.taps() == 1) return convolve_beside<O>(call, gathered, out, o, 0, call.rows(), 0, 1);
   for (int64_t row = 0; row < call.rows(); row += width) {
     for (int64_t x = 0; x < width;) {
       const int64_t left = x < reach ? reach - x : 0, right = x + reach < width ? kernel : width + reach - x;

@@ -33,7 +33,7 @@ void convolve(const FewPixels<A>& call, A* out) {
   const std::unique_ptr<A[]> room(whole ? nullptr : new A[call.rows() * call.channels]);
   if (!whole) convolutions<A>().gather(call, room.get());
   const A* gathered = whole ? first.in.data : room.get();
-  const int64_t work = SHARE * call.kernel * call.kernel * call.channels * call.rows();
+  const int64_t work = SHARE * call.kernel.taps() * call.channels * call.rows();
   const int64_t shares = (call.outputs + SHARE - 1) / SHARE, grain = std::max<int64_t>(1, GRAIN / work);
   torch::stable::parallel_for(0, shares, grain, [&](int64_t begin, int64_t end) {
     convolutions<A>().convolve(call, gathered, out, begin * SHARE, std::min(call.outputs, end * SHARE));
@@ -49,12 +49,12 @@ Tensor linked_conv2d(
   const Pixels p = pixels_of(op, "source 0", like);
   const int64_t channels = channels_of(op, sources, like, p);
   const Pixels taps = pixels_of(op, "weight", weight);
-  const int64_t outputs = taps.n, kernel = taps.h;
-  if (kernel % 2 == 0 || weight.size(1) != channels || outputs == 0 || channels == 0 || p.rows() == 0)
+  const int64_t outputs = taps.n;
+  if (taps.h % 2 == 0 || taps.w % 2 == 0 || weight.size(1) != channels || outputs == 0 || channels == 0 || p.rows() == 0)
     refuse(
-        op, ": sources and weight must have pixels, as many channels and an odd kernel, got ", channels,
+        op, ": sources and weight must have pixels, as many channels and odd kernels, got ", channels,
         " channels and weight ", listed(weight.sizes()));
-  if (row_stride(op, "weight", weight, like, {outputs, kernel, kernel}) != channels)
+  if (row_stride(op, "weight", weight, like, {outputs, taps.h, taps.w}) != channels)
     refuse(op, ": weight must be channels_last, got a slice of channels");
   const std::vector<int64_t> shape{p.n, outputs, p.h, p.w};
   const Tensor out = torch::stable::empty(
@@ -65,7 +65,7 @@ Tensor linked_conv2d(
     const auto act = range_of<E>(op, activation);
     const E* constant = bias ? vector<E>(op, "bias", *bias, outputs, like) : nullptr;
     convolve<E>(
-        {parts.data(), static_cast<int64_t>(parts.size()), channels, act, p.n, p.h, p.w, kernel, outputs,
+        {parts.data(), static_cast<int64_t>(parts.size()), channels, act, p.n, p.h, p.w, {taps.h, taps.w}, outputs,
          static_cast<const E*>(weight.data_ptr()), constant},
         static_cast<E*>(out.data_ptr()));
   });
@@ -76,7 +76,7 @@ Tensor linked_conv2d(
 }  // namespace thresholdnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
-  // conv2d, padding k / 2, of act(the sources side by side * scale + shift), or of the sources where there is no scale;
+  // conv2d, padding (h, w) / 2, of act(the sources side by side * scale + shift), or of the sources where there is no scale;
   // with a bias act(it + bias). For few pixels: float32 and float64.
   m.def(
       "linked_conv2d(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias) "

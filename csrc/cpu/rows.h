@@ -8,6 +8,12 @@
 
 namespace thresholdnet {
 
+struct Kernel {  // of a convolution, in taps
+  int64_t height, width;
+
+  int64_t taps() const { return height * width; }
+};
+
 template <class E>
 struct Kernels {
   using A = typename Wide<E>::type;

@@ -1,9 +1,9 @@
 // A convolution's weight gradient over tensors side by side, which are read where they lie:
 //
-//   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - r, j - r) d, c],   a = act(x * scale + shift),  r = k / 2
+//   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - h / 2, j - w / 2) d, c],   a = act(x * scale + shift)
 //
-// p: a pixel; d: the dilation; taps (i, j) that fall outside the image add nothing, not even zeros. It is a matrix
-// product per tap, O x C over all pixels, and the k * k of them share what they read. C is cut into panels. Of some rows
+// p: a pixel; d: the dilation; h x w: taps; those (i, j) that fall outside the image add nothing, not even zeros. It is
+// a matrix product per tap, O x C over all pixels, and the h * w of them share what they read. C is cut into panels. Of some rows
 // of pixels at once, a panel's channels are packed side by side, activated, where they stay in the first-level cache for
 // all taps and outputs, and sums are kept in registers. bfloat16 is packed in pairs of pixels, which instructions take
 // at once (weight_gradient.inl).
@@ -23,10 +23,11 @@ struct Correlation {  // one call; rows are rows of pixels, [images * height] of
   int64_t count, channels;
   Range<A> act;
   Rows<const E> dz;
-  int64_t outputs, kernel, dilation, rows, height, width;
+  int64_t outputs;
+  Kernel kernel;
+  int64_t dilation, rows, height, width;
 
-  int64_t taps() const { return kernel * kernel; }
-  int64_t reach() const { return kernel / 2 * dilation; }  // of the taps, in pixels
+  int64_t reach() const { return kernel.height / 2 * dilation; }  // of the taps, in rows
   int64_t rows_together() const { return width < TOGETHER ? TOGETHER / width : 1; }
   int64_t rows_packed() const {  // with those above and below
     const int64_t together = rows_together() + 2 * reach();

@@ -33,7 +33,7 @@ struct Lines {  // of pixels
 // Rows of pixels as lines; those of single pixels are one line anyway.
 template <class E>
 INLINE Lines lines_of(const Correlation<E>& call, int64_t rows) {
-  if (call.kernel == 1 || UnitOf<E>::PIXELS == 1) return {1, rows * call.width};
+  if (call.kernel.taps() == 1 || UnitOf<E>::PIXELS == 1) return {1, rows * call.width};
   return {rows, call.width};
 }
 
@@ -153,7 +153,7 @@ struct Factors<bfloat16> {
     const Lines lines = lines_of(call, last - first);
     units = units_in(lines), stride = end - o;
     even = to, odd = to + lines.count * units * stride;
-    const bool both = call.kernel > 1 && call.dilation % 2;
+    const bool both = call.kernel.width > 1 && call.dilation % 2;
     const int64_t step = call.dz.stride;
     const bfloat16* from = call.dz.data + first * call.width * step + o;
     for (int64_t line = 0; line < lines.count; ++line, from += lines.pixels * step) {
@@ -225,11 +225,11 @@ void add_tap(
     int64_t i, int64_t j, typename Wide<E>::type* found, int64_t panel) {
   using A = typename Wide<E>::type;
   constexpr int64_t pitch = V * LANES_OF<A>;
-  const int64_t down = i * call.dilation - call.reach(), across = j * call.dilation - call.reach();
+  const int64_t down = i * call.dilation - call.reach(), across = (j - call.kernel.width / 2) * call.dilation;
   const int64_t distance = across < 0 ? -across : across;
   Sums<R, V, A> sums;
   load_sums(sums, found, panel);
-  if (call.kernel == 1) {
+  if (call.kernel.taps() == 1) {
     dz.add(sums, 0, (last - first) * call.width, packed, pitch, 0);
   } else if (distance < call.width) {
     const int64_t line = units_of<E>({1, call.width}) * pitch;
@@ -248,8 +248,9 @@ void add_taps(
     int64_t outputs, typename Wide<E>::type* found, int64_t panel) {
   if constexpr (R > 0) {
     if (outputs < R) return add_taps<R - 1, V>(call, packed, dz, from, first, last, outputs, found, panel);
-    for (int64_t tap = 0; tap < call.taps(); ++tap, found += call.outputs * panel)
-      add_tap<R, V>(call, packed, dz, from, first, last, tap / call.kernel, tap % call.kernel, found, panel);
+    for (int64_t i = 0; i < call.kernel.height; ++i)
+      for (int64_t j = 0; j < call.kernel.width; ++j, found += call.outputs * panel)
+        add_tap<R, V>(call, packed, dz, from, first, last, i, j, found, panel);
   }
 }
 
@@ -282,7 +283,7 @@ void accumulate_panels(
     const Correlation<E>& call, int64_t begin, int64_t end, int64_t first, int64_t last, void* packed,
     typename Wide<E>::type* sums) {
   constexpr int64_t panel = 2 * LANES_OF<typename Wide<E>::type>;
-  const int64_t step = call.rows_together(), size = call.taps() * call.outputs * panel;
+  const int64_t step = call.rows_together(), size = call.kernel.taps() * call.outputs * panel;
   Unit<E>*panels = static_cast<Unit<E>*>(packed), *factors = panels + panel_room(call);
   std::memset(sums, 0, (end - begin) * size * sizeof(*sums));
   for (int64_t o = 0, groups = (call.outputs + OUTPUTS - 1) / OUTPUTS; groups > 0; --groups) {

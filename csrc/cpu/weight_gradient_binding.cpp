@@ -67,7 +67,7 @@ void correlate(const Correlation<E>& call, E* dw) {
   const int64_t share = ratio_up(call.rows, most), splits = ratio_up(call.rows, share);
   const int64_t group = ratio_up(panels, std::min(panels, ratio_up(2 * threads, splits)));
   const int64_t groups = ratio_up(panels, group);
-  const int64_t size = call.taps() * call.outputs * panel;
+  const int64_t size = call.kernel.taps() * call.outputs * panel;
   const std::unique_ptr<A[]> sums(new A[splits * panels * size]);
   const auto grain = [](int64_t work) { return std::max<int64_t>(1, GRAIN / work); };
   torch::stable::parallel_for(
@@ -80,7 +80,7 @@ void correlate(const Correlation<E>& call, E* dw) {
           loops<E>().accumulate(call, from, to, first, last, packed.start(), part);
         }
       });
-  const int64_t taps = call.taps(), row = call.channels * taps;
+  const int64_t taps = call.kernel.taps(), row = call.channels * taps;
   torch::stable::parallel_for(0, panels, grain(splits * size), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       A* total = sums.get() + k * size;
@@ -105,18 +105,19 @@ void correlate(const Correlation<E>& call, E* dw) {
 
 Tensor weight_gradient(
     Tensors sources, std::optional<Tensor> scale, std::optional<Tensor> shift, double activation, Tensor dz,
-    int64_t kernel, int64_t dilation) {
+    int64_t height, int64_t width, int64_t dilation) {
   const char* op = "weight_gradient";
   const Pixels p = pixels_of(op, "dz", dz);
   const int64_t channels = channels_of(op, sources, dz, p), outputs = dz.size(1);
   if (p.rows() == 0 || channels == 0 || outputs == 0)
     refuse(
         op, ": sources and dz must have pixels and channels, got ", channels, " channels and dz ", listed(dz.sizes()));
-  if (kernel < 1 || kernel > LARGEST || kernel % 2 == 0)
-    refuse(op, ": kernel_size must be odd and at most ", LARGEST, ", got ", kernel);
+  for (const int64_t side : {height, width})
+    if (side < 1 || side > LARGEST || side % 2 == 0)
+      refuse(op, ": a kernel's sides must be odd and at most ", LARGEST, ", got ", height, " x ", width);
   if (dilation < 1 || dilation > FARTHEST)
     refuse(op, ": dilation must be from 1 to ", FARTHEST, ", got ", dilation);
-  const std::vector<int64_t> shape{outputs, channels, kernel, kernel};
+  const std::vector<int64_t> shape{outputs, channels, height, width};
   const Tensor dw = torch::stable::empty(
       shape, dz.scalar_type(), std::nullopt, dz.device(), std::nullopt, MemoryFormat::Contiguous);
   by_type<false>(op, dz, [&](auto element) {
@@ -125,8 +126,8 @@ Tensor weight_gradient(
     const auto arriving = reading<E>(op, "dz", dz, dz, p);
     const auto act = range_of<typename Wide<E>::type>(op, activation);
     correlate<E>(
-        {parts.data(), static_cast<int64_t>(parts.size()), channels, act, arriving, outputs, kernel, dilation, p.n * p.h,
-         p.h, p.w},
+        {parts.data(), static_cast<int64_t>(parts.size()), channels, act, arriving, outputs, {height, width}, dilation,
+         p.n * p.h, p.h, p.w},
         static_cast<E*>(dw.data_ptr()));
   });
   return dw;
@@ -136,11 +137,11 @@ Tensor weight_gradient(
 }  // namespace thresholdnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
-  // [O, K, k, k]: the weight's gradient of a convolution, padding k / 2 * dilation, of act(the sources side by side *
-  // scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32, float64, bfloat16.
+  // [O, K, h, w]: the weight's gradient of a convolution, padding (h, w) / 2 * dilation, of act(the sources side by side
+  // * scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32, float64, bfloat16.
   m.def(
-      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, int kernel_size, "
-      "int dilation=1) -> Tensor");
+      "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, "
+      "int kernel_height, int kernel_width, int dilation=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(thresholdnet_csrc, CPU, m) {

@@ -199,12 +199,16 @@ def _multiplies_bfloat16() -> bool:
 
 
 def weight_gradient(
-    sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str, dilation: int = 1
-) -> Tensor:
-    """See `native.Verbs.weight_gradient`: the sources are read where they lie, nothing is gathered."""
+    sources: Sequence[Tensor], dz: Tensor, kernel: tuple[int, int], affine: Affine | None, activation: str,
+    dilation: int = 1,
+) -> Tensor:  # fmt: skip
+    """See `native.Verbs.weight_gradient`: the sources are read where they lie, nothing is gathered.
+
+    kernel: its height and width.
+    """
     scale, shift = (None, None) if affine is None else affine
     made: Tensor = _operators().weight_gradient(
-        [_rows(source) for source in sources], scale, shift, number(activation), _rows(dz), kernel_size, dilation
+        [_rows(source) for source in sources], scale, shift, number(activation), _rows(dz), *kernel, dilation
     )
     return made
 
@@ -219,8 +223,7 @@ def convolves(x: Tensor, weight: Tensor, dilation: int = 1) -> bool:
     pixels = count(x)
     products = pixels * weight.numel()
     few = (pixels <= 16 and products <= 2**24) or (pixels <= 64 and products <= 2**22)
-    square = weight.shape[2] == weight.shape[3]
-    return exact and few and products > 0 and square and dilation == 1 and takes(x)
+    return exact and few and products > 0 and dilation == 1 and takes(x)
 
 
 def linked_conv2d(

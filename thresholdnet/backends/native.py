@@ -213,18 +213,16 @@ class Verbs:
 
     def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
-        weight = weight.contiguous(memory_format=torch.channels_last)
         padding = _padding(weight, dilation)
         if taps.takes(dz, weight.shape[2], dilation):
-            return taps.data_gradient(dz, weight)
-        if (
-            not any(padding) or dz.numel() >= LARGE * weight.numel()
-        ):  # as fast, and no memory for a tensor like the result
+            return taps.data_gradient(dz, weight.contiguous(memory_format=torch.channels_last))
+        if not any(padding) or dz.numel() >= LARGE * weight.numel():  # as fast, and nothing is made like the result
             turned = weight.flip(2, 3) if any(padding) else weight
             turned = turned.transpose(0, 1).contiguous(memory_format=torch.channels_last)
             g = F.conv2d(dz, turned, padding=padding, dilation=dilation)
             # one channel is in either order, and leads the library
             return g.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last)
         like = torch.empty(  # for its shape and order; never touched
             (dz.shape[0], weight.shape[1], *dz.shape[2:]),
             dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last,
@@ -338,7 +336,7 @@ class Verbs:
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
         if self.passes is csrc and csrc.correlates(dz, kernel_size):
-            return csrc.weight_gradient(sources, dz, kernel_size, affine, activation, dilation)
+            return csrc.weight_gradient(sources, dz, (kernel_size, kernel_size), affine, activation, dilation)
         read = self._gathered(sources, affine, activation)
         if taps.takes(read, kernel_size, dilation):
             return taps.weight_gradient(read, dz)

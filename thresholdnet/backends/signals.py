@@ -44,10 +44,8 @@ class Verbs(native.Verbs):
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
         """[O, C, k]."""
-        if kernel_size == 1 or (self.passes is csrc and csrc.correlates(dz, kernel_size)):
-            square = super()._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like, dilation)
-            return square[:, :, kernel_size // 2]  # the only row of taps that meets the one of pixels
+        if self.passes is csrc and csrc.correlates(dz, kernel_size):
+            return csrc.weight_gradient(sources, dz, (1, kernel_size), affine, activation, dilation).squeeze(2)
         read = self._gathered(sources, affine, activation)
-        shape = [dz.shape[1], read.shape[1], 1, kernel_size]
-        spread = (1, dilation)
-        return conv2d_weight(read, shape, dz, padding=(0, dilation * (kernel_size // 2)), dilation=spread).squeeze(2)
+        shape, padding = [dz.shape[1], read.shape[1], 1, kernel_size], (0, dilation * (kernel_size // 2))
+        return conv2d_weight(read, shape, dz, padding=padding, dilation=dilation).squeeze(2)

@@ -102,7 +102,7 @@ class Verbs(native.Verbs):
                 continue
             read = [_some_slices(source, height, first + deeper, count) for source in sources]
             arriving = _some_slices(dz, height, first, count)
-            found.append(csrc.weight_gradient(read, arriving, 3, affine, activation, dilation))
+            found.append(csrc.weight_gradient(read, arriving, (3, 3), affine, activation, dilation))
         return torch.stack(found, 2)
 
     def _library_gradients(self, dz: Tensor, x: Tensor, weight: Tensor, dilation: int, which: int) -> Tensor:
