@@ -132,19 +132,24 @@ def test_the_readme_says_what_the_files_say():
         for file in files
     }
 
+    def own(name, mode):
+        return next(row for (its, _), row in found[name].items() if its == mode and not row["ratios"])
+
     def speeds(names, mode, provider="converted"):
-        return [found[name][mode, provider]["ratios"][compared.AS_IT_IS]["median"] for name in names]
+        return [found[name][mode, provider]["ratios"][own(name, mode)["provider"]]["median"] for name in names]
 
     def shares(names, provider="converted", mode="train", of="saved_bytes"):
-        both = (provider, compared.AS_IT_IS)
-        sizes = [[found[name][mode, each][of] for each in both] for name in names]
-        return [ours / own for ours, own in sizes]
+        return [found[name][mode, provider][of] / own(name, mode)[of] for name in names]
 
     residual, volumes = ("torchsr-rdn", "spandrel-esrgan"), ("monai-densenet121-volumes",)
     single = ("monai-densenet121-one-volume",)
+    signals, half, alone, short = (
+        (f"monai-densenet121-{name}",) for name in ("signals", "signals-bf16", "one-signal", "short-signal")
+    )
     dilated = ("densenet121-stride-8", "ahdrnet-drdb")
-    dense = [name for name in found if name not in (*residual, *volumes, *single, *dilated)]
-    again = "converted_recompute"
+    others = (*residual, *volumes, *single, *dilated, *signals, *half, *alone, *short)
+    dense = [name for name in found if name not in others]
+    again, packed = "converted_recompute", "converted_prepacked"
     said = {
         "train {:.2f} to {:.2f} times": sorted(speeds(dense, "train"))[:: len(dense) - 1],
         "keep {:.2f} to {:.2f} of": sorted(shares(dense))[:: len(dense) - 1],
@@ -164,7 +169,23 @@ def test_the_readme_says_what_the_files_say():
             *speeds(volumes, "infer"), *shares(volumes, mode="infer", of="peak_bytes")
         ],
         "trains {:.2f} times as fast and answers {:.2f} times as fast, prepacked {:.2f}": [
-            *speeds(single, "train"), *speeds(single, "infer"), *speeds(single, "infer", "converted_prepacked")
+            *speeds(single, "train"), *speeds(single, "infer"), *speeds(single, "infer", packed)
+        ],
+        '4096, keeps {:.2f} of its bytes ({:.2f} with `recompute="bottleneck"`), needs {:.2f} ({:.2f}) of its peak': [
+            *shares(signals), *shares(signals, again), *shares(signals, of="peak_bytes"),
+            *shares(signals, again, of="peak_bytes"),
+        ],
+        "and trains {:.2f} ({:.2f}) times as fast, in bf16 {:.2f} ({:.2f});": [
+            speed for names in (signals, half) for of in ("converted", again) for speed in speeds(names, "train", of)
+        ],
+        "inference is {:.2f} times as fast, prepacked {:.2f}, in bf16 {:.2f} and {:.2f}.": [
+            speed for names in (signals, half) for of in ("converted", packed) for speed in speeds(names, "infer", of)
+        ],
+        "A single signal trains {:.2f} times as fast and answers {:.2f} times as fast, prepacked {:.2f};": [
+            *speeds(alone, "train"), *speeds(alone, "infer"), *speeds(alone, "infer", packed)
+        ],
+        "**trains at {:.2f} of its speed** and answers at {:.2f}, prepacked {:.2f}.": [
+            *speeds(short, "train"), *speeds(short, "infer"), *speeds(short, "infer", packed)
         ],
     }  # fmt: skip
     assert round(min(speeds(residual, "train")), 2) == round(max(speeds(residual, "train")), 2)
