@@ -1,4 +1,4 @@
-"""`thresholdnet info`: complete, honest about what is missing, and in step with the README."""
+"""`thresholdnet info`: complete, honest about what is missing, and in step with the documents."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from test_cli import run
 from thresholdnet import info
 from thresholdnet.backends import csrc, libraries
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+INSTALL = Path(__file__).resolve().parents[1] / "docs" / "install.md"
 
 
 def test_json():
@@ -67,9 +67,9 @@ def test_a_broken_package_is_reported(tmp_path, monkeypatch):
     assert info.version_of("no_such_package") is None
 
 
-def test_the_readme_lists_the_same_variables():
-    if not README.is_file():
+def test_the_documents_list_the_same_variables():
+    if not INSTALL.is_file():
         pytest.skip("run outside a checkout")
-    text = README.read_text()
+    text = INSTALL.read_text()
     for name, meaning in info.ENVIRONMENT.items():
         assert f"| `{name}` | {meaning} |" in text
