@@ -90,6 +90,24 @@ def test_reference_equals_what_is_written_out(dilation):
         torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel_size", [5, 15, 33])
+@pytest.mark.parametrize("unit", UNITS)
+def test_longer_kernels(unit, kernel_size, passes):
+    """Also such as reach beyond the signal, and than which C++ takes no longer ones."""
+    for n, length, dilation in ((2, 40, 1), (3, 9, 2), (1, 2, 1)):
+        plain = _block(PATTERNS["threshold_ab"], unit, kernel_size=kernel_size, dilation=dilation)
+        assert plain.plan.from_text(plain.plan.to_text()) == plain.plan and f"kernel_size={kernel_size}" in repr(plain)
+        fused = copy.deepcopy(plain).fuse(True, "native")
+        x = torch.randn(n, 7, length, dtype=F64)
+        _assert_same(_step(fused, x), _step(plain, x))
+        assert fused.backend == "native"
+        expected, _ = block_forward(plain.plan, x, list(plain.parameters()))
+        torch.testing.assert_close(copy.deepcopy(plain)(x), expected, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            plain.eval(), fused.eval()
+            assert_close(tn.prepack(fused)(x), plain(x))
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_signal_is_an_image_of_one_row(unit):
     """Of a 3x3 kernel the middle row alone meets it."""
@@ -127,7 +145,7 @@ def test_given_statistics(unit, size, mode, passes):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dilation", [1, 2, 5])
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolutions_of_signals_and_their_gradients(dtype, kernel, dilation, packed):
     """Of two sources among other channels, which are NaN."""
@@ -313,12 +331,17 @@ def test_bad_input():
     block._candidates, block._choice = ("triton",), "triton"
     with pytest.raises(RuntimeError, match=r"it takes images \[N, C, H, W\], got signals of shape \(2, 7, 9\)"):
         block(torch.randn(2, 7, 9))
+    for arguments in ({"kernel_size": 4, "spatial_dims": 1}, {"kernel_size": 5}, {"kernel_size": 5, "spatial_dims": 3}):
+        with pytest.raises(ValueError, match="kernel_size must be 3, or odd where spatial_dims is 1, got"):
+            ThresholdBlock(7, links.dense(2), 4, **arguments)
 
 
 FOREIGN = {
     "MONAI's DenseNet": (partial(DenseNet, dims=1), (2, 1, 90), 2),
     "HarDNet's block": (partial(Harmonic, 6, 4, 4, dims=1), (2, 6, 17), 1),
     "residual dense block": (partial(Residual, dims=1), (2, 6, 17), 1),
+    "of longer kernels": (partial(DenseNet, dims=1, taps=7), (2, 1, 90), 2),
+    "residual, of longer kernels": (partial(Residual, dims=1, taps=5), (2, 6, 17), 1),
 }
 
 
@@ -327,9 +350,22 @@ def test_convert(name):
     assert_converted(*FOREIGN[name], dims=1)
 
 
+def test_of_a_block_whose_kernels_differ_each_layer_is_one():
+    model, lines = DenseNet(dims=1), []
+    layer = model.features.denseblock1[1].layers
+    layer.conv2 = nn.Conv1d(layer.conv2.in_channels, layer.conv2.out_channels, 5, padding=2, bias=False)
+    original = copy.deepcopy(model.double())
+    converted = tn.convert(model, report=lines.append)
+    assert any("all layers must have one kernel size, got 3, 5" in line for line in lines), lines
+    found = [m.plan.num_layers for m in converted.modules() if isinstance(m, ConvertedBlock)]
+    assert found == [1, 1, 1, 2]
+    x = torch.randn(2, 1, 90, dtype=F64)
+    _assert_same(_step(converted, x), _step(original, x))
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "residual dense block"])
+@pytest.mark.parametrize("name", [name for name in FOREIGN if not name.startswith("residual")])
 def test_on_a_gpu(name, dtype):
     assert_converted_on_a_gpu(*FOREIGN[name][:2], dtype)
 

@@ -443,14 +443,14 @@ def modules_of(dims, *names):
 class Layer(nn.Module):
     """A dense layer whose modules stand in a Sequential, as MONAI lays them out; `drop`: behind it, of channels."""
 
-    def __init__(self, read, k, drop=0.0, dims=3):
+    def __init__(self, read, k, drop=0.0, dims=3, taps=3):
         super().__init__()
         conv, norm, dropout = modules_of(dims, "Conv", "BatchNorm", "Dropout")
         self.layers = nn.Sequential()
         for name, module in (
             ("norm1", norm(read)), ("relu1", nn.ReLU(inplace=True)), ("conv1", conv(read, 4 * k, 1, bias=False)),
             ("norm2", norm(4 * k)), ("relu2", nn.ReLU(inplace=True)),
-            ("conv2", conv(4 * k, k, 3, padding=1, bias=False)),
+            ("conv2", conv(4 * k, k, taps, padding=taps // 2, bias=False)),
         ):  # fmt: skip
             self.layers.add_module(name, module)
         if drop:
@@ -463,7 +463,7 @@ class Layer(nn.Module):
 class DenseNet(nn.Module):
     """Of volumes or signals, in MONAI's manner: one Sequential of everything up to the head."""
 
-    def __init__(self, depths=(3, 2), k=6, drop=0.0, dims=3):
+    def __init__(self, depths=(3, 2), k=6, drop=0.0, dims=3, taps=3):
         super().__init__()
         conv, norm, largest, average = modules_of(dims, "Conv", "BatchNorm", "MaxPool", "AvgPool")
         width = 8
@@ -474,7 +474,7 @@ class DenseNet(nn.Module):
         ):  # fmt: skip
             self.features.add_module(name, module)
         for i, depth in enumerate(depths, start=1):
-            layers = [Layer(width + j * k, k, drop, dims) for j in range(depth)]
+            layers = [Layer(width + j * k, k, drop, dims, taps) for j in range(depth)]
             self.features.add_module(f"denseblock{i}", nn.Sequential(*layers))
             width += depth * k
             if i < len(depths):
@@ -514,10 +514,10 @@ class Harmonic(nn.Module):
 class Residual(nn.Module):
     """A residual dense block of volumes or signals; channels are joined along a dim from the end."""
 
-    def __init__(self, width=6, k=4, dims=3):
+    def __init__(self, width=6, k=4, dims=3, taps=3):
         super().__init__()
         (conv,) = modules_of(dims, "Conv")
-        self.convs = nn.ModuleList(conv(width + i * k, k, 3, padding=1) for i in range(3))
+        self.convs = nn.ModuleList(conv(width + i * k, k, taps, padding=taps // 2) for i in range(3))
         self.last = conv(width + 3 * k, width, 1)
 
     def forward(self, x):

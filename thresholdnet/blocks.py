@@ -27,7 +27,7 @@ class ConvBNAct(nn.Sequential):
         activation: "relu", "relu6" or "leaky_relu(SLOPE)".
         norm: `eps` and `momentum` of the BatchNorm, as in nn.BatchNorm2d.
         spatial_dims: 2 for images, 3 for volumes, 1 for signals.
-        dilation: of a 3x3 kernel, which pads as much.
+        dilation: of the kernel, which pads as much for each tap beside the middle one.
         factory: `device` and `dtype` of the parameters.
     """
 
@@ -64,10 +64,12 @@ class ConvAct(nn.Sequential):
         activation: str = "relu",
         spatial_dims: int = 2,
         dilation: int = 1,
+        kernel_size: int = 3,
         **factory: Any,
     ):
         super().__init__()
-        self.conv = KINDS[spatial_dims].conv(in_channels, out_channels, 3, 1, dilation, dilation, **factory)
+        padding = dilation * (kernel_size // 2)
+        self.conv = KINDS[spatial_dims].conv(in_channels, out_channels, kernel_size, 1, padding, dilation, **factory)
         self.act = activations.module(activation)
 
 
@@ -86,13 +88,15 @@ class BNActConv(nn.Sequential):
         drop_rate: float = 0.0,
         spatial_dims: int = 2,
         dilation: int = 1,
+        kernel_size: int = 3,
         **factory: Any,
     ):
         super().__init__()
         kinds = KINDS[spatial_dims]
+        padding = dilation * (kernel_size // 2)
         self.norm = kinds.norm(in_channels, **(norm or {}), **factory)
         self.act = activations.module(activation)
-        self.conv = kinds.conv(in_channels, out_channels, 3, 1, dilation, dilation, bias=False, **factory)
+        self.conv = kinds.conv(in_channels, out_channels, kernel_size, 1, padding, dilation, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -113,16 +117,18 @@ class Bottleneck(nn.Sequential):
         drop_rate: float = 0.0,
         spatial_dims: int = 2,
         dilation: int = 1,
+        kernel_size: int = 3,
         **factory: Any,
     ):
         super().__init__()
         kinds = KINDS[spatial_dims]
+        padding = dilation * (kernel_size // 2)
         self.norm1 = kinds.norm(in_channels, **(norm or {}), **factory)
         self.act1 = activations.module(activation)
         self.conv1 = kinds.conv(in_channels, inner_channels, 1, bias=False, **factory)
         self.norm2 = kinds.norm(inner_channels, **(norm or {}), **factory)
         self.act2 = activations.module(activation)
-        self.conv2 = kinds.conv(inner_channels, out_channels, 3, 1, dilation, dilation, bias=False, **factory)
+        self.conv2 = kinds.conv(inner_channels, out_channels, kernel_size, 1, padding, dilation, bias=False, **factory)
         if drop_rate:
             self.drop = nn.Dropout(drop_rate)
 
@@ -136,7 +142,8 @@ class ThresholdBlock(LinkedBlock):
         in_channels: channels of the input.
         links: a pattern of `thresholdnet.links`, or any tuple of source tuples (entry i-1: sources of layer i).
         growth_rate: k, or one width a layer.
-        compression, unit, width_rule, outputs, bottleneck_factor, dilation: see `thresholdnet.plan.plan_block`.
+        compression, unit, width_rule, outputs, bottleneck_factor, dilation, kernel_size: see
+            `thresholdnet.plan.plan_block`.
         num_layers, threshold: depth L and the last layer on the dense side, when `links` is not given.
         below: "dense" (ThresholdNet-ab) or "sparse_dense" (-bc) up to the threshold.
         above: "even_log" (Tables I to III of the paper) or "harmonic" (HarDNet) after it.
@@ -185,6 +192,7 @@ class ThresholdBlock(LinkedBlock):
         outputs: str | Iterable[int] = "auto",
         bottleneck_factor: int = 4,
         dilation: int | Sequence[int] = 1,
+        kernel_size: int = 3,
         activation: str = "relu",
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
@@ -208,6 +216,7 @@ class ThresholdBlock(LinkedBlock):
             bottleneck_factor=bottleneck_factor,
             spatial_dims=spatial_dims,
             dilation=dilation,
+            kernel_size=kernel_size,
         )
         self.activation = activations.checked("activation", activation)
         factory = {"device": places.device(device), "dtype": places.floating_dtype(dtype, optional=True)}
@@ -225,6 +234,7 @@ class ThresholdBlock(LinkedBlock):
         plan, activation = self.plan, self.activation
         read, width = plan.link_widths[index], plan.widths[index]
         factory |= {"spatial_dims": plan.spatial_dims, "dilation": plan.dilation(index + 1)}
+        factory["kernel_size"] = plan.kernel_size
         if plan.unit == "bottleneck":
             inner = plan.bottleneck_widths[index]
             return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
@@ -232,7 +242,7 @@ class ThresholdBlock(LinkedBlock):
             return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
         if plan.unit == "conv_relu":
             return ConvAct(read, width, activation, **factory)
-        return ConvBNAct(read, width, 3, 1, activation, norm, **factory)
+        return ConvBNAct(read, width, stride=1, activation=activation, norm=norm, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
         return [[m for m in layer.modules() if isinstance(m, (*CONVOLUTIONS, _BatchNorm))] for layer in self.layers]
@@ -255,12 +265,12 @@ class ThresholdBlock(LinkedBlock):
         if plan.unit == "bottleneck":
             names = ["norm1", "act1", "conv1", "norm2", "act2", "conv2", *drops]
             inner = convolution("conv1", layer.conv1, 1, read, **form)
-            found = convolution("conv2", layer.conv2, 3, inner, dilation, **form)
+            found = convolution("conv2", layer.conv2, plan.kernel_size, inner, dilation, **form)
             same = inner == plan.bottleneck_widths[index]
             behind = [activation_behind("norm", getattr(layer, f"norm{i}"), getattr(layer, f"act{i}")) for i in (1, 2)]
         else:
             names = ["norm", "act", "conv", *drops] if plan.pre_activation else ["conv", "norm", "act"]
-            found, same = convolution("conv", layer.conv, 3, read, dilation, **form), True
+            found, same = convolution("conv", layer.conv, plan.kernel_size, read, dilation, **form), True
             if plan.unit == "conv_relu":
                 names, behind = ["conv", "act"], [activation("conv", layer.act)]
             else:

@@ -309,9 +309,14 @@ def _layer(steps: Sequence[Step], number: int) -> tuple[list[Step], list[int], D
         chain.append(step)
         (number,) = step.reads
     whole = len(chain) == len(pattern) or (pattern is BEFORE and len(chain) == 3)
-    if not whole or (pattern is BARE and {*chain[-1].kernel} != {3}):
+    if not whole or (pattern is BARE and not _is_of_a_layer(chain[-1].kernel)):
         return None
     return chain, [*_joined(steps, number)], drop
+
+
+def _is_of_a_layer(kernel: Sequence[int]) -> bool:
+    """Whether a convolution of these taps, without BatchNorm, is a layer's and no stem's or fusion's."""
+    return {*kernel} == {3} or (len(kernel) == 1 and kernel[0] > 1)
 
 
 def _unit(chain: Sequence[Step]) -> str:

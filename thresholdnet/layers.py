@@ -70,6 +70,12 @@ def dilation_of(conv: Any) -> int:
     return found[-1] if isinstance(found, tuple) else 1
 
 
+def kernel_of(conv: Any) -> int:
+    """Taps in a row that the engine may take in the longer convolution of a layer: 3, or a signals' one's own."""
+    size: Sequence[int] = getattr(conv, "kernel_size", (3,))
+    return size[0] if len(size) == 1 and size[0] > 3 and size[0] % 2 else 3
+
+
 def spatial_dims(conv: Any) -> int:
     """1 for a convolution of signals, 2 for one of images, 3 of volumes."""
     return len(conv.kernel_size)

@@ -255,10 +255,11 @@ class LinkedBlock(nn.Module):
     def extra_repr(self) -> str:
         """The structure in one line, for print(model)."""
         plan = self.plan
+        seldom = {"dilations": plan.dilations, "kernel_size": plan.kernel_size if plan.kernel_size != 3 else None}
         return (
             f"{plan.in_channels} -> {plan.out_channels}, {self.links!r}, unit={plan.unit}, "
             f"widths={plan.widths}, outputs={plan.outputs}"
-        ) + (f", dilations={plan.dilations}" if plan.dilations else "")
+        ) + "".join(f", {name}={value}" for name, value in seldom.items() if value)
 
 
 def traced() -> bool:

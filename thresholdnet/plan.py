@@ -54,6 +54,7 @@ class BlockPlan:
         bottleneck_widths: channels between the two convolutions of each layer; empty for the other units.
         spatial_dims: 2 for images; 3 for volumes, whose kernels have a third side; 1 for signals, whose have one.
         dilations: pixels between two taps of each layer's 3x3 convolution; empty where that is 1 in all of them.
+        kernel_size: taps of that convolution in a row; of signals alone others than 3.
     """
 
     links: Links
@@ -63,6 +64,7 @@ class BlockPlan:
     bottleneck_widths: tuple[int, ...] = ()
     spatial_dims: int = 2
     dilations: tuple[int, ...] = ()
+    kernel_size: int = 3
 
     @property
     def num_layers(self) -> int:
@@ -186,12 +188,12 @@ class BlockPlan:
     @staticmethod
     @lru_cache(maxsize=1024)
     def from_text(text: str) -> BlockPlan:
-        """The plan that `to_text` wrote, before there were volumes and dilations too."""
+        """The plan that `to_text` wrote, before there were volumes, dilations and kernel sizes too."""
         fields = json.loads(text)
         sequences = {key: tuple(fields[key]) for key in ("node_widths", "outputs", "bottleneck_widths")}
         return BlockPlan(
             links=Links(fields["links"]), unit=fields["unit"], spatial_dims=fields.get("spatial_dims", 2),
-            dilations=tuple(fields.get("dilations", ())), **sequences,
+            dilations=tuple(fields.get("dilations", ())), kernel_size=fields.get("kernel_size", 3), **sequences,
         )  # fmt: skip
 
     def kept_channels(self, fused: bool, recompute_bottleneck: bool = False) -> int:
@@ -235,6 +237,7 @@ def plan_block(
     bottleneck_factor: int = 4,
     spatial_dims: int = 2,
     dilation: int | Sequence[int] = 1,
+    kernel_size: int = 3,
 ) -> BlockPlan:
     """Plan a block.
 
@@ -252,6 +255,7 @@ def plan_block(
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
         spatial_dims: 2 for images; 3 for volumes: 3x3x3 and 1x1x1 convolutions; 1 for signals: of 3 taps and of 1.
         dilation: of the 3x3 convolutions, in pixels, which pad as much; or one a layer.
+        kernel_size: 3; of signals' longer convolutions any odd number of taps from 3 on.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, named in the message.
@@ -261,14 +265,18 @@ def plan_block(
     unit = one_of("unit", unit, UNITS)
     factor = integer("bottleneck_factor", bottleneck_factor, 1)
     widths = layer_widths(pattern, growth_rate, compression, width_rule)
+    dims, taps = integer("spatial_dims", spatial_dims, 1, 3), integer("kernel_size", kernel_size, 3)
+    if taps % 2 == 0 or (taps > 3 and dims > 1):
+        raise ValueError(f"kernel_size must be 3, or odd where spatial_dims is 1, got {taps} with spatial_dims {dims}")
     return BlockPlan(
         links=pattern,
         node_widths=(in_channels, *widths),
         outputs=_output_nodes(pattern, unit, outputs),
         unit=unit,
         bottleneck_widths=tuple(factor * w for w in widths) if unit == "bottleneck" else (),
-        spatial_dims=integer("spatial_dims", spatial_dims, 1, 3),
+        spatial_dims=dims,
         dilations=dilations_of(_one_a_layer("dilation", "number", dilation, len(pattern))),
+        kernel_size=taps,
     )
 
 

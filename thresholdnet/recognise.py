@@ -34,6 +34,7 @@ from .layers import (
     forms_inside,
     hooked,
     idle,
+    kernel_of,
     spatial_dims,
 )
 from .linked import LinkedBlock
@@ -135,7 +136,8 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
         inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths), bias=True))
-        widths.append(convolution(f"{prefix}conv2", layer.conv2, 3, inner[-1], dilation_of(layer.conv2), bias=True))
+        kernel, dilation = kernel_of(layer.conv2), dilation_of(layer.conv2)
+        widths.append(convolution(f"{prefix}conv2", layer.conv2, kernel, inner[-1], dilation, bias=True))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
@@ -144,6 +146,7 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
     plan = BlockPlan(
         links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims,
         dilations_of(dilation_of(layer.conv2) for _, layer in layers),
+        _the("kernel size", {kernel_of(layer.conv2) for _, layer in layers}),
     )  # fmt: skip
     return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
@@ -265,7 +268,7 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
             channels = convolution(path, conv, 1, channels, bias=True)
             inner.append(channels)
         path, conv = convolutions[-1]
-        nodes.append(convolution(path, conv, 3, channels, dilation_of(conv), bias=True))
+        nodes.append(convolution(path, conv, kernel_of(conv), channels, dilation_of(conv), bias=True))
     try:
         pattern = Links([layer.sources for layer in flow.layers])
     except ValueError as error:
@@ -316,11 +319,16 @@ def few_pixels(channels: int, dims: int) -> tuple[int, ...]:
 
 
 def _form_of(block: nn.Module, units: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What a plan says of the convolutions of layers with these modules: `spatial_dims` and `dilations`."""
+    """What a plan says of the convolutions of layers with these modules: all fields but their channels."""
     layers = [[m for path in unit if isinstance(m := block.get_submodule(path), CONVOLUTIONS)] for unit in units]
     dims = {spatial_dims(conv) for convolutions in layers for conv in convolutions}
     spread = dilations_of(dilation_of(convolutions[-1]) for convolutions in layers)  # the last one is 3x3
-    return {"spatial_dims": _the("number of spatial dimensions", dims), "dilations": spread}
+    kernels = {kernel_of(convolutions[-1]) for convolutions in layers}
+    return {
+        "spatial_dims": _the("number of spatial dimensions", dims),
+        "dilations": spread,
+        "kernel_size": _the("kernel size", kernels),
+    }
 
 
 def _has(block: nn.Module, *names: str) -> bool:
@@ -338,7 +346,8 @@ def _layers(
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
         unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        nodes.append(convolution(unit[0], conv, 3, sum(nodes[k] for k in row), dilation_of(conv), bias=True))
+        read = sum(nodes[k] for k in row)
+        nodes.append(convolution(unit[0], conv, kernel_of(conv), read, dilation_of(conv), bias=True))
         activations.add(act)
         units.append(unit)
     plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu", **_form_of(block, units))

@@ -70,7 +70,8 @@ def block_forward(
     nodes = [x]
     for layer, sources in enumerate(plan.links, start=1):
         joined = torch.cat([nodes[k] for k in sources], dim=1)
-        conv3x3 = partial(conv, padding=plan.dilation(layer), dilation=plan.dilation(layer))
+        dilation = plan.dilation(layer)
+        conv3x3 = partial(conv, padding=dilation * (plan.kernel_size // 2), dilation=dilation)
         if plan.unit == "conv_bn_relu":
             nodes.append(act(normalise(conv3x3(joined, next(weights)))))
         elif plan.unit == "conv_relu":

@@ -16,6 +16,9 @@ from .native import Packed, kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
 
+LONGEST = 31
+"""Taps that the C++ weight gradient takes."""
+
 
 class Verbs(native.Verbs):
     """`native.Verbs` with kernels of one row, [O, C, 1, k] to the library."""
@@ -44,7 +47,7 @@ class Verbs(native.Verbs):
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
         """[O, C, k]."""
-        if self.passes is csrc and csrc.correlates(dz, kernel_size):
+        if self.passes is csrc and csrc.correlates(dz, kernel_size) and kernel_size <= LONGEST:
             return csrc.weight_gradient(sources, dz, (1, kernel_size), affine, activation, dilation).squeeze(2)
         read = self._gathered(sources, affine, activation)
         shape, padding = [dz.shape[1], read.shape[1], 1, kernel_size], (0, dilation * (kernel_size // 2))

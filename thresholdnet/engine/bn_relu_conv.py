@@ -49,6 +49,7 @@ class BNReLUConv(Features):
         outer, own, place = norms[self.place(i, 0)], self.weight(i, 2), 1 + (i - 1) * self.per_layer + 2
         if needs[place]:
             grads[place] = self.verbs.weight_gradient(
-                read, dfeature, 3, affine=outer.affine, activation=self.act, like=own, dilation=self.plan.dilation(i)
-            )
+                read, dfeature, self.plan.kernel_size, affine=outer.affine, activation=self.act, like=own,
+                dilation=self.plan.dilation(i),
+            )  # fmt: skip
         return Reader(i, dfeature, own, outer, [], self.plan.dilation(i))

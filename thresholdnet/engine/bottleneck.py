@@ -79,8 +79,8 @@ class Bottleneck(Features):
         first = 1 + (i - 1) * self.per_layer
         if needs[first + 5]:
             grads[first + 5] = verbs.weight_gradient(
-                [inner], dfeature, 3, affine=norm.affine, activation=self.act, like=self.weight(i, 5),
-                dilation=self.plan.dilation(i),
+                [inner], dfeature, self.plan.kernel_size, affine=norm.affine, activation=self.act,
+                like=self.weight(i, 5), dilation=self.plan.dilation(i),
             )  # fmt: skip
         masked = (inner, norm.affine, norm.mean, norm.rstd)
         into = ("waiting", i % self.readers_at_once())

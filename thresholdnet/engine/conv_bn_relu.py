@@ -113,8 +113,9 @@ class ConvBNReLU(Block):
             if needs[first]:
                 own_weight = self.weight(node, 0)
                 grads[first] = verbs.weight_gradient(
-                    read(plan.links[node - 1]), dz[node], 3, like=own_weight, dilation=plan.dilation(node)
-                )
+                    read(plan.links[node - 1]), dz[node], plan.kernel_size, like=own_weight,
+                    dilation=plan.dilation(node),
+                )  # fmt: skip
             grads[first + 1], grads[first + 2] = sum_gx, sum_g
             for source in plan.links[node - 1]:
                 if plan.readers[source][0] == node:  # the last one on the way back

@@ -72,7 +72,7 @@ class ConvReLU(Block):
             if needs[first]:
                 read = live(nodes, plan.links[node - 1])
                 grads[first] = verbs.weight_gradient(
-                    read, dz[node], 3, like=self.weight(node, 0), dilation=plan.dilation(node)
+                    read, dz[node], plan.kernel_size, like=self.weight(node, 0), dilation=plan.dilation(node)
                 )
             grads[first + 1] = sums
             for reader in plan.readers[node]:
