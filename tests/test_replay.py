@@ -24,7 +24,7 @@ from twins import pair
 
 import thresholdnet as tn
 from thresholdnet import ThresholdBlock, constants, engine, functional, packing, replay
-from thresholdnet.backends import csrc
+from thresholdnet.backends import csrc, native
 from thresholdnet.backends.winograd import use as use_winograd
 from thresholdnet.replay.pooling import ALIGNMENT
 from thresholdnet.replay.recording import Launch, Operation, Recording, tensors_in
@@ -136,6 +136,39 @@ def test_replays_are_equal_to_the_bit(pattern, unit, mode, backend, monkeypatch)
     block.train(mode != "eval")
     x = torch.randn(2, 7, 4, 3)
     assert_replays(lambda: trained(block, x), 2, monkeypatch)
+
+
+class Cycle:
+    """Something that only the collector of cycles lets go, and that counts it with an operation of torch's."""
+
+    def __init__(self, gone: Tensor):
+        self.gone, self.own = gone, self
+
+    def __del__(self) -> None:
+        self.gone.add_(1)
+
+
+def test_what_a_finaliser_does_is_no_part_of_a_recording(monkeypatch):
+    block, x, gone = block_of("harmonic", "conv_bn_relu", "native").eval(), torch.randn(2, 7, 4, 3), torch.zeros(())
+    enter, made = native.Verbs.enter, []
+
+    def leaving_a_cycle(verbs: Any, pixels: Tensor) -> Tensor:
+        made.append(id(Cycle(gone)))
+        return enter(verbs, pixels)
+
+    def step() -> list[Tensor]:
+        thresholds = gc.get_threshold()
+        gc.set_threshold(1)  # collected at once
+        try:
+            with torch.no_grad():
+                return [block(x)]
+        finally:
+            gc.set_threshold(*thresholds)
+
+    monkeypatch.setattr(native.Verbs, "enter", leaving_a_cycle)
+    assert_replays(step, 1, monkeypatch)
+    gc.collect()
+    assert float(gone) == len(made) == 3 and gc.isenabled()
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -15,10 +15,12 @@ the call runs, and packs it again.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,9 +152,21 @@ def _recorded(
     function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
 ) -> tuple[Any, Recording | str]:
     recorder = Recorder(tensors)
-    with holding() as recorder.tables, noting() as recorder.uses, recorder:
+    with _collecting_nothing(), holding() as recorder.tables, noting() as recorder.uses, recorder:
         result = _launched_by(recorder, function, arguments)
     return result, recorder.recording(result)
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """No cycles are collected meanwhile: what their finalisers do would be taken for the call's own operations."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _look_up(key: Hashable) -> Recording | int | str | None:
