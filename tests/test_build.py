@@ -56,9 +56,11 @@ def build(tree, command=("bdist_wheel",), code=0, python=sys.executable, **envir
 def wheel_of(tree):
     """Name of the wheel and contents of its files of libraries: None for a binary."""
     (wheel,) = (tree / "dist").glob("*.whl")
+    modules = {file.relative_to(tree).as_posix() for file in (tree / "thresholdnet").rglob("*.py")}
+    modules |= {f"thresholdnet/{file.relative_to(tree).as_posix()}" for file in (tree / "kernels").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
+        assert len(modules) > 100 and modules <= {*archive.namelist()}
         files = {Path(name).name: name for name in archive.namelist()}
-        assert {"blocks.py", "native.py", "conv.py"} <= files.keys()  # package, backends, kernels
         found = {
             name: archive.read(path).decode().strip() if name.endswith(".missing") else None
             for name, path in files.items()
