@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from on_gpu import needs_gpu
 from saved import saved_tensors, storage_bytes
 from test_blocks import PATTERNS, UNITS
-from test_chain import Chained, _calls, _same
+from test_chain import Chained, _calls
 from test_engine import _block as _any_block
 from test_volumes import (
     SMALL,
@@ -18,8 +18,13 @@ from test_volumes import (
     Residual,
     _assert_same,
     _step,
+    assert_casts,
     assert_converted,
     assert_converted_on_a_gpu,
+    assert_drops_channels,
+    assert_gradients,
+    assert_nothing_is_kept_in_front_of_a_convolution,
+    assert_one_operator,
     assert_rounds_no_more_than_plain_torch,
     passes,
 )
@@ -217,20 +222,7 @@ def test_dropout(channels):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_gradcheck(unit):
-    torch.manual_seed(0)
-    block = ThresholdBlock(
-        2, links.custom(PATTERNS["threshold_ab"][:3]), 2, unit=unit, bottleneck_factor=1, dtype=F64, outputs="all",
-        spatial_dims=1, fused=True, backend="native",
-    )  # fmt: skip
-    x = torch.randn(2, 2, 5, dtype=F64, requires_grad=True)
-    parameters = dict(block.named_parameters())
-
-    def run(x, *values):
-        return torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        torch.autograd.grad(torch.autograd.grad(block(x).sum(), x, create_graph=True)[0].sum(), x)
+    assert_gradients(unit, (5,))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -258,23 +250,11 @@ def test_half_formats_round_no_more_than_plain_torch(unit, dtype):
 
 
 def test_autocast():
-    block = _block(links.dense(3), "bottleneck", dtype=torch.float32).fuse(True, "native")
-    x = torch.randn(2, 7, 12)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, expected = block(x), copy.deepcopy(block).fuse(False)(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), expected.float(), rtol=0.1, atol=0.1)
+    assert_casts((12,))
 
 
 def test_a_convolution_behind_the_block():
-    block = _block(links.harmonic(4), "conv_bn_relu").fuse(True, "native")
-    net = nn.Sequential(block, nn.Conv1d(block.out_channels, 5, 1, bias=False, dtype=F64))
-    x = torch.randn(2, 7, 30, dtype=F64)
-    plain = copy.deepcopy(net)
-    fuse_blocks(plain, False)
-    _assert_same(_step(Chained(*net), x), _step(plain, x))
-    apart = storage_bytes(saved_tensors(net, x)) - storage_bytes(saved_tensors(Chained(*net), x))
-    assert apart == block.out_channels * x[:, 0].numel() * 8  # the block's output
+    assert_nothing_is_kept_in_front_of_a_convolution((30,))
 
 
 TRANSITIONS = {
@@ -292,19 +272,7 @@ TRANSITIONS = {
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_transitions_equal_the_modules(name, train):
-    torch.manual_seed(0)
-    net = nn.Sequential(*TRANSITIONS[name]()).to(F64)
-    nn.init.uniform_(net[0].weight, 0.5, 1.5)
-    nn.init.uniform_(net[0].bias, -0.5, 0.5)
-    x = torch.randn(3, 6, 41, dtype=F64)
-    chain.run(list(net), x)  # running statistics other than 0 and 1
-    net.train(train)
-    _same(net, x)
-    _same(net, x.transpose(1, 2).contiguous().transpose(1, 2)[:1], runs=1)
-    assert _calls(lambda: chain.run(list(net), x)) == ["transition"]
-    made = {p.data_ptr() for p in net.parameters()}
-    kept = [t for t in saved_tensors(Chained(*net), x) if t.numel() > 400 and t.data_ptr() not in made]
-    assert len({t.untyped_storage().data_ptr() for t in kept}) == 1  # its input
+    assert_one_operator(TRANSITIONS[name](), train, (41,))
 
 
 def test_images_without_a_batch_are_no_signals():
@@ -382,10 +350,7 @@ def test_a_converted_model_keeps_less():
 
 
 def test_a_dropout_of_channels_is_found():
-    converted = tn.convert(DenseNet(drop=0.5, dims=1), report=None)
-    found = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
-    assert [(block.drop_rate, block.drop_channels) for block in found] == [(0.5, True)] * 2
-    converted.train()(torch.randn(2, 1, 60)).sum().backward()
+    assert_drops_channels(DenseNet(drop=0.5, dims=1), (60,))
 
 
 @pytest.mark.parametrize("name", ["thresholdnet_ab", "thresholdnet_bc", "densenet40", "hardnet39ds"])

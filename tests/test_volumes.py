@@ -202,13 +202,18 @@ def test_dropout(channels):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_gradcheck(unit):
+    assert_gradients(unit, (2, 3, 2))
+
+
+def assert_gradients(unit, sides):
+    """Those of finite differences, and none of gradients."""
     rows = tn.links.custom(PATTERNS["threshold_ab"][:3])
     torch.manual_seed(0)
     block = ThresholdBlock(
-        2, rows, 2, unit=unit, bottleneck_factor=1, dtype=F64, outputs="all", spatial_dims=3, fused=True,
+        2, rows, 2, unit=unit, bottleneck_factor=1, dtype=F64, outputs="all", spatial_dims=len(sides), fused=True,
         backend="native",
     )  # fmt: skip
-    x = torch.randn(2, 2, 2, 3, 2, dtype=F64, requires_grad=True)
+    x = torch.randn(2, 2, *sides, dtype=F64, requires_grad=True)
     parameters = dict(block.named_parameters())
 
     def run(x, *values):
@@ -305,8 +310,13 @@ def test_few_slices(sides, width, dtype):
 
 
 def test_autocast():
-    block = _block(links.dense(3), "bottleneck", dtype=torch.float32).fuse(True, "native")
-    x = torch.randn(2, 7, 3, 4, 5)
+    assert_casts((3, 4, 5))
+
+
+def assert_casts(sides):
+    """Under autocast a fused block gives what the plain one does."""
+    block = _any_block(links.dense(3), "bottleneck", dtype=torch.float32, spatial_dims=len(sides)).fuse(True, "native")
+    x = torch.randn(2, 7, *sides)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = block(x), copy.deepcopy(block).fuse(False)(x)
     assert y.dtype == torch.bfloat16
@@ -314,9 +324,15 @@ def test_autocast():
 
 
 def test_a_convolution_behind_the_block():
-    block = _block(links.harmonic(4), "conv_bn_relu").fuse(True, "native")
-    net = nn.Sequential(block, nn.Conv3d(block.out_channels, 5, 1, bias=False, dtype=F64))
-    x = torch.randn(2, 7, 3, 4, 5, dtype=F64)
+    assert_nothing_is_kept_in_front_of_a_convolution((3, 4, 5))
+
+
+def assert_nothing_is_kept_in_front_of_a_convolution(sides):
+    """Of a block that is one with the convolution behind it."""
+    block = _any_block(links.harmonic(4), "conv_bn_relu", spatial_dims=len(sides)).fuse(True, "native")
+    (conv,) = modules_of(len(sides), "Conv")
+    net = nn.Sequential(block, conv(block.out_channels, 5, 1, bias=False, dtype=F64))
+    x = torch.randn(2, 7, *sides, dtype=F64)
     plain = copy.deepcopy(net)
     fuse_blocks(plain, False)
     _assert_same(_step(Chained(*net), x), _step(plain, x))
@@ -339,15 +355,20 @@ TRANSITIONS = {
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_transitions_equal_the_modules(name, train):
+    assert_one_operator(TRANSITIONS[name](), train, (5, 7, 4))
+
+
+def assert_one_operator(modules, train, sides):
+    """Modules run as one, with the same results, and keep what they read alone."""
     torch.manual_seed(0)
-    net = nn.Sequential(*TRANSITIONS[name]()).to(F64)
+    net = nn.Sequential(*modules).to(F64)
     nn.init.uniform_(net[0].weight, 0.5, 1.5)
     nn.init.uniform_(net[0].bias, -0.5, 0.5)
-    x = torch.randn(3, 6, 5, 7, 4, dtype=F64)
+    x = torch.randn(3, 6, *sides, dtype=F64)
     chain.run(list(net), x)  # running statistics other than 0 and 1
     net.train(train)
     _same(net, x)
-    _same(net, x[:1].to(memory_format=LAST), runs=1)
+    _same(net, x[:1].movedim(1, -1).contiguous().movedim(-1, 1), runs=1)
     assert _calls(lambda: chain.run(list(net), x)) == ["transition"]
     made = {p.data_ptr() for p in net.parameters()}
     kept = [t for t in saved_tensors(Chained(*net), x) if t.numel() > 400 and t.data_ptr() not in made]
@@ -601,10 +622,15 @@ def assert_converted_on_a_gpu(make, shape, dtype):
 
 
 def test_a_dropout_of_channels_is_found():
-    converted = tn.convert(DenseNet(drop=0.5), report=None)
+    assert_drops_channels(DenseNet(drop=0.5), (20, 20, 20))
+
+
+def assert_drops_channels(model, sides):
+    """Both blocks of the model, converted."""
+    converted = tn.convert(model, report=None)
     found = [m for m in converted.modules() if isinstance(m, ConvertedBlock)]
     assert [(block.drop_rate, block.drop_channels) for block in found] == [(0.5, True)] * 2
-    converted.train()(torch.randn(2, 1, 20, 20, 20)).sum().backward()
+    converted.train()(torch.randn(2, 1, *sides)).sum().backward()
 
 
 def test_the_plan_as_text():

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..replay import no_collection
 from .arithmetic import order, ratios, spread
 from .baselines import Unavailable
-from .clock import Clock, Neighbours, Step, no_collection
+from .clock import Clock, Neighbours, Step
 
 BASELINES = (
     "eager", "eager_channels_last", "eager_cudnn_benchmark", "eager_folded", "compile", "compile_folded",

@@ -136,6 +136,18 @@ def forget() -> None:
         _known.clear()
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No cycles are collected within: of a recording, what their finalisers do would be taken for the call's own."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _launcher() -> Recorder | Ahead | None:
     return getattr(_here, "launcher", None)
 
@@ -152,21 +164,9 @@ def _recorded(
     function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
 ) -> tuple[Any, Recording | str]:
     recorder = Recorder(tensors)
-    with _collecting_nothing(), holding() as recorder.tables, noting() as recorder.uses, recorder:
+    with no_collection(), holding() as recorder.tables, noting() as recorder.uses, recorder:
         result = _launched_by(recorder, function, arguments)
     return result, recorder.recording(result)
-
-
-@contextmanager
-def _collecting_nothing() -> Iterator[None]:
-    """No cycles are collected meanwhile: what their finalisers do would be taken for the call's own operations."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _look_up(key: Hashable) -> Recording | int | str | None:
