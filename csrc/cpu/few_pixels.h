@@ -4,10 +4,10 @@
 //
 // or, with a bias, act(out + bias).
 //
-// p: a pixel; h x w: taps; those (i, j) that fall outside the image are left out. Where pixels are few a weight is read from memory for
-// hardly more than one multiply-add, so what counts is to read it once, where it lies, and nothing but the taps that meet
-// pixels: of a single pixel's nine taps one. A pixel's taps in one row of the image lie side by side in the weight as in
-// the row: they are one inner product, and SHARING outputs share what they read of the row.
+// p: a pixel; h x w: taps; those (i, j) that fall outside the image are left out. Where pixels are few a weight is read
+// from memory for hardly more than one multiply-add, so what counts is to read it once, where it lies, and nothing but
+// the taps that meet pixels: of a single pixel's nine taps one. A pixel's taps in one row of the image lie side by side
+// in the weight as in the row: they are one inner product, and SHARING outputs share what they read of the row.
 //
 // No torch here. Every output is summed in an order of its own: no result depends on the number of threads.
 #pragma once

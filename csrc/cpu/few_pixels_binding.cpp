@@ -76,7 +76,7 @@ Tensor linked_conv2d(
 }  // namespace thresholdnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
-  // conv2d, padding (h, w) / 2, of act(the sources side by side * scale + shift), or of the sources where there is no scale;
+  // conv2d, padding (h, w) / 2, of act(the sources side by side * scale + shift), or of the sources without a scale;
   // with a bias act(it + bias). For few pixels: float32 and float64.
   m.def(
       "linked_conv2d(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias) "

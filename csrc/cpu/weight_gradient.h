@@ -3,10 +3,10 @@
 //   dw[o, c, i, j] = sum_p dz[p, o] a[p + (i - h / 2, j - w / 2) d, c],   a = act(x * scale + shift)
 //
 // p: a pixel; d: the dilation; h x w: taps; those (i, j) that fall outside the image add nothing, not even zeros. It is
-// a matrix product per tap, O x C over all pixels, and the h * w of them share what they read. C is cut into panels. Of some rows
-// of pixels at once, a panel's channels are packed side by side, activated, where they stay in the first-level cache for
-// all taps and outputs, and sums are kept in registers. bfloat16 is packed in pairs of pixels, which instructions take
-// at once (weight_gradient.inl).
+// a matrix product per tap, O x C over all pixels, and the h * w of them share what they read. C is cut into panels. Of
+// some rows of pixels at once, a panel's channels are packed side by side, activated, where they stay in the first-level
+// cache for all taps and outputs, and sums are kept in registers. bfloat16 is packed in pairs of pixels, which
+// instructions take at once (weight_gradient.inl).
 //
 // No torch here. No sum depends on the number of threads: tasks and their order come from the shapes alone.
 #pragma once

@@ -137,8 +137,8 @@ Tensor weight_gradient(
 }  // namespace thresholdnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(thresholdnet_csrc, m) {
-  // [O, K, h, w]: the weight's gradient of a convolution, padding (h, w) / 2 * dilation, of act(the sources side by side
-  // * scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32, float64, bfloat16.
+  // [O, K, h, w]: the weight's gradient of a convolution, padding (h, w) / 2 * dilation, of act(the sources side by
+  // side * scale + shift), or of the sources where there is no scale; dz: [N, O, H, W]. float32, float64, bfloat16.
   m.def(
       "weight_gradient(Tensor[] sources, Tensor? scale, Tensor? shift, float activation, Tensor dz, "
       "int kernel_height, int kernel_width, int dilation=1) -> Tensor");
