@@ -23,8 +23,11 @@ from test_volumes import (
     assert_converted_on_a_gpu,
     assert_drops_channels,
     assert_gradients,
+    assert_network,
     assert_nothing_is_kept_in_front_of_a_convolution,
     assert_one_operator,
+    assert_passes_opcheck,
+    assert_repeats,
     assert_rounds_no_more_than_plain_torch,
     passes,
 )
@@ -33,7 +36,7 @@ from torch import nn
 from torch.nn.grad import conv1d_input, conv1d_weight
 
 import thresholdnet as tn
-from thresholdnet import ThresholdBlock, chain, links, ops
+from thresholdnet import ThresholdBlock, chain, links
 from thresholdnet.backends import signals
 from thresholdnet.convert import ConvertedBlock
 from thresholdnet.models import fuse_blocks
@@ -200,12 +203,7 @@ def test_layouts_replays_and_recomputation(unit, order, monkeypatch):
         "NCL": lambda: x.contiguous(), "NLC": lambda: x.transpose(1, 2).contiguous().transpose(1, 2),
         "strided": lambda: torch.stack([x, x + 1], 3)[..., 0], "repeated": lambda: x,
     }[order]()  # fmt: skip
-    for _ in range(4):
-        own = laid.detach().requires_grad_()
-        y = fused(own)
-        cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-        grads = torch.autograd.grad(y, [own, *fused.parameters()], cotangent)
-        _assert_same([y.detach(), *grads], expected)
+    y = assert_repeats(fused, laid, expected)
     assert y.transpose(1, 2).is_contiguous()
 
 
@@ -229,14 +227,7 @@ def test_gradcheck(unit):
 def test_opcheck_and_compile(unit):
     block = _block(links.threshold_ab(3, 2), unit, dtype=torch.float32).fuse(True, "native")
     x = torch.randn(2, 7, 6)
-    parameters = [p.detach().requires_grad_() for p in block.parameters()]
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm1d)]
-    running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
-    torch.library.opcheck(
-        ops.block,
-        (x.unsqueeze(2).requires_grad_(), parameters, running, block.plan.to_text(), [1e-5] * len(norms),
-         [False] * len(norms), "relu", "native", True, False, [], None, 0.0, ""),
-    )  # fmt: skip
+    assert_passes_opcheck(block, x.unsqueeze(2))
     net = nn.Sequential(block, nn.BatchNorm1d(block.out_channels), nn.ReLU(), nn.AvgPool1d(2))
     compiled = torch.compile(Chained(*copy.deepcopy(net)), backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(_step(compiled, x), _step(net, x), strict=True):
@@ -355,15 +346,7 @@ def test_a_dropout_of_channels_is_found():
 
 @pytest.mark.parametrize("name", ["thresholdnet_ab", "thresholdnet_bc", "densenet40", "hardnet39ds"])
 def test_networks_of_the_zoo(name):
-    """Fused and plain, and what each takes."""
-    arguments = SMALL if name.startswith("threshold") else {}
-    torch.manual_seed(0)
-    plain = tn.create_model(name, 3, 1, spatial_dims=1, dtype=F64, **arguments, drop_rate=0.0)
-    fused = copy.deepcopy(plain)
-    fuse_blocks(fused, True, "native")
-    x = torch.randn(2, 1, 70, dtype=F64)
-    _assert_same(_step(fused, x), _step(plain, x))
-    assert fused(x).shape == (2, 3) and fused.spatial_dims == 1
+    plain, x = assert_network(name, (70,))
     with pytest.raises(ValueError, match=r"signals must have 3 dimensions \[N, C, L\], got 4"):
         plain(x[..., None])
     if plain.min_size > 1:
@@ -373,7 +356,7 @@ def test_networks_of_the_zoo(name):
 
 def test_densenet121_of_signals_has_monais_parameters():
     model = tn.create_model("densenet121", 2, 1, spatial_dims=1, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == 5521538  # monai.networks.nets.DenseNet121(1, 1, 2)
+    assert sum(p.numel() for p in model.parameters()) == 5_521_538  # monai.networks.nets.DenseNet121(1, 1, 2)
 
 
 def test_a_pyramid_of_signals():

@@ -173,13 +173,19 @@ def test_layouts_replays_and_recomputation(unit, order, monkeypatch):
         "strided": lambda: torch.stack([x, x + 1], 3)[:, :, :, 0].transpose(2, 4).clone().transpose(2, 4),
         "repeated": lambda: x,
     }[order]()  # fmt: skip
+    y = assert_repeats(fused, laid, expected)
+    assert y.is_contiguous(memory_format=LAST)
+
+
+def assert_repeats(block, laid, expected):
+    """The same at four calls, of the first ones and replays; returns the last output."""
     for _ in range(4):
         own = laid.detach().requires_grad_()
-        y = fused(own)
+        y = block(own)
         cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-        grads = torch.autograd.grad(y, [own, *fused.parameters()], cotangent)
+        grads = torch.autograd.grad(y, [own, *block.parameters()], cotangent)
         _assert_same([y.detach(), *grads], expected)
-    assert y.is_contiguous(memory_format=LAST)
+    return y
 
 
 @pytest.mark.parametrize("channels", [False, True])
@@ -228,17 +234,22 @@ def assert_gradients(unit, sides):
 def test_opcheck_and_compile(unit):
     block = _block(links.threshold_ab(3, 2), unit, dtype=torch.float32).fuse(True, "native")
     x = torch.randn(2, 7, 2, 4, 3)
+    assert_passes_opcheck(block, x)
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(_step(compiled, x), _step(block, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def assert_passes_opcheck(block, x):
+    """Of a block's operator, whose pixels are x."""
     parameters = [p.detach().requires_grad_() for p in block.parameters()]
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
     torch.library.opcheck(
         ops.block,
         (x.requires_grad_(), parameters, running, block.plan.to_text(), [1e-5] * len(norms), [False] * len(norms),
          "relu", "native", True, False, [], None, 0.0, ""),
     )  # fmt: skip
-    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(_step(compiled, x), _step(block, x), strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -648,20 +659,25 @@ SMALL = {"layers": [3, 4], "growth_rates": [6, 8], "transitions": [16, 24], "wid
      ("hardnet39ds", (18, 17, 20))],
 )  # fmt: skip
 def test_networks_of_the_zoo(name, sides):
-    """Fused and plain, and what each takes."""
-    arguments = SMALL if name.startswith("threshold") else {}
-    torch.manual_seed(0)
-    plain = tn.create_model(name, 3, 1, spatial_dims=3, dtype=F64, **arguments, drop_rate=0.0)
-    fused = copy.deepcopy(plain)
-    fuse_blocks(fused, True, "native")
-    x = torch.randn(2, 1, *sides, dtype=F64)
-    _assert_same(_step(fused, x), _step(plain, x))
-    assert fused(x).shape == (2, 3) and fused.spatial_dims == 3
+    plain, x = assert_network(name, sides)
     with pytest.raises(ValueError, match=r"volumes must have 5 dimensions \[N, C, D, H, W\], got 4"):
         plain(x[:, :, 0])
     if plain.min_size > 1:
         with pytest.raises(ValueError, match=rf"volumes must be at least {plain.min_size}x.* voxels .*, got 2x"):
             plain(x[:, :, :2])
+
+
+def assert_network(name, sides):
+    """Fused and plain are the same; returns the plain one, and what it takes."""
+    arguments = SMALL if name.startswith("threshold") else {}
+    torch.manual_seed(0)
+    plain = tn.create_model(name, 3, 1, spatial_dims=len(sides), dtype=F64, **arguments, drop_rate=0.0)
+    fused = copy.deepcopy(plain)
+    fuse_blocks(fused, True, "native")
+    x = torch.randn(2, 1, *sides, dtype=F64)
+    _assert_same(_step(fused, x), _step(plain, x))
+    assert fused(x).shape == (2, 3) and fused.spatial_dims == len(sides)
+    return plain, x
 
 
 def test_densenet121_of_volumes_has_monais_parameters():

@@ -233,8 +233,8 @@ class ThresholdBlock(LinkedBlock):
     def _layer(self, index: int, norm: dict[str, Any], **factory: Any) -> nn.Module:
         plan, activation = self.plan, self.activation
         read, width = plan.link_widths[index], plan.widths[index]
-        factory |= {"spatial_dims": plan.spatial_dims, "dilation": plan.dilation(index + 1)}
-        factory["kernel_size"] = plan.kernel_size
+        factory |= {"spatial_dims": plan.spatial_dims, "kernel_size": plan.kernel_size}
+        factory["dilation"] = plan.dilation(index + 1)
         if plan.unit == "bottleneck":
             inner = plan.bottleneck_widths[index]
             return Bottleneck(read, inner, width, activation, norm, self.drop_rate, **factory)
@@ -242,7 +242,7 @@ class ThresholdBlock(LinkedBlock):
             return BNActConv(read, width, activation, norm, self.drop_rate, **factory)
         if plan.unit == "conv_relu":
             return ConvAct(read, width, activation, **factory)
-        return ConvBNAct(read, width, stride=1, activation=activation, norm=norm, **factory)
+        return ConvBNAct(read, width, activation=activation, norm=norm, **factory)
 
     def _units(self) -> list[list[nn.Module]]:
         return [[m for m in layer.modules() if isinstance(m, (*CONVOLUTIONS, _BatchNorm))] for layer in self.layers]

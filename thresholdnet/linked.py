@@ -134,7 +134,7 @@ class LinkedBlock(nn.Module):
 
     def _plainly(self, x: Tensor, tail: Tensor | None) -> Tensor:
         y = self._plain_forward(x)
-        return y if tail is None else pixels.convolution(self.plan.spatial_dims)(y, tail)
+        return y if tail is None else pixels.CONVOLVE[self.plan.spatial_dims](y, tail)
 
     def _modules_fit(self) -> bool:
         """Whether the engine computes what the modules inside would, were they called."""

@@ -32,6 +32,9 @@ KINDS = {
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+"""torch's functions, by spatial dimensions."""
+
 LAYOUTS = {1: ("signals", "[N, C, L]"), 2: ("images", "[N, C, H, W]"), 3: ("volumes", "[N, C, D, H, W]")}
 """What they are called and how they are shaped, by spatial dimensions."""
 
@@ -42,12 +45,6 @@ Volume = tuple[int, int]
 def count(x: Tensor) -> int:
     """Pixels of all images, voxels of all volumes, samples of all signals."""
     return x.shape[0] * prod(x.shape[2:])
-
-
-def convolution(spatial_dims: int) -> Callable[..., Tensor]:
-    """torch's function."""
-    functions: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-    return functions[spatial_dims]
 
 
 def channels_last(x: Tensor) -> torch.memory_format:

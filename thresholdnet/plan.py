@@ -253,7 +253,7 @@ def plan_block(
         outputs: "all" nodes, all "layers", a tuple of nodes, or "auto": for conv_bn_relu the layers up to the
             threshold, the odd layers above it, and the last one; for the other units all nodes.
         bottleneck_factor: a bottleneck layer of width k computes bottleneck_factor * k channels inside.
-        spatial_dims: 2 for images; 3 for volumes: 3x3x3 and 1x1x1 convolutions; 1 for signals: of 3 taps and of 1.
+        spatial_dims: 2 for images; 3 for volumes: 3x3x3 and 1x1x1 convolutions; 1 for signals.
         dilation: of the 3x3 convolutions, in pixels, which pad as much; or one a layer.
         kernel_size: 3; of signals' longer convolutions any odd number of taps from 3 on.
 

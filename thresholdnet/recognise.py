@@ -136,17 +136,14 @@ def _dense(kind: str, layers: Sequence[tuple[str, Any]]) -> Found:
         if extra := [child for child, module in layer.named_children() if child not in known and not idle(module)]:
             raise Unlike(f"{prefix.rstrip('.')} has a module {extra[0]!r} of its own")
         inner.append(convolution(f"{prefix}conv1", layer.conv1, 1, read + sum(widths), bias=True))
-        kernel, dilation = kernel_of(layer.conv2), dilation_of(layer.conv2)
-        widths.append(convolution(f"{prefix}conv2", layer.conv2, kernel, inner[-1], dilation, bias=True))
+        widths.append(_longer(f"{prefix}conv2", layer.conv2, inner[-1]))
         for i, norm in enumerate((layer.norm1, layer.norm2), start=1):
             activations.add(activation_behind(f"{prefix}norm{i}", norm, getattr(layer, f"relu{i}", None)))
         drops.add(float(getattr(layer, "drop_rate", 0.0)))
         units.append(tuple(f"{prefix}{part}" for part in _DENSE))
-    dims = spatial_dims(layers[0][1].conv1)
     plan = BlockPlan(
-        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner), dims,
-        dilations_of(dilation_of(layer.conv2) for _, layer in layers),
-        _the("kernel size", {kernel_of(layer.conv2) for _, layer in layers}),
+        links.dense(len(layers)), (read, *widths), tuple(range(len(layers) + 1)), "bottleneck", tuple(inner),
+        **_form_of([[layer.conv1, layer.conv2] for _, layer in layers]),
     )  # fmt: skip
     return Found(kind, plan, tuple(units), _the("activation", activations), _the("drop_rate", drops))
 
@@ -254,6 +251,7 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         raise Unlike("a module runs in it more than once")
     nodes: list[int] = []
     inner = []
+    every = []
     for layer in flow.layers:
         modules = {path: block.get_submodule(path) for path in layer.modules}
         nodes = nodes or [channels_read(modules[layer.modules[0]])]  # the first layer to run reads the input alone
@@ -267,15 +265,15 @@ def _linked(block: nn.Module, flow: Flow) -> Found:
         for path, conv in convolutions[:-1]:
             channels = convolution(path, conv, 1, channels, bias=True)
             inner.append(channels)
-        path, conv = convolutions[-1]
-        nodes.append(convolution(path, conv, kernel_of(conv), channels, dilation_of(conv), bias=True))
+        nodes.append(_longer(*convolutions[-1], channels))
+        every.append([conv for _, conv in convolutions])
     try:
         pattern = Links([layer.sources for layer in flow.layers])
     except ValueError as error:
         raise Unlike(str(error)) from error
     if len({*flow.outputs}) < len(flow.outputs):
         raise Unlike("it joins a layer's output twice")
-    form, behind = _form_of(block, [layer.modules for layer in flow.layers]), flow.behind
+    form, behind = _form_of(every), flow.behind
     plan = BlockPlan(pattern, tuple(nodes), flow.outputs, unit, tuple(inner), **form)
     first = behind[0] if behind and unit == "conv_bn_relu" else None
     tail = first if isinstance(first, str) and _reads_all(plan, block.get_submodule(first)) else ""
@@ -318,9 +316,13 @@ def few_pixels(channels: int, dims: int) -> tuple[int, ...]:
     return 2, channels, *{1: (11,), 2: (6, 5), 3: (4, 3, 5)}[dims]
 
 
-def _form_of(block: nn.Module, units: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What a plan says of the convolutions of layers with these modules: all fields but their channels."""
-    layers = [[m for path in unit if isinstance(m := block.get_submodule(path), CONVOLUTIONS)] for unit in units]
+def _longer(path: str, conv: Any, channels: int) -> int:
+    """The channels that a layer's last convolution writes, the one whose taps and dilation may differ."""
+    return convolution(path, conv, kernel_of(conv), channels, dilation_of(conv), bias=True)
+
+
+def _form_of(layers: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What a plan says of the convolutions of every layer: all fields but their channels."""
     dims = {spatial_dims(conv) for convolutions in layers for conv in convolutions}
     spread = dilations_of(dilation_of(convolutions[-1]) for convolutions in layers)  # the last one is 3x3
     kernels = {kernel_of(convolutions[-1]) for convolutions in layers}
@@ -342,15 +344,16 @@ def _layers(
     layers: Any = block.get_submodule(path)
     units: list[tuple[str, ...]] = []
     nodes: list[int] = []
+    convolutions: list[list[Any]] = []
     activations = set()
     for i, (row, layer) in enumerate(zip(pattern, layers, strict=True)):
         unit, conv, act = _conv_norm_act(f"{path}.{i}", layer)
         nodes = nodes or [conv.in_channels]  # layer 1 reads the input alone
-        read = sum(nodes[k] for k in row)
-        nodes.append(convolution(unit[0], conv, kernel_of(conv), read, dilation_of(conv), bias=True))
+        nodes.append(_longer(unit[0], conv, sum(nodes[k] for k in row)))
+        convolutions.append([conv])
         activations.add(act)
         units.append(unit)
-    plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu", **_form_of(block, units))
+    plan = BlockPlan(pattern, tuple(nodes), outputs, "conv_bn_relu", **_form_of(convolutions))
     return plan, tuple(units), _the("activation", activations)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import number
-from .pixels import convolution
+from .pixels import CONVOLVE
 from .plan import BlockPlan
 
 
@@ -53,7 +53,7 @@ def block_forward(
         The output [N, plan.out_channels, ..], as large as x, and the statistics that were used, in forward order.
     """
     act = _ACTIVATIONS.get(activation) or partial(F.leaky_relu, negative_slope=number(activation))
-    conv = convolution(plan.spatial_dims)
+    conv = CONVOLVE[plan.spatial_dims]
     weights, given, used = iter(parameters), iter(statistics or ()), []
     pixels = (0, *range(2, x.dim()))
 

@@ -50,7 +50,8 @@ Tensor linked_conv2d(
   const int64_t channels = channels_of(op, sources, like, p);
   const Pixels taps = pixels_of(op, "weight", weight);
   const int64_t outputs = taps.n;
-  if (taps.h % 2 == 0 || taps.w % 2 == 0 || weight.size(1) != channels || outputs == 0 || channels == 0 || p.rows() == 0)
+  const bool even = taps.h % 2 == 0 || taps.w % 2 == 0;
+  if (even || weight.size(1) != channels || outputs == 0 || channels == 0 || p.rows() == 0)
     refuse(
         op, ": sources and weight must have pixels, as many channels and odd kernels, got ", channels,
         " channels and weight ", listed(weight.sizes()));

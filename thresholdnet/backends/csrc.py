@@ -26,6 +26,9 @@ DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
+LONGEST = 31
+"""Taps in a row that `weight_gradient` takes."""
+
 AVERAGING = ("cuda",)
 """Devices whose library averages; torch's loops for CPUs are as good."""
 
@@ -188,7 +191,7 @@ def correlates(dz: Tensor, kernel_size: int) -> bool:
     outputs, 0.8 to 1.1 beyond; in bfloat16 0.9 to 5 times, 1.1 to 5, and 0.9 to 1.6. Of single pixels one tap alone
     counts: `taps.py`.
     """
-    pays = max(dz.shape[2:]) > 1 and (kernel_size > 1 or dz.shape[1] <= 128)
+    pays = max(dz.shape[2:]) > 1 and (kernel_size > 1 or dz.shape[1] <= 128) and kernel_size <= LONGEST
     return dz.device.type == "cpu" and pays and takes(dz) and (dz.dtype != torch.bfloat16 or _multiplies_bfloat16())
 
 

@@ -213,7 +213,7 @@ class Verbs:
 
     def _data_gradient(self, dz: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
         """The gradient of a convolution's input, [N, C, H, W] in channels_last order."""
-        padding = _padding(weight, dilation)
+        padding = _padding(weight.shape, dilation)
         if taps.takes(dz, weight.shape[2], dilation):
             return taps.data_gradient(dz, weight.contiguous(memory_format=torch.channels_last))
         if not any(padding) or dz.numel() >= LARGE * weight.numel():  # as fast, and nothing is made like the result
@@ -335,13 +335,18 @@ class Verbs:
         self, sources: Sequence[Tensor], dz: Tensor, kernel_size: int, affine: Affine | None, activation: str,
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
+        kernel = self._kernel(kernel_size)
         if self.passes is csrc and csrc.correlates(dz, kernel_size):
-            return csrc.weight_gradient(sources, dz, (kernel_size, kernel_size), affine, activation, dilation)
+            return csrc.weight_gradient(sources, dz, kernel, affine, activation, dilation)
         read = self._gathered(sources, affine, activation)
-        if taps.takes(read, kernel_size, dilation):
+        if taps.takes(read, kernel[0], dilation):
             return taps.weight_gradient(read, dz)
-        shape = [dz.shape[1], read.shape[1], kernel_size, kernel_size]
-        return conv2d_weight(read, shape, dz, padding=dilation * (kernel_size // 2), dilation=dilation)
+        shape = [dz.shape[1], read.shape[1], *kernel]
+        return conv2d_weight(read, shape, dz, padding=_padding(shape, dilation), dilation=dilation)
+
+    def _kernel(self, kernel_size: int) -> tuple[int, int]:
+        """Height and width of a kernel, in taps."""
+        return kernel_size, kernel_size
 
     def settle(self) -> None:
         """Finish the weight gradients that were returned, which a backend may leave for later until then."""
@@ -378,7 +383,7 @@ class Verbs:
 
 def _convolved(read: Tensor, weight: Tensor | Packed, bias: Tensor | None, activation: str, dilation: int) -> Tensor:
     """The convolution of one tensor with a weight, packed or in channels_last order; with a bias it activates."""
-    padding = _padding(weight, dilation)
+    padding = _padding(weight.shape, dilation)
     if isinstance(weight, Packed):
         return in_library(read, weight.tensor, bias, activation, padding, dilation)
     if taps.takes(read, weight.shape[2], dilation):
@@ -412,14 +417,14 @@ def laid_out(weight: Tensor, read: Sequence[int], dilation: int) -> Packed:
     """A weight in oneDNN's order for convolutions of pixels of the shape `read`."""
     sides = weight.dim() - 2
     made = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, _padding(weight, dilation), [1] * sides, [dilation] * sides, 1, list(read)
+        weight, _padding(weight.shape, dilation), [1] * sides, [dilation] * sides, 1, list(read)
     )
     return Packed(made, weight.shape)
 
 
-def _padding(weight: Tensor | Packed, dilation: int) -> list[int]:
-    """What leaves pixels as large as they are, for each side of the weight's kernel."""
-    return [dilation * (side // 2) for side in weight.shape[2:]]
+def _padding(weight: Sequence[int], dilation: int) -> list[int]:
+    """What leaves pixels as large as they are, for each side of the kernel of a weight of this shape."""
+    return [dilation * (side // 2) for side in weight[2:]]
 
 
 def _attribute(activation: str) -> tuple[str, list[float]]:

@@ -8,16 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
-from . import csrc, native
+from . import native
 from .elementwise import Affine
 from .native import Packed, kept_like, needs_input, output_holds_features
 
 __all__ = ["Verbs", "kept_like", "needs_input", "output_holds_features"]
-
-LONGEST = 31
-"""Taps that the C++ weight gradient takes."""
 
 
 class Verbs(native.Verbs):
@@ -47,8 +43,8 @@ class Verbs(native.Verbs):
         like: Tensor | None, dilation: int,
     ) -> Tensor:  # fmt: skip
         """[O, C, k]."""
-        if self.passes is csrc and csrc.correlates(dz, kernel_size) and kernel_size <= LONGEST:
-            return csrc.weight_gradient(sources, dz, (1, kernel_size), affine, activation, dilation).squeeze(2)
-        read = self._gathered(sources, affine, activation)
-        shape, padding = [dz.shape[1], read.shape[1], 1, kernel_size], (0, dilation * (kernel_size // 2))
-        return conv2d_weight(read, shape, dz, padding=padding, dilation=dilation).squeeze(2)
+        row = super()._linked_weight_gradient(sources, dz, kernel_size, affine, activation, like, dilation)
+        return row.squeeze(2)
+
+    def _kernel(self, kernel_size: int) -> tuple[int, int]:
+        return 1, kernel_size

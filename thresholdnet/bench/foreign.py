@@ -27,8 +27,10 @@ from .providers import Runner, winograd_refusal, with_winograd, without_winograd
 from .rounds import Entry, Row, Settings, Tell
 
 AS_IT_IS = "eager_channels_last"
-SIGNALS_AS_THEY_ARE = "eager"
 """The model in plain torch, and its images, in channels_last order."""
+
+SIGNALS_AS_THEY_ARE = "eager"
+"""The same of signals, for which torch has no such order."""
 
 
 def load(name: str, arguments: Mapping[str, Any] | None = None, path: Path | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ from ..checks import integer, number
 from ..linked import check_pixels, symbolic, traced
 from ..pixels import KINDS, LAYOUTS
 
+POOL: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 STRIDED: Any = tuple(kind for kinds in KINDS.values() for kind in kinds if kind is not kinds.norm)
 """Modules that may take steps of more than a pixel."""
 
@@ -85,8 +86,7 @@ class Network(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [N, num_features, h, w] -> logits [N, num_classes], or pooled features where `pre_logits` is set."""
-        pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[self.spatial_dims]
-        x = self.drop(torch.flatten(pool(x, 1), 1))
+        x = self.drop(torch.flatten(POOL[self.spatial_dims](x, 1), 1))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
